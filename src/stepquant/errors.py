@@ -1,0 +1,68 @@
+"""Every error that stepquant raises on purpose.
+
+    StepquantError
+    ├── SpecError            a bit width, scheme, rule, recipe or option that makes no sense (also a ValueError)
+    ├── ModelError           a model that cannot be quantized, or not in the way that was asked for
+    │   └── UnsupportedPipeline   a pipeline whose sampling cannot be replayed
+    ├── CalibrationError     calibration data or an optimisation that went wrong
+    ├── CheckpointError      a checkpoint that is damaged, of an unknown version, or not what the caller expects
+    ├── EngineError          an engine that cannot run a layer
+    └── EvaluationError      a measurement that cannot be made
+
+A message names the thing (layer, step, file, key), what was found, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "EngineError",
+    "EvaluationError",
+    "ModelError",
+    "SpecError",
+    "StepquantError",
+    "UnsupportedPipeline",
+    "nearest",
+]
+
+
+class StepquantError(Exception):
+    """Root of everything that stepquant raises on purpose."""
+
+
+class SpecError(StepquantError, ValueError):
+    """A bit width, scheme, rule, recipe or option that makes no sense."""
+
+
+class ModelError(StepquantError):
+    """A model that cannot be quantized, or not in the way that was asked for."""
+
+
+class UnsupportedPipeline(ModelError):  # noqa: N818 - reads as a sentence where it is raised
+    """A pipeline whose sampling cannot be replayed."""
+
+
+class CalibrationError(StepquantError):
+    """Calibration data or an optimisation that went wrong."""
+
+
+class CheckpointError(StepquantError):
+    """A checkpoint that is damaged, of an unknown version, or not what the caller expects."""
+
+
+class EngineError(StepquantError):
+    """An engine that cannot run a layer."""
+
+
+class EvaluationError(StepquantError):
+    """A measurement that cannot be made."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the closest known word, or an empty string: for the end of a message."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

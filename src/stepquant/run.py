@@ -1,0 +1,55 @@
+"""What one run of stepquant carries along: its seed, device, work folder and the way to show progress."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+__all__ = ["Progress", "Run", "SilentProgress"]
+
+
+class Progress(Protocol):
+    """Shows how far long work has come. The command line shows bars; the library shows nothing unless asked."""
+
+    def track(self, what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A context whose value is called with the number of units that have just been done."""
+        ...
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    @contextmanager
+    def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:  # noqa: ARG002
+        yield lambda _done: None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Seed, device, work folder and progress of one run.
+
+    seed: root of every random stream of the run.
+    device: where to calibrate; None means where the model is.
+    work: folder for what a killed run needs to go on; None keeps nothing on disk.
+    """
+
+    seed: int = 0
+    device: torch.device | None = None
+    work: Path | None = None
+    progress: Progress = field(default_factory=SilentProgress)
+
+    def generator(self, *name: object) -> torch.Generator:
+        """A CPU generator of its own for each name.
+
+        The stream is derived by hashing seed and name, so a draw added under one name changes no other stream.
+        It lives on the CPU so that the numbers do not depend on the device.
+        """
+        text = "/".join([str(self.seed), *map(str, name)])
+        digest = hashlib.sha256(text.encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
