@@ -1,4 +1,4 @@
-"""What one run of stepquant carries along: its seed, device, work folder and the way to show progress."""
+"""What one run of stepquant carries along: its seed, work folder and the way to show progress."""
 
 from __future__ import annotations
 
@@ -32,15 +32,13 @@ class SilentProgress:
 
 @dataclass(frozen=True)
 class Run:
-    """Seed, device, work folder and progress of one run.
+    """Seed, work folder and progress of one run.
 
     seed: root of every random stream of the run.
-    device: where to calibrate; None means where the model is.
     work: folder for what a killed run needs to go on; None keeps nothing on disk.
     """
 
     seed: int = 0
-    device: torch.device | None = None
     work: Path | None = None
     progress: Progress = field(default_factory=SilentProgress)
 

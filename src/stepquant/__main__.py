@@ -1,0 +1,5 @@
+"""`python -m stepquant` is the command `stepquant`."""
+
+from stepquant.cli import main
+
+main()

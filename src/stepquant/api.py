@@ -1,0 +1,321 @@
+"""The three verbs of stepquant: quantize, load, sample.
+
+pipe = open_model("digits-unet")
+quantize(pipe, accuquant(weights=4, activations=8), steps=20).save("digits-w4a8")
+images = sample(load("digits-w4a8"), seeds=range(16), steps=20)
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import hashlib
+import importlib.resources
+import inspect
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.calibrate.trajectory import Trajectory
+from stepquant.checkpoint import load_checkpoint, save_checkpoint
+from stepquant.engines.base import pack_
+from stepquant.errors import CheckpointError, ModelError, SpecError, nearest
+from stepquant.manifest import MANIFEST_NAME
+from stepquant.model.families import find_denoiser
+from stepquant.model.layer import QuantizedLayer
+from stepquant.model.schedule import ScheduleFingerprint, guard_schedule
+from stepquant.model.surgery import check_finite, quantized_layers
+from stepquant.recipe import Job, Recipe
+from stepquant.run import Progress, Run, SilentProgress
+from stepquant.work_folder import WorkFolder
+
+__all__ = ["SHIPPED_MODELS", "Quantized", "load", "open_any", "open_model", "quantize", "sample", "with_denoiser"]
+
+SHIPPED_MODELS = ("digits-unet",)
+"""Models inside the package: they open with no network."""
+
+
+def open_model(model: str, *, device: torch.device | str | None = None) -> Any:
+    """A full-precision diffusers pipeline.
+
+    model: a shipped model ("digits-unet"), a diffusers folder, or a hub id ("owner/name").
+    Raises ModelError if there is none of these, naming the nearest shipped model.
+    """
+    from diffusers import DiffusionPipeline
+
+    path = Path(model)
+    if model in SHIPPED_MODELS:
+        with importlib.resources.as_file(importlib.resources.files("stepquant") / "assets" / model) as folder:
+            pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    elif (path / "model_index.json").is_file():
+        if (path / MANIFEST_NAME).is_file():
+            raise ModelError(f"{model} is a stepquant checkpoint, not a full-precision model: open it with load().")
+        pipe = DiffusionPipeline.from_pretrained(path, local_files_only=True)
+    elif path.exists():
+        raise ModelError(f"{model} exists but is no diffusers pipeline: it has no model_index.json.")
+    elif "/" in model and not model.startswith((".", "/")):
+        pipe = _from_hub(model)
+    else:
+        raise ModelError(
+            f"There is no model {model!r}: expected a shipped model ({', '.join(SHIPPED_MODELS)}), a diffusers folder "
+            f"or a hub id such as 'owner/name'.{nearest(model, SHIPPED_MODELS)}"
+        )
+    return pipe if device is None else pipe.to(device)
+
+
+def _from_hub(model: str) -> Any:
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{model!r} is no folder here and could not be had from the hub ({type(error).__name__}). Check the "
+            "spelling and the connection, or give the path of a downloaded diffusers folder."
+        ) from error
+
+
+def with_denoiser(pipe: Any, name: str, denoiser: nn.Module) -> Any:
+    """A pipeline like `pipe` with another denoiser and a scheduler of its own; all else is shared."""
+    other = copy.copy(pipe)
+    setattr(other, name, denoiser)
+    other.scheduler = copy.deepcopy(pipe.scheduler)
+    return other
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` made.
+
+    pipe: like the given pipeline, with the quantized denoiser in simulated arithmetic.
+    figures: what each stage measured, in order, with its seconds.
+    """
+
+    pipe: Any
+    denoiser_name: str
+    schedule: ScheduleFingerprint
+    recipe: Recipe
+    seed: int
+    base_model: str
+    figures: tuple[dict[str, Any], ...]
+
+    def save(self, folder: Path | str, *, overwrite: bool = False) -> None:
+        """Write a checkpoint folder. With `overwrite` an existing one is replaced once the new one is complete."""
+        save_checkpoint(
+            folder,
+            pipe=self.pipe,
+            denoiser_name=self.denoiser_name,
+            denoiser=getattr(self.pipe, self.denoiser_name),
+            base_model=self.base_model,
+            created=datetime.datetime.now(datetime.UTC).date().isoformat(),
+            schedule=self.schedule.to_dict(),
+            recipe=self.recipe.to_dict(),
+            run={"seed": self.seed, "stages": [_summary(figures) for figures in self.figures]},
+            overwrite=overwrite,
+        )
+
+
+def _summary(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures that belong into a checkpoint: numbers and words, not curves, and no times (bytes must repeat)."""
+    return {key: value for key, value in figures.items() if isinstance(value, int | str) and key != "seconds"}
+
+
+def quantize(
+    pipe: Any,
+    recipe: Recipe,
+    *,
+    steps: int,
+    run: Run | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    base_model: str = "",
+    resume: bool = False,
+) -> Quantized:
+    """Quantize a pipeline's denoiser; the given pipeline stays as it was.
+
+    pipe: a diffusers pipeline, or a DenoiserPipeline around any torch module.
+    steps: sampling steps to calibrate for.
+    arguments: what the pipeline is called with beside seeds and steps (prompts, guidance scale, class labels).
+    base_model: what the checkpoint will say it was made from.
+    resume: go on with what `run.work` holds of the same run.
+
+    Raises ModelError for a model that cannot be quantized (NaN weights, no denoiser), UnsupportedPipeline if its
+    sampling cannot be replayed, SpecError for settings that fit no layer.
+    """
+    run = run or Run()
+    if steps < 1:
+        raise SpecError(f"steps must be at least 1, found {steps}.")
+    name, full_precision = find_denoiser(pipe)
+    check_finite(full_precision)
+    with _still(full_precision):
+        denoiser = copy.deepcopy(full_precision).requires_grad_(False)
+        job = Job(pipe, full_precision, denoiser, run, steps, dict(arguments or {}))
+        work = None
+        if run.work is not None:
+            work = WorkFolder(run.work, _identity(recipe, run, steps, job.arguments, full_precision), resume=resume)
+        figures = _run_stages(job, recipe, work)
+    if "plan" not in job.handed:
+        raise SpecError(f"Recipe {recipe.name!r} places no quantizers: it needs the stage Place.")
+    for layer in quantized_layers(job.denoiser).values():
+        if isinstance(layer, QuantizedLayer):
+            layer.harden_()
+    trajectories: list[Trajectory] = job.handed["trajectories"]
+    quantized = with_denoiser(pipe, name, job.denoiser)
+    guard_schedule(quantized.scheduler, trajectories[0].fingerprint)
+    return Quantized(
+        pipe=quantized,
+        denoiser_name=name,
+        schedule=trajectories[0].fingerprint,
+        recipe=recipe,
+        seed=run.seed,
+        base_model=base_model,
+        figures=tuple(figures),
+    )
+
+
+@contextmanager
+def _still(denoiser: nn.Module) -> Iterator[None]:
+    """Inside, the denoiser is in evaluation mode; afterwards it is in the mode it was in."""
+    training = denoiser.training
+    denoiser.eval()
+    try:
+        yield
+    finally:
+        denoiser.train(training)
+
+
+def _identity(
+    recipe: Recipe, run: Run, steps: int, arguments: Mapping[str, Any], denoiser: nn.Module
+) -> dict[str, Any]:
+    """What must be the same for a run to be continued."""
+    digest = hashlib.sha256()
+    for key, tensor in denoiser.state_dict().items():
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return {
+        "recipe": recipe.to_dict(),
+        "seed": run.seed,
+        "steps": steps,
+        "arguments": json.loads(json.dumps(dict(arguments), default=repr)),
+        "weights": digest.hexdigest(),
+    }
+
+
+def _run_stages(job: Job, recipe: Recipe, work: WorkFolder | None) -> list[dict[str, Any]]:
+    figures: list[dict[str, Any]] = []
+    if work is not None:
+        figures += work.figures
+        work.restore(job, recipe.stages)
+        job.keeper = work
+    for number in range(len(figures), len(recipe.stages)):
+        stage = recipe.stages[number]
+        if work is not None:
+            work.stage = number
+        began = time.perf_counter()
+        found = stage.run(job)
+        entry = {"stage": type(stage).__name__, "seconds": round(time.perf_counter() - began, 3), **found}
+        figures.append(entry)
+        if work is not None:
+            work.finish(job, stage, entry)
+    return figures
+
+
+def load(
+    folder: Path | str,
+    *,
+    engine: str = "auto",
+    device: torch.device | str | None = None,
+    denoiser: nn.Module | None = None,
+    schedule: Literal["strict", "nearest"] = "strict",
+) -> Any:
+    """Open a checkpoint as an ordinary pipeline whose denoiser is quantized.
+
+    engine: what runs the layers; "auto" chooses.
+    denoiser: the float module, for a checkpoint of a plain torch denoiser.
+    schedule: "strict" refuses to sample with other timesteps than those of the calibration; "nearest" lets every
+        timestep use the parameters of the nearest calibrated one.
+    Raises CheckpointError for a damaged checkpoint, EngineError for an unknown engine.
+    """
+    if schedule not in ("strict", "nearest"):
+        raise SpecError(f"schedule must be 'strict' or 'nearest', found {schedule!r}.")
+    pipe, manifest = load_checkpoint(folder, denoiser=denoiser)
+    if device is not None:
+        pipe.to(device)
+    pack_(getattr(pipe, manifest.denoiser.name), engine)
+    if schedule == "strict" and manifest.schedule is not None:
+        guard_schedule(pipe.scheduler, ScheduleFingerprint.from_dict(manifest.schedule))
+    return pipe
+
+
+def open_any(source: str, *, device: torch.device | str | None = None, **options: Any) -> tuple[Any, str]:
+    """A checkpoint (`load` with the options) or a full-precision model; says which: "checkpoint" or "model"."""
+    path = Path(source)
+    if (path / MANIFEST_NAME).is_file():
+        return load(path, device=device, **options), "checkpoint"
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise CheckpointError(f"{source} is neither a checkpoint ({MANIFEST_NAME}) nor a diffusers folder.")
+    return open_model(source, device=device), "model"
+
+
+@torch.no_grad()
+def sample(
+    pipe: Any,
+    *,
+    seeds: Sequence[int],
+    steps: int,
+    batch_size: int = 16,
+    arguments: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Images `[N, C, H, W]` in [0, 1], float32 on the CPU, one per seed.
+
+    Every image has a generator of its own, so image 17 does not depend on which other seeds are asked for.
+    arguments: further arguments of the pipeline's call; a list with one entry per seed is cut with the seeds.
+    """
+    return torch.cat(
+        list(sampled(pipe, seeds=seeds, steps=steps, batch_size=batch_size, arguments=arguments, progress=progress))
+    )
+
+
+@torch.no_grad()
+def sampled(
+    pipe: Any,
+    *,
+    seeds: Sequence[int],
+    steps: int,
+    batch_size: int = 16,
+    arguments: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Tensor]:
+    """Like `sample`, batch by batch."""
+    seeds = list(seeds)
+    if not seeds or batch_size < 1:
+        raise SpecError(f"Sampling needs at least one seed and a batch size of at least 1, found {len(seeds)} seeds.")
+    accepted = inspect.signature(pipe.__call__).parameters
+    if hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(disable=True)
+    with (progress or SilentProgress()).track("Sampling", len(seeds)) as advance:
+        for start in range(0, len(seeds), batch_size):
+            chunk = seeds[start : start + batch_size]
+            own = {
+                key: value[start : start + batch_size]
+                if isinstance(value, list) and len(value) == len(seeds)
+                else value
+                for key, value in (arguments or {}).items()
+            }
+            generators = [torch.Generator().manual_seed(seed) for seed in chunk]
+            offered = {"batch_size": len(chunk), "num_inference_steps": steps, "output_type": "np"}
+            if any(key.startswith("prompt") for key in own) and isinstance(own.get("prompt"), list):
+                offered.pop("batch_size")
+            known = {key: value for key, value in offered.items() if key in accepted and key not in own}
+            # A list of one generator is taken by diffusers as one generator for the batch: the same thing here.
+            output = pipe(generator=generators, **known, **own)
+            images = torch.from_numpy(output.images).permute(0, 3, 1, 2).float()
+            advance(len(chunk))
+            yield images.contiguous()

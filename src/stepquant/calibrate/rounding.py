@@ -1,0 +1,162 @@
+"""AdaRound: learning which way each weight is rounded, and what a stage may learn in a quantized model.
+
+Source: Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", as in the public code of
+BRECQ and Q-Diffusion:
+
+    w_hat = scale * (clamp(floor(w / scale) + h(alpha) + zero_point, qmin, qmax) - zero_point)
+    h(alpha) = clamp(1.2 * sigmoid(alpha) - 0.1, 0, 1)
+    R(alpha) = sum(1 - |2 h - 1|^beta)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
+from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
+from stepquant.numerics.affine import grouped
+
+__all__ = ["SoftRounding", "annealed_beta", "input_scales", "materialised", "relative_groups", "soften_"]
+
+ZETA, GAMMA = 1.1, -0.1
+"""Stretch of the rectified sigmoid (Louizos et al. 2018; AdaRound eq. 23)."""
+
+
+class SoftRounding(nn.Module):
+    """Stands in a WeightQuantizer's place while rounding is learnt.
+
+    alpha: float32, in the shape of `grouped(weight)`; the variable V of AdaRound.
+    floor: lower level of every weight, before the zero point.
+    """
+
+    floor: Tensor
+
+    def __init__(self, quantizer: WeightQuantizer, weight: Tensor, start: Tensor | None = None) -> None:
+        """weight: the full-precision weight. start: h in [0, 1] to begin with; None begins at the weight itself."""
+        super().__init__()
+        self.quantizer = quantizer
+        position = grouped(weight.detach().float(), quantizer.spec) / quantizer.scale
+        floor = torch.floor(position)
+        self.register_buffer("floor", floor)
+        fraction = position - floor if start is None else start
+        # Inverse of h, kept off its flat ends so that every weight still has a gradient.
+        fraction = fraction.clamp(0.01, 0.99)
+        self.alpha = nn.Parameter(-torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1))
+
+    def h(self) -> Tensor:
+        """How far each weight is rounded up, in [0, 1]."""
+        return torch.clamp(torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA, 0, 1)
+
+    def _values(self, up: Tensor) -> Tensor:
+        spec, (scale, zero_point) = self.quantizer.spec, self.quantizer.params
+        levels = torch.clamp(self.floor + up + zero_point, spec.qmin, spec.qmax)
+        return (levels - zero_point) * scale
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self._values(self.h()).reshape(weight.shape).to(weight.dtype)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """The weight after hard rounding: up where alpha >= 0."""
+        return self._values((self.alpha.detach() >= 0).to(self.floor.dtype)).reshape(weight.shape).to(weight.dtype)
+
+    def regulariser(self, beta: float) -> Tensor:
+        """R(alpha): 0 when every h is 0 or 1."""
+        return (1 - (2 * self.h() - 1).abs().pow(beta)).sum()
+
+
+def soften_(layer: QuantizedLayer, full_precision: Tensor, keep: float) -> SoftRounding:
+    """Reopen a layer's rounding.
+
+    The new variable starts at `h = r + keep * (u - r)`: r is the full-precision fraction, u the present rounding. 0
+    forgets the present rounding, anything above 0.5 keeps its direction.
+    """
+    quantizer = layer.weight_quantizer
+    assert isinstance(quantizer, WeightQuantizer)
+    weight = full_precision.detach()
+    position = grouped(weight.float(), quantizer.spec) / quantizer.scale
+    floor = torch.floor(position)
+    present = quantizer.levels(layer.weight).to(torch.float32)
+    up = (grouped(present, quantizer.spec) - quantizer.zero_point - floor).clamp(0, 1)
+    fraction = position - floor
+    soft = SoftRounding(quantizer, weight, fraction + keep * (up - fraction))
+    layer.weight_quantizer = soft
+    layer.on_grid = False
+    return soft
+
+
+def harden_soft_(layer: QuantizedLayer) -> None:
+    """Round a layer's weight for good and put its plain quantizer back."""
+    soft = layer.weight_quantizer
+    assert isinstance(soft, SoftRounding)
+    layer.weight.data = soft.rounded(layer.weight.data)
+    layer.weight_quantizer = soft.quantizer
+    layer.on_grid = True
+
+
+def annealed_beta(progress: float, warmup: float = 0.2, start: float = 20.0, end: float = 2.0) -> float | None:
+    """beta at `progress` in [0, 1]: None during the warm-up (no regulariser), then linear from start to end."""
+    if progress < warmup:
+        return None
+    return start + (end - start) * (progress - warmup) / (1 - warmup)
+
+
+@contextmanager
+def materialised(layers: Mapping[str, QuantizedLayer]) -> Iterator[None]:
+    """Compute every soft weight once for several network calls.
+
+    Inside, each layer holds its soft weight as a leaf that collects gradients; on leaving, the collected gradient goes
+    through the rounding variable in one step. By linearity this is the gradient of calling the rounding every time.
+    """
+    soft = {name: layer for name, layer in layers.items() if isinstance(layer.weight_quantizer, SoftRounding)}
+    before = {name: layer.weight for name, layer in soft.items()}
+    outputs: dict[str, Tensor] = {}
+    for name, layer in soft.items():
+        assert layer.weight_quantizer is not None
+        outputs[name] = layer.weight_quantizer(before[name])
+        layer.weight = nn.Parameter(outputs[name].detach())
+        layer.on_grid = True
+    try:
+        yield
+        for name, layer in soft.items():
+            if layer.weight.grad is not None:
+                torch.autograd.backward(outputs[name], layer.weight.grad)
+    finally:
+        for name, layer in soft.items():
+            layer.weight = before[name]
+            layer.on_grid = False
+
+
+def input_scales(layers: Mapping[str, QuantizedLayer | QuantizedMatmul]) -> dict[str, InputQuantizer]:
+    """The static activation quantizers of some layers, by `layer.attribute`."""
+    found: dict[str, InputQuantizer] = {}
+    for name, layer in layers.items():
+        for attribute in ("input_quantizer", "second_quantizer"):
+            quantizer = getattr(layer, attribute, None)
+            if isinstance(quantizer, InputQuantizer):
+                found[f"{name}.{attribute}"] = quantizer
+    return found
+
+
+def relative_groups(quantizers: Mapping[str, InputQuantizer], lr: float) -> list[dict[str, object]]:
+    """Adam parameter groups in which each scale moves by about `lr` of itself per iteration.
+
+    Differs from the papers, which give every scale the same absolute learning rate (4e-4 in Q-Diffusion): scales of
+    one network differ by orders of magnitude, and with few iterations a common rate leaves some untouched and
+    throws others about.
+    """
+    groups: list[dict[str, object]] = []
+    for quantizer in quantizers.values():
+        quantizer.scale.requires_grad_(True)
+        size = float(quantizer.scale.detach().abs().mean())
+        groups.append({"params": [quantizer.scale], "lr": lr * size, "base_lr": lr * size})
+    return groups
+
+
+def cosine(progress: float) -> float:
+    """Cosine decay from 1 to 0 over progress in [0, 1]."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,161 @@
+"""Which recorded denoiser inputs calibrate, and with what weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepquant.calibrate.steps import DenoiserCall
+from stepquant.calibrate.trajectory import Trajectory
+from stepquant.errors import CalibrationError, SpecError
+
+__all__ = ["CalibrationSet", "Entry", "inputs", "uniform"]
+
+Entry = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Chosen denoiser inputs.
+
+    entries: (trajectory, step, row). A step's rows are those of all its calls one after the other, so that the two
+        halves of classifier-free guidance are rows of their own, whether they share a call or not.
+    weights: one for each entry, not negative, in whatever unit; the reconstruction divides by their sum.
+    """
+
+    entries: tuple[Entry, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.entries or len(self.entries) != len(self.weights):
+            raise SpecError(
+                f"A calibration set needs entries and as many weights; got {len(self.entries)} entries and "
+                f"{len(self.weights)} weights."
+            )
+        if min(self.weights) < 0 or sum(self.weights) <= 0:
+            raise SpecError("The weights of a calibration set must not be negative, and not all zero.")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def uniform(trajectories: Sequence[Trajectory], *, every: int, samples_per_step: int | None) -> CalibrationSet:
+    """Steps 0, every, 2 * every, ... and of each the first images, all with weight 1 (Q-Diffusion, Li et al. 2023,
+    sec. 3.2).
+
+    samples_per_step: images of a step over all trajectories; each brings both halves of its guidance. None takes all.
+    Raises SpecError for an `every` or `samples_per_step` below 1, and CalibrationError without trajectories.
+    """
+    if every < 1 or (samples_per_step is not None and samples_per_step < 1):
+        raise SpecError(f"every={every} and samples_per_step={samples_per_step} must be at least 1.")
+    if not trajectories:
+        raise CalibrationError("There are no trajectories to choose calibration inputs from; record some first.")
+    entries: list[Entry] = []
+    for step_index in range(0, max(len(trajectory.steps) for trajectory in trajectories), every):
+        left = samples_per_step
+        for number, trajectory in enumerate(trajectories):
+            if step_index >= len(trajectory.steps):
+                continue
+            images = trajectory.batch if left is None else min(left, trajectory.batch)
+            entries += [(number, step_index, row) for row in _rows_of(trajectory, step_index, images)]
+            left = None if left is None else left - images
+    return CalibrationSet(tuple(entries), (1.0,) * len(entries))
+
+
+def _rows_of(trajectory: Trajectory, step_index: int, images: int) -> list[int]:
+    """The rows of the first images: row r belongs to image r modulo the batch."""
+    rows = sum(call.prediction.shape[0] for call in trajectory.steps[step_index].calls)
+    return [row for row in range(rows) if row % trajectory.batch < images]
+
+
+def inputs(
+    trajectories: Sequence[Trajectory], calibration_set: CalibrationSet, positions: Sequence[int]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The denoiser's arguments for a mini-batch: one row for each position in the set, of whatever steps.
+
+    Tensors that have one row per sample are cut and joined. Single values (the timestep as a scheduler gives it, a
+    tensor without axes or with one element) become one per row, [n]. All else must be the same in all entries.
+    Raises CalibrationError naming the argument if entries do not go together, or if an entry is not recorded.
+    """
+    if not positions:
+        raise CalibrationError("A mini-batch needs at least one position.")
+    rows = [_row(trajectories, calibration_set.entries[position]) for position in positions]
+    args = tuple(
+        _collated([(call.args[place], call, row) for call, row in rows], f"argument {place}")
+        for place in range(_same_count(rows))
+    )
+    kwargs = {key: _collated([(call.kwargs[key], call, row) for call, row in rows], key) for key in rows[0][0].kwargs}
+    return args, kwargs
+
+
+def _row(trajectories: Sequence[Trajectory], entry: Entry) -> tuple[DenoiserCall, int]:
+    """The call that holds the entry's row, and the row's place in it."""
+    number, step_index, row = entry
+    if 0 <= number < len(trajectories) and 0 <= step_index < len(trajectories[number].steps) and row >= 0:
+        left = row
+        for call in trajectories[number].steps[step_index].calls:
+            if left < call.prediction.shape[0]:
+                return call, left
+            left -= call.prediction.shape[0]
+    raise CalibrationError(
+        f"The calibration set names row {row} of step {step_index} of trajectory {number}, which is not recorded."
+    )
+
+
+def _same_count(rows: Sequence[tuple[DenoiserCall, int]]) -> int:
+    count, keys = len(rows[0][0].args), set(rows[0][0].kwargs)
+    if any(len(call.args) != count or set(call.kwargs) != keys for call, _ in rows):
+        raise CalibrationError(
+            "The denoiser was called with different sets of arguments; calibrate on calls of one kind."
+        )
+    return count
+
+
+def _collated(values: Sequence[tuple[Any, DenoiserCall, int]], name: str) -> Any:
+    first = values[0][0]
+    if isinstance(first, Mapping):
+        return {
+            key: _collated([(value[key], call, row) for value, call, row in values], f"{name}.{key}") for key in first
+        }
+    if isinstance(first, list | tuple):
+        items = [
+            _collated([(value[place], call, row) for value, call, row in values], f"{name}.{place}")
+            for place in range(len(first))
+        ]
+        return type(first)(items)
+    if isinstance(first, Tensor):
+        return _joined([_cut(value, call, row) for value, call, row in values], first, name)
+    if any(value != first for value, _, _ in values):
+        return _numbers([value for value, _, _ in values], name)
+    return first
+
+
+def _cut(value: Tensor, call: DenoiserCall, row: int) -> Tensor | None:
+    """The value's row [1, ...]; None if the value is not per sample."""
+    if value.numel() == 1 and value.ndim <= 1:
+        return value.reshape(1)
+    return value[row : row + 1] if value.shape[0] == call.prediction.shape[0] else None
+
+
+def _joined(cut: Sequence[Tensor | None], whole: Tensor, name: str) -> Tensor:
+    parts = [part for part in cut if part is not None]
+    if not parts:
+        return whole  # positions, masks: shared by all samples of a shape
+    shapes = {tuple(part.shape) for part in parts}
+    if len(parts) != len(cut) or len(shapes) != 1:
+        raise CalibrationError(
+            f"The denoiser's {name} has rows of different shapes {sorted(shapes)}; calibrate on one shape."
+        )
+    return torch.cat(parts)
+
+
+def _numbers(values: Sequence[Any], name: str) -> Tensor:
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        raise CalibrationError(
+            f"The denoiser's {name} differs between entries of the calibration set and is not a number."
+        )
+    return torch.tensor(values)

@@ -1,0 +1,270 @@
+"""The stages that every recipe begins with: record, choose samples, place quantizers, fit ranges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from stepquant.calibrate.ranges import RangeRule, observing, weight_params
+from stepquant.calibrate.reconstruct import clocked, float_layers
+from stepquant.calibrate.select import inputs, uniform
+from stepquant.calibrate.trajectory import Trajectory, record, seal
+from stepquant.calibrate.windows import windows_of
+from stepquant.errors import SpecError
+from stepquant.model.clock import StepClock, attach_clock, edges_between
+from stepquant.model.families import make_attention_explicit_, timestep_argument
+from stepquant.model.layer import QuantizedLayer
+from stepquant.model.quantizer import DynamicQuantizer, InputQuantizer, WeightQuantizer
+from stepquant.model.surgery import (
+    Ends,
+    Rule,
+    execution_order,
+    make_plan,
+    operand_specs,
+    quantizable,
+    quantized_layers,
+    standard_rules,
+    swap_layers_,
+)
+from stepquant.numerics.spec import LayerScheme, QuantSpec, scheme_for
+from stepquant.recipe import Figures, Job
+
+__all__ = [
+    "CALIBRATION_SEED",
+    "FitInputRanges",
+    "FitWeightRanges",
+    "LayerRule",
+    "Place",
+    "Record",
+    "Select",
+    "calibration_seeds",
+]
+
+CALIBRATION_SEED = 1_000_000
+"""Calibration noise seeds start here, evaluations below: the two never share an image."""
+
+
+def calibration_seeds(seed: int, samples: int) -> list[int]:
+    """Noise seeds of a calibration run; disjoint between run seeds for up to 10 000 samples."""
+    start = CALIBRATION_SEED + 10_000 * seed
+    return list(range(start, start + samples))
+
+
+@dataclass(frozen=True)
+class Record:
+    """Record the full-precision pipeline on `samples` calibration seeds, `batch` at a time.
+
+    `batch` is also the mini-batch of every stage that walks along trajectories.
+    """
+
+    samples: int = 256
+    batch: int = 16
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    gives: ClassVar[frozenset[str]] = frozenset({"trajectories"})
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.batch < 1:
+            raise SpecError(f"Record needs samples and batch of at least 1, found {self.samples} and {self.batch}.")
+
+    def run(self, job: Job) -> Figures:
+        seeds = calibration_seeds(job.run.seed, self.samples)
+        recorded = record(
+            job.pipe,
+            job.full_precision,
+            seeds=seeds,
+            steps=job.steps,
+            batch_size=min(self.batch, self.samples),
+            arguments=job.arguments,
+            run=job.run,
+        )
+        job.handed["trajectories"] = [seal(trajectory) for trajectory in recorded]
+        steps = len(job.handed["trajectories"][0].steps)
+        return {"seeds": [seeds[0], seeds[-1]], "steps": steps, "evaluations": self.samples * steps}
+
+
+@dataclass(frozen=True)
+class Select:
+    """Calibrate on every `every`-th recorded step, `samples_per_step` samples each (None: all).
+
+    Source: Li et al. 2023 (Q-Diffusion), timestep-aware calibration: strided steps, the first n samples.
+    """
+
+    every: int = 1
+    samples_per_step: int | None = None
+
+    needs: ClassVar[frozenset[str]] = frozenset({"trajectories"})
+    gives: ClassVar[frozenset[str]] = frozenset({"calibration"})
+
+    def run(self, job: Job) -> Figures:
+        chosen = uniform(job.handed["trajectories"], every=self.every, samples_per_step=self.samples_per_step)
+        job.handed["calibration"] = chosen
+        return {"samples": len(chosen)}
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """Layers that match `pattern` get these bits (None: floating point). Later rules win over earlier ones."""
+
+    pattern: str
+    weights: int | None
+    activations: int | None
+    group_size: int | None = None
+
+    def scheme(self) -> LayerScheme:
+        scheme = scheme_for(self.weights, self.activations)
+        if self.group_size is None or self.weights is None:
+            return scheme
+        return LayerScheme(QuantSpec(self.weights, "group", group_size=self.group_size), scheme.input)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Resolve bits and rules to a plan and put quantized layers in place.
+
+    weights, activations: bits of every layer; None is floating point.
+    ends: first and last layer at 8 bits ("8bit"), like the others ("same") or in floating point ("full").
+    softmax_bits: at least this many bits for the softmax output in attention; None treats it like any activation.
+    rules: exceptions by layer name.
+    """
+
+    weights: int | None = 4
+    activations: int | None = 8
+    ends: Ends = "8bit"
+    softmax_bits: int | None = 8
+    group_size: int | None = None
+    rules: tuple[LayerRule, ...] = ()
+
+    needs: ClassVar[frozenset[str]] = frozenset({"trajectories"})
+    gives: ClassVar[frozenset[str]] = frozenset({"model", "plan"})
+
+    def __post_init__(self) -> None:
+        LayerRule("*", self.weights, self.activations, self.group_size).scheme()  # checks the bits early
+
+    def run(self, job: Job) -> Figures:
+        trajectories: list[Trajectory] = job.handed["trajectories"]
+        floating = make_attention_explicit_(job.denoiser)
+        call = trajectories[0].steps[0].calls[0]
+        names = list(quantizable(job.denoiser))
+        order = execution_order(job.denoiser, names, call.args, call.kwargs)
+        base = LayerRule("*", self.weights, self.activations, self.group_size).scheme()
+        rules = standard_rules(base, order, ends=self.ends, softmax_bits=self.softmax_bits)
+        plan = make_plan(job.denoiser, [*rules, *(Rule(rule.pattern, rule.scheme()) for rule in self.rules)])
+        idle = [name for name in plan if name not in order]
+        plan = {name: plan[name] for name in order if name in plan}  # in order of execution
+        swap_layers_(job.denoiser, plan)
+        timesteps = torch.cat([_denoiser_timesteps(job, step.calls) for step in trajectories[0].steps])
+        argument, position = timestep_argument(job.full_precision)
+        attach_clock(job.denoiser, StepClock(edges_between(timesteps), argument, position))
+        job.denoiser.requires_grad_(False)
+        job.handed["plan"] = plan
+        return {"layers": len(plan), "attention_left_in_float": floating, "layers_that_never_ran": idle}
+
+
+def _denoiser_timesteps(job: Job, calls: tuple[object, ...]) -> torch.Tensor:
+    """What the denoiser was given as timestep in the calls of one step, as a flat float64 tensor."""
+    argument, position = timestep_argument(job.full_precision)
+    found = []
+    for call in calls:
+        kwargs, args = call.kwargs, call.args  # type: ignore[attr-defined]
+        value = kwargs[argument] if argument in kwargs else args[position]
+        found.append(torch.as_tensor(value).detach().cpu().double().reshape(-1))
+    return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class FitWeightRanges:
+    """Scale and zero point of every weight, and rounding to nearest.
+
+    rule: "minmax", or "mse" for the best of 80 shrunk ranges (Q-Diffusion's public code, p = 2.4).
+    """
+
+    rule: RangeRule = "mse"
+
+    needs: ClassVar[frozenset[str]] = frozenset({"model", "plan"})
+    gives: ClassVar[frozenset[str]] = frozenset({"model"})
+
+    def run(self, job: Job) -> Figures:
+        plan: dict[str, LayerScheme] = job.handed["plan"]
+        layers = quantized_layers(job.denoiser)
+        named = [name for name, scheme in plan.items() if scheme.weight is not None]
+        weights = float_layers(job.full_precision, named)
+        with job.run.progress.track("Fitting weight ranges", len(named)) as advance:
+            for name in named:
+                layer, spec = layers[name], plan[name].weight
+                assert isinstance(layer, QuantizedLayer)
+                assert spec is not None
+                layer.weight_quantizer = WeightQuantizer(spec, weight_params(weights[name], spec, self.rule)).to(
+                    layer.weight.device
+                )
+                layer.on_grid = False
+                layer.harden_()
+                advance(1)
+        return {"layers": len(named)}
+
+
+@dataclass(frozen=True)
+class FitInputRanges:
+    """First scale and zero point of every activation, observed behind the already quantized weights.
+
+    rule: as for weights.
+    samples: calibration samples to observe, spread evenly over the calibration set.
+    windows: lengths of consecutive windows of steps, noise first, that get a row of parameters each; None is one row
+        for all steps.
+    """
+
+    rule: RangeRule = "mse"
+    samples: int = 256
+    batch: int = 32
+    windows: tuple[int, ...] | None = None
+
+    needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "model", "plan"})
+    gives: ClassVar[frozenset[str]] = frozenset({"model"})
+
+    def run(self, job: Job) -> Figures:
+        plan: dict[str, LayerScheme] = job.handed["plan"]
+        clock, chosen = clocked(job.denoiser), job.handed["calibration"]
+        count = min(self.samples, len(chosen))
+        spread = torch.linspace(0, len(chosen) - 1, count).round().long().tolist()
+        generator = job.run.generator("ranges")
+        with (
+            observing(job.denoiser, plan, clock, generator) as observers,
+            job.run.progress.track("Observing activations", count) as advance,
+            torch.no_grad(),
+        ):
+            for start in range(0, count, self.batch):
+                positions = spread[start : start + self.batch]
+                args, kwargs = inputs(job.handed["trajectories"], chosen, positions)
+                job.denoiser(*args, **kwargs)
+                advance(len(positions))
+        row_of_bin = row_of_bins(clock, job.handed["trajectories"], self.windows)
+        layers = quantized_layers(job.denoiser)
+        with job.run.progress.track("Fitting activation ranges", len(observers)) as advance:
+            for name, scheme in plan.items():
+                for attribute, spec in operand_specs(scheme):
+                    if spec.dynamic:
+                        setattr(layers[name], attribute, DynamicQuantizer(spec))
+                        continue
+                    seen = observers[name, attribute]
+                    params = seen.params(spec, row_of_bin, self.rule, f"The {attribute} of {name}")
+                    quantizer = InputQuantizer(spec, clock, params, row_of_bin).to(clock.edges.device)
+                    setattr(layers[name], attribute, quantizer)
+                    advance(1)
+        return {"rows": len(self.windows or (0,)), "evaluations": count}
+
+
+def row_of_bins(clock: StepClock, trajectories: list[Trajectory], windows: tuple[int, ...] | None) -> torch.Tensor:
+    """Which row every timestep bin uses when each window has a row of its own, `[N]` int64."""
+    rows = torch.zeros(clock.bins, dtype=torch.int64)
+    if windows is None:
+        return rows
+    steps = trajectories[0].steps
+    for row, (start, stop) in enumerate(windows_of(windows, len(steps))):
+        for step in steps[start:stop]:
+            for call in step.calls:
+                value = call.kwargs[clock.argument] if clock.argument in call.kwargs else call.args[clock.position]
+                clock.set(torch.as_tensor(value))
+                rows[clock.bin.cpu()] = row
+    return rows

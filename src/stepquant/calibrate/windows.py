@@ -1,0 +1,153 @@
+"""Windows of denoising steps: the loss at a window's end and its gradient, with one network graph in memory.
+
+A window is the steps start .. stop-1 of a recorded trajectory. Both chains begin at the full-precision state x_start;
+the loss compares the quantized chain's sample at the end with the recorded one:
+
+    L = mean over batch and pixels of  sum over channels of (x~_stop - x_stop)^2
+
+Gradient modes (derived in docs/methods.md):
+
+- `exact`: the adjoint recursion  lambda_j = (dF_j/dx)^T lambda_{j+1}, each step's graph recomputed when its turn comes.
+  Solvers that remember earlier predictions (DPM-Solver++, PNDM, UniPC) pass the adjoints of their cached tensors along
+  in the same way, so the result is the gradient of the unrolled chain.
+- `identity`: lambda_{j+1} = lambda_M for every step (the paper's approximation); cached predictions count as constants.
+- `per_step`: each step is pulled to the recorded sample after it, from the quantized chain's own detached state; one
+  pass. A different objective (truncated back-propagation), the strong cheap baseline.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.calibrate.trajectory import State, Trajectory, advance, state_at
+from stepquant.errors import CalibrationError, SpecError
+
+__all__ = ["GradientMode", "equal_windows", "unrolled_loss", "window_gradient", "window_loss", "windows_of"]
+
+GradientMode = Literal["identity", "exact", "per_step"]
+
+
+def equal_windows(steps: int, length: int) -> tuple[int, ...]:
+    """Lengths of disjoint windows that cover `steps`. A remainder shortens the last window, the one near the image."""
+    if not 1 <= length <= steps:
+        raise SpecError(f"A window has from 1 to {steps} steps here, found {length}.")
+    full, rest = divmod(steps, length)
+    return (length,) * full + ((rest,) if rest else ())
+
+
+def windows_of(lengths: Sequence[int], steps: int) -> list[tuple[int, int]]:
+    """(start, stop) of consecutive windows. Their lengths must add up to the number of recorded steps."""
+    if any(length < 1 for length in lengths) or sum(lengths) != steps:
+        raise SpecError(
+            f"Window lengths must be positive and add up to the {steps} scheduler steps of the recording, found "
+            f"{list(lengths)} with sum {sum(lengths)}. Some schedulers (PNDM, Heun) make more calls than steps."
+        )
+    borders = [0]
+    for length in lengths:
+        borders.append(borders[-1] + length)
+    return list(itertools.pairwise(borders))
+
+
+def window_loss(found: Tensor, wanted: Tensor) -> Tensor:
+    """Squared difference, summed over channels (axis 1), averaged over batch and space: a scalar."""
+    return (found - wanted).square().sum(1).mean()
+
+
+def _loss_adjoint(found: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
+    """The window loss and its gradient with respect to `found`."""
+    difference = (found - wanted).detach()
+    loss = float(difference.square().sum(1).mean())
+    if not torch.isfinite(difference).all():
+        raise CalibrationError(
+            "The quantized chain left the finite numbers inside a window: lower the learning rates or shorten the "
+            "windows."
+        )
+    return loss, 2 * difference * difference.shape[1] / difference.numel()
+
+
+def _chain(denoiser: nn.Module, trajectory: Trajectory, start: int, stop: int, state: State) -> list[State]:
+    """States start .. stop of the quantized chain, without graphs."""
+    states = [state]
+    with torch.no_grad():
+        for index in range(start, stop):
+            states.append(advance(denoiser, trajectory, index, states[-1]))
+    return states
+
+
+def window_gradient(
+    denoiser: nn.Module,
+    trajectory: Trajectory,
+    start: int,
+    stop: int,
+    *,
+    mode: GradientMode,
+    state: State | None = None,
+) -> float:
+    """Add the gradient of one window's loss to the `.grad` of everything in the denoiser that requires it.
+
+    state: where the quantized chain begins; None is the full-precision state.
+    Returns the loss at the window's end (in every mode, so that modes can be compared).
+    """
+    begin = state_at(trajectory, start) if state is None else state
+    wanted = trajectory.steps[stop - 1].next_sample
+    if mode == "per_step":
+        return _per_step(denoiser, trajectory, start, stop, begin)
+    if mode not in ("identity", "exact"):
+        raise SpecError(f"gradient must be identity, exact or per_step, found {mode!r}.")
+    states = _chain(denoiser, trajectory, start, stop, begin)
+    loss, adjoint = _loss_adjoint(states[-1].sample, wanted)
+    if mode == "identity":
+        for index in range(start, stop):
+            after = advance(denoiser, trajectory, index, states[index - start])
+            torch.autograd.backward(after.sample, adjoint)
+    else:
+        _exact(denoiser, trajectory, start, stop, states, adjoint)
+    return loss
+
+
+def _exact(
+    denoiser: nn.Module, trajectory: Trajectory, start: int, stop: int, states: list[State], adjoint: Tensor
+) -> None:
+    """The adjoint recursion over sample and solver history, last step first."""
+    of_history: dict[str, Tensor] = {}
+    for index in range(stop - 1, start - 1, -1):
+        inner = index > start  # nothing asks for the gradient of the window's start
+        before = states[index - start]
+        sample = before.sample.detach().requires_grad_(inner)
+        history = {path: value.detach().requires_grad_(inner) for path, value in before.history.items()}
+        after = advance(denoiser, trajectory, index, State(sample, history))
+        outputs, adjoints = [after.sample], [adjoint]
+        for path, value in after.history.items():
+            if path in of_history and value.requires_grad:
+                outputs.append(value)
+                adjoints.append(of_history[path])
+        torch.autograd.backward(outputs, adjoints)
+        if inner:
+            assert sample.grad is not None
+            adjoint = sample.grad
+            of_history = {path: value.grad for path, value in history.items() if value.grad is not None}
+
+
+def _per_step(denoiser: nn.Module, trajectory: Trajectory, start: int, stop: int, state: State) -> float:
+    for index in range(start, stop):
+        after = advance(denoiser, trajectory, index, state)
+        wanted = trajectory.steps[index].next_sample
+        loss, adjoint = _loss_adjoint(after.sample, wanted)
+        torch.autograd.backward(after.sample, adjoint)
+        state = State(after.sample.detach(), {path: value.detach() for path, value in after.history.items()})
+    return loss
+
+
+def unrolled_loss(
+    denoiser: nn.Module, trajectory: Trajectory, start: int, stop: int, state: State | None = None
+) -> Tensor:
+    """The window loss with the whole graph in memory: oracle of `exact`, baseline of the memory benchmark."""
+    current = state_at(trajectory, start) if state is None else state
+    for index in range(start, stop):
+        current = advance(denoiser, trajectory, index, current)
+    return window_loss(current.sample, trajectory.steps[stop - 1].next_sample)

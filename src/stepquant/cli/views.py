@@ -1,0 +1,262 @@
+"""Tables and sentences on standard output."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from rich.table import Table
+
+from stepquant.cli.console import duration, stdout_console, write_json
+from stepquant.cli.seeds import format_seeds
+from stepquant.errors import SpecError, nearest
+
+if TYPE_CHECKING:
+    from stepquant.config import Resolved
+    from stepquant.recipe import Job
+
+__all__ = [
+    "plan_of",
+    "show_inspection",
+    "show_methods",
+    "show_plan",
+    "show_quantized",
+    "show_results",
+]
+
+_METRIC_NAMES = {
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "mae": "mean absolute error",
+    "frechet_to_fp": "Frechet distance to full precision",
+    "frechet_to_data": "Frechet distance to real data",
+    "drift_final": "drift after the last step",
+}
+
+
+@runtime_checkable
+class Planning(Protocol):
+    """A stage that decides which layers are quantized and how."""
+
+    def plan(self, denoiser: Any) -> Mapping[str, Any]:
+        """Full layer name -> `LayerScheme`."""
+        ...
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """A stage that knows beforehand what it will cost."""
+
+    def evaluations(self, job: Job) -> int:
+        """Calls of the network for one image; a backward pass counts as two."""
+        ...
+
+
+def plan_of(resolved: Resolved) -> dict[str, Any]:
+    """What a run would do, as plain data: settings, stages and, where the model is at hand, layers and cost."""
+    data: dict[str, Any] = {"settings": resolved.to_dict(), "stages": resolved.recipe.to_dict()["stages"]}
+    pipe = _local_model(resolved.model)
+    if pipe is None:
+        return data | {"note": f"{resolved.model} is not on this machine, so layers and cost are not shown."}
+    from stepquant.model.families import find_denoiser
+    from stepquant.recipe import Job
+    from stepquant.run import Run
+
+    denoiser = find_denoiser(pipe)[1]
+    job = Job(pipe, denoiser, denoiser, Run(seed=resolved.seed), resolved.steps, resolved.arguments)
+    # Planning may rebuild attention layers, so it gets a network of its own.
+    plans = [stage.plan(copy.deepcopy(denoiser)) for stage in resolved.recipe.stages if isinstance(stage, Planning)]
+    for stage, entry in zip(resolved.recipe.stages, data["stages"], strict=True):
+        if isinstance(stage, Counting):
+            entry["evaluations"] = stage.evaluations(job)
+    layers = {name: _scheme_bits(scheme) for plan in plans for name, scheme in plan.items()}
+    return data | {"layers": layers}
+
+
+def _local_model(model: str) -> Any:
+    """The pipeline if it can be opened without fetching anything, else None."""
+    from stepquant import api
+
+    if "/" in model and not Path(model).exists():
+        return None
+    return api.open_model(model)
+
+
+def _scheme_bits(scheme: Any) -> dict[str, int | None]:
+    specs = {"weight": scheme.weight, "input": scheme.input, "second": scheme.second}
+    return {name: None if spec is None else spec.bits for name, spec in specs.items()}
+
+
+def _bits_text(bits: Any) -> str:
+    """`{"weight": 4, "input": 8}` -> "W4 A8"; the second operand of a matmul is another A."""
+    if not isinstance(bits, Mapping):
+        return str(bits)
+    letters = {"weight": "W", "input": "A", "second": "A"}
+    parts = [f"{letters.get(name, name + ' ')}{value}" for name, value in bits.items() if value is not None]
+    return " ".join(parts) or "float"
+
+
+def show_plan(plan: Mapping[str, Any]) -> None:
+    """Settings, stages and layers."""
+    console = stdout_console()
+    settings = plan["settings"]
+    name = settings.get("method") or "a recipe of its own"
+    console.print(f"{settings['model']} with {name}, {settings['steps']} steps, seed {settings['seed']}")
+    stages = Table("stage", "settings", title="Stages", title_justify="left")
+    counted = any("evaluations" in stage for stage in plan["stages"])
+    if counted:
+        stages.add_column("network evaluations", justify="right")
+    for stage in plan["stages"]:
+        told = {key: value for key, value in stage.items() if key not in ("stage", "evaluations")}
+        row = [stage["stage"], ", ".join(f"{key}={value}" for key, value in told.items())]
+        stages.add_row(*row, *([f"{stage['evaluations']:,}" if "evaluations" in stage else ""] if counted else []))
+    console.print(stages)
+    layers = plan.get("layers")
+    if layers:
+        table = Table("layer", "bits", title=f"{len(layers)} quantized layers", title_justify="left")
+        for layer, bits in layers.items():
+            table.add_row(layer, _bits_text(bits))
+        console.print(table)
+    if "note" in plan:
+        console.print(plan["note"])
+    console.print("Nothing was written.")
+
+
+def show_quantized(
+    out: Path, resolved: Resolved, description: Mapping[str, Any], figures: Iterable[Mapping[str, Any]]
+) -> None:
+    """What `quantize` made, how long it took, and what to type next."""
+    console = stdout_console()
+    table = Table("stage", "time", title_justify="left")
+    seconds = 0.0
+    for figure in figures:
+        table.add_row(str(figure.get("stage", "")), duration(float(figure.get("seconds", 0.0))))
+        seconds += float(figure.get("seconds", 0.0))
+    console.print(table)
+    size = f" of {_bytes_text(description['bytes'])}" if "bytes" in description else ""
+    console.print(f"{out} is a checkpoint{size}, made in {duration(seconds)}.")
+    console.print(f"Its settings are in {out}.run.yaml.")
+    console.print(f"Next: stepquant sample {out} -o images --grid    or: stepquant evaluate {out}")
+    if resolved.preset == "quick":
+        console.print("The preset was quick: --preset standard takes longer and loses less.")
+
+
+def _bytes_text(count: int) -> str:
+    """1_230_000 -> "1.23 MB"."""
+    number = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000 or unit == "GB":
+            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.2f} {unit}"
+        number /= 1000
+    return ""
+
+
+def show_results(results: Mapping[str, Any]) -> None:
+    """The metrics of one evaluation."""
+    console = stdout_console()
+    console.print(
+        f"{results['candidate']} beside {results['against']}: {results['n']} images, {results['steps']} steps "
+        f"({results['scheduler']}), seeds {_seeds_text(results)}"
+    )
+    table = Table("metric", "value", "95 % interval")
+    for key, metric in results["metrics"].items():
+        unit = f" {metric['unit']}" if metric.get("unit") else ""
+        low, high = metric.get("low"), metric.get("high")
+        interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
+        table.add_row(_METRIC_NAMES.get(key, key), f"{metric['value']:.4g}{unit}", interval)
+    console.print(table)
+    for note in results.get("notes", []):
+        console.print(f"Note: {note}")
+
+
+def _seeds_text(results: Mapping[str, Any]) -> str:
+    """Consecutive seeds are stored by their ends."""
+    seeds = results["seeds"]
+    return f"{seeds[0]}-{seeds[1]}" if len(seeds) < results["n"] else format_seeds(seeds)
+
+
+def show_inspection(description: Mapping[str, Any]) -> None:
+    """Manifest fields that fit on a line, then one row a layer."""
+    console = stdout_console()
+    for key, value in description.items():
+        if isinstance(value, str):
+            console.print(f"{key}: {value}")
+    schedule = description.get("schedule") or {}
+    if schedule:
+        console.print(f"schedule: {schedule.get('steps')} steps of {schedule.get('scheduler', 'an unknown scheduler')}")
+    ratio = f", {description['ratio']:.3f} of the float32 denoiser" if "ratio" in description else ""
+    console.print(f"size: {_bytes_text(description['bytes'])}{ratio}")
+    for kind, count in (description.get("bytes_by_kind") or {}).items():
+        console.print(f"  {kind.replace('_', ' ')}: {_bytes_text(count)}")
+    table = Table("layer", "bits", "bytes", "engine", "why not a faster one")
+    for layer in description["layers"]:
+        refusals = layer.get("refusals") or {}
+        why = "; ".join(f"{engine}: {reason}" for engine, reason in refusals.items())
+        table.add_row(
+            layer["name"], _bits_text(layer["bits"]), f"{layer['bytes']:,}", str(layer.get("engine") or ""), why
+        )
+    console.print(table)
+
+
+def show_methods(name: str | None, json_target: str | None) -> None:
+    """The list of methods, or everything about one."""
+    from stepquant.methods import METHODS
+
+    if name is not None and name not in METHODS:
+        raise SpecError(f"There is no method {name!r}.{nearest(name, METHODS)} `stepquant methods` lists them.")
+    described = {key: _method(key) for key in ([name] if name else METHODS)}
+    if json_target is not None:
+        write_json(described[name] if name else list(described.values()), json_target)
+    if json_target == "-":
+        return
+    if name:
+        _show_method(described[name])
+        return
+    table = Table("method", "what it is")
+    for key, method in described.items():
+        table.add_row(key, method["summary"])
+    console = stdout_console()
+    console.print(table)
+    console.print("`stepquant methods NAME` explains one.")
+
+
+def _method(name: str) -> dict[str, Any]:
+    from stepquant.methods import METHODS, PRESETS
+
+    function = METHODS[name]
+    module = sys.modules[function.__module__]
+    explanation = inspect.cleandoc(module.__doc__ or "")
+    return {
+        "name": name,
+        "summary": explanation.partition("\n")[0],
+        "explanation": explanation,
+        "options": [
+            {"name": option.name, "type": str(option.annotation), "default": _plain_default(option.default)}
+            for option in inspect.signature(function).parameters.values()
+        ],
+        "presets": dict(PRESETS.get(name, {})),
+        "bibtex": str(getattr(module, "BIBTEX", "")),
+    }
+
+
+def _plain_default(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+
+def _show_method(method: Mapping[str, Any]) -> None:
+    console = stdout_console()
+    console.print(method["explanation"])
+    table = Table("option", "type", "default", title="Options (--set option=value)", title_justify="left")
+    for option in method["options"]:
+        table.add_row(option["name"], option["type"], str(option["default"]))
+    console.print()
+    console.print(table)
+    for preset, overrides in method["presets"].items():
+        console.print(f"--preset {preset}: " + ", ".join(f"{key}={value}" for key, value in overrides.items()))
+    if method["bibtex"]:
+        console.print()
+        console.print(method["bibtex"].strip())

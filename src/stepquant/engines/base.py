@@ -1,0 +1,114 @@
+"""Engines: ways to run a quantized layer. An engine says which layers it refuses, and packs the others.
+
+Engines are chosen per layer, so a model may run on several. `simulated` refuses nothing and is what remains where every
+other engine has refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from stepquant.engines.reference import ReferenceEngine
+from stepquant.errors import EngineError, nearest
+from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
+from stepquant.model.surgery import quantized_layers
+
+__all__ = ["Engine", "Placement", "SimulatedEngine", "choose", "engines", "pack_"]
+
+Layer = QuantizedLayer | QuantizedMatmul
+
+
+class Engine(Protocol):
+    """One way to run layers. name: what users call it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def refuses(self, layer: Layer, device: torch.device) -> str | None:
+        """Why this engine cannot run the layer on the device, as a sentence, or None if it can."""
+        ...
+
+    def pack(self, layer: Layer) -> nn.Module:
+        """A module that runs the layer. Only called for layers that are not refused."""
+        ...
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a layer runs. refusals: why every engine that cannot run it cannot."""
+
+    engine: str
+    refusals: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class SimulatedEngine:
+    """Leaves layers as they are: weights in floating point on their grid, inputs rounded and scaled back."""
+
+    name: str = "simulated"
+
+    def refuses(self, layer: Layer, device: torch.device) -> str | None:  # noqa: ARG002
+        return None
+
+    def pack(self, layer: Layer) -> nn.Module:
+        return layer
+
+
+def engines() -> dict[str, Engine]:
+    """Every engine by name."""
+    known: tuple[Engine, ...] = (SimulatedEngine(), ReferenceEngine())
+    return {engine.name: engine for engine in known}
+
+
+# The engines that `auto` asks, in order: the fastest that does not refuse. `reference` trades time for memory and is
+# only used by name. Measured on a UNet of 2.7 million parameters (32x32, one thread): 7.4 times less memory at 4 bits,
+# and 1.30 times (4 bits) or 1.64 times (3 bits) the time of `simulated` at batch 1; 1.00 and 1.12 times at batch 16.
+AUTO_ORDER = ("simulated",)
+
+
+def choose(layer: Layer, device: torch.device, engine: str = "auto") -> Placement:
+    """The engine that runs a layer. Whoever is asked for by name and refuses, hands over to `simulated`.
+
+    Raises EngineError for an unknown engine.
+    """
+    if engine != "auto":
+        _known(engine)
+    answers = {name: known.refuses(layer, device) for name, known in engines().items()}
+    refusals = {name: reason for name, reason in answers.items() if reason is not None}
+    order = AUTO_ORDER if engine == "auto" else (engine, "simulated")
+    return Placement(next(name for name in order if name not in refusals), refusals)
+
+
+def pack_(denoiser: nn.Module, engine: str = "auto") -> dict[str, Placement]:
+    """Put packed layers in the place of the denoiser's quantized ones. Returns where each layer runs.
+
+    engine: a name of `engines()`, or "auto". Layers that it refuses stay simulated.
+    A packed model runs but cannot be saved or calibrated: keep the checkpoint.
+    """
+    if engine != "auto":
+        _known(engine)
+    layers = quantized_layers(denoiser)
+    placed = {name: choose(layer, _device_of(layer), engine) for name, layer in layers.items()}
+    packed = {id(layer): _known(placed[name].engine).pack(layer) for name, layer in layers.items()}
+    for parent in list(denoiser.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is not None and id(child) in packed:
+                parent._modules[key] = packed[id(child)]
+    return placed
+
+
+def _known(name: str) -> Engine:
+    found = engines()
+    if name not in found:
+        names = ("auto", *found)
+        raise EngineError(f"There is no engine {name!r}, only {', '.join(names)}.{nearest(name, names)}")
+    return found[name]
+
+
+def _device_of(layer: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))

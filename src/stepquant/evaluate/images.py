@@ -1,0 +1,146 @@
+"""Images in and out: checks, 8-bit values, grids and folders of PNG files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepquant.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["check_images", "load_png_folder", "save_png", "to_grid", "to_uint8"]
+
+_SEED_NAME = re.compile(r"\d+", re.ASCII)
+
+
+def check_images(images: Tensor, *, what: str) -> None:
+    """Refuse anything but float `[N, C, H, W]` with values in [0, 1].
+
+    what: the name of the tensor in the message.
+
+    Raises EvaluationError: another number of dimensions, no images, not floating point, NaN, or values outside [0, 1].
+    """
+    shape = tuple(images.shape)
+    if images.ndim != 4 or 0 in shape:
+        raise EvaluationError(f"{what} have shape {shape}, expected [N, C, H, W] with at least one pixel.")
+    if not images.is_floating_point():
+        raise EvaluationError(
+            f"{what} have dtype {images.dtype}, expected floats in [0, 1]: divide 8-bit values by 255."
+        )
+    low, high = (float(value) for value in images.aminmax())
+    # Written so that NaN, which compares false with everything, is refused too.
+    if not (low >= 0 and high <= 1):
+        raise EvaluationError(f"{what} have values from {low:g} to {high:g}, expected [0, 1]: clamp or rescale them.")
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """uint8 of the same shape from float `[N, C, H, W]` in [0, 1], to the nearest of 256 levels.
+
+    Truncating, which `ToPILImage` of torchvision does, would darken every image by half a level on average.
+
+    Raises EvaluationError: as `check_images`.
+    """
+    check_images(images, what="Images")
+    return (images.detach().float() * 255).round().to(torch.uint8)
+
+
+def to_grid(images: Tensor, columns: int) -> Image.Image:
+    """One RGB picture of images `[N, C, H, W]` in [0, 1], C = 1 or 3, row by row; free places are white.
+
+    Raises EvaluationError: as `check_images`, another number of channels, or `columns` below 1.
+    """
+    from diffusers.utils import make_image_grid  # here, because importing it takes seconds
+    from PIL import Image
+
+    if columns < 1:
+        raise EvaluationError(f"A grid needs at least 1 column, got {columns}.")
+    pictures = [_to_pil(image) for image in to_uint8(images)]
+    rows = -(-len(pictures) // columns)
+    blank = Image.new("RGB", pictures[0].size, "white")
+    pictures += [blank] * (rows * columns - len(pictures))
+    grid: Image.Image = make_image_grid(pictures, rows=rows, cols=columns)
+    return grid
+
+
+def save_png(image: Tensor, folder: Path, *, seed: int) -> Path:
+    """Write an image `[C, H, W]` in [0, 1], C = 1 or 3, as `folder/000017.png` for seed 17, and return that path.
+
+    The file appears when it is complete, so a killed run leaves no half image.
+
+    Raises EvaluationError: as `check_images`, another number of channels, or a negative seed.
+    """
+    if seed < 0:
+        raise EvaluationError(f"A seed in a file name cannot be negative, got {seed}.")
+    picture = _to_pil(to_uint8(image[None])[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{seed:06d}.png"
+    temporary = folder / f".{path.name}.tmp"
+    picture.save(temporary, format="PNG")
+    return temporary.replace(path)
+
+
+def load_png_folder(folder: Path) -> tuple[list[int], Tensor]:
+    """Seeds, ascending, and their images, float32 `[N, C, H, W]` in [0, 1], of a folder of `000017.png` files.
+
+    Files that do not end in `.png` are passed over. Grey images have one channel, RGB images three.
+
+    Raises EvaluationError: no such folder, no PNG files, a name that is not a seed, a seed that is there twice, a file
+    that is not a readable 8-bit grey or RGB image, or images of different sizes or channels.
+    """
+    by_seed = _paths_by_seed(folder)
+    seeds = sorted(by_seed)
+    images = [_read_png(by_seed[seed]) for seed in seeds]
+    for seed, image in zip(seeds, images, strict=True):
+        if image.shape != images[0].shape:
+            found, expected = tuple(image.shape), tuple(images[0].shape)
+            raise EvaluationError(f"{by_seed[seed]} is {found}, but {by_seed[seeds[0]].name} is {expected} [C, H, W].")
+    return seeds, torch.stack(images).float() / 255
+
+
+def _paths_by_seed(folder: Path) -> dict[int, Path]:
+    if not folder.is_dir():
+        raise EvaluationError(f"{folder} is not a folder: expected one with images like 000017.png.")
+    by_seed: dict[int, Path] = {}
+    for path in sorted(folder.glob("[!.]*.png")):
+        if not _SEED_NAME.fullmatch(path.stem):
+            raise EvaluationError(f"{path} is not named by its seed: expected a name like 000017.png.")
+        seed = int(path.stem)
+        if seed in by_seed:
+            raise EvaluationError(f"Seed {seed} is there twice in {folder}: {by_seed[seed].name} and {path.name}.")
+        by_seed[seed] = path
+    if not by_seed:
+        raise EvaluationError(f"{folder} has no PNG files: expected images like 000017.png.")
+    return by_seed
+
+
+def _read_png(path: Path) -> Tensor:
+    """uint8 `[C, H, W]`."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            mode, pixels = picture.mode, np.array(picture)
+    # Pillow raises SyntaxError and ValueError for some kinds of damage.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise EvaluationError(f"{path} cannot be read as a PNG image: {error}") from error
+    if mode not in ("L", "RGB"):
+        raise EvaluationError(f"{path} has mode {mode}, expected 8-bit grey (L) or RGB: convert it first.")
+    return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)
+
+
+def _to_pil(image: Tensor) -> Image.Image:
+    """From uint8 `[C, H, W]`."""
+    from PIL import Image
+
+    channels = image.shape[0]
+    if channels not in (1, 3):
+        raise EvaluationError(f"Images have {channels} channels, expected 1 (grey) or 3 (RGB).")
+    pixels = image.permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if channels == 1 else pixels))

@@ -1,0 +1,151 @@
+"""What a checkpoint holds, layer by layer, from its manifest and tensor header: no tensor is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepquant.checkpoint import CORRECTION_PREFIX, TENSORS_NAME, check_folder, skeleton
+from stepquant.engines.base import choose
+from stepquant.errors import CheckpointError
+from stepquant.manifest import MANIFEST_NAME, LayerGroup, Manifest, manifest_json, read_manifest
+from stepquant.model.clock import CLOCK_NAME
+from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
+from stepquant.model.surgery import quantized_layers
+from stepquant.storage import Entry, read_header
+
+__all__ = ["inspect_checkpoint"]
+
+KINDS = {0: "matmul", 2: "linear", 3: "conv1d", 4: "conv2d"}
+
+
+def inspect_checkpoint(folder: Path | str) -> dict[str, Any]:
+    """A checkpoint as JSON values, of schema 1.
+
+    manifest: the manifest as it is in the file. base_model, created, stepquant, torch, diffusers, schedule: from it.
+    layers: name, kind, shape, bits (`{"weight", "input", "second"}`, None for floating point; also `weight_bits`,
+        `input_bits`, `second_bits`), rows (the most parameter sets of an activation quantizer), bytes in the file,
+        engine that runs it on the CPU, refusals (engine -> reason). engine is None for a denoiser that diffusers does
+        not know.
+    bytes: of all files. bytes_by_kind: levels, weight_scales, activation_tables, corrections, unquantized,
+        tensor_header, manifest and other_files, which add up to bytes.
+    float32_bytes: of the full-precision denoiser's tensors in float32. ratio: bytes of manifest and denoiser folder to
+        these.
+
+    Raises CheckpointError if manifest or header are damaged. Checksums are not computed: loading does that.
+    """
+    root = Path(folder)
+    check_folder(root)
+    manifest = read_manifest(root)
+    path = root / manifest.denoiser.name / TENSORS_NAME
+    if not path.is_file():
+        raise CheckpointError(f"{root} lacks the file {manifest.denoiser.name}/{TENSORS_NAME}.")
+    entries = read_header(path)
+    files = {file.relative_to(root): file.stat().st_size for file in root.rglob("*") if file.is_file()}
+    ours = sum(size for file, size in files.items() if file.parts[0] in (MANIFEST_NAME, manifest.denoiser.name))
+    float32_bytes = _float32_bytes(manifest, entries)
+    return {
+        "schema": 1,
+        "base_model": manifest.base_model,
+        "created": manifest.created,
+        "stepquant": manifest.stepquant,
+        "torch": manifest.torch,
+        "diffusers": manifest.diffusers,
+        "schedule": manifest.schedule,
+        "manifest": manifest_json(manifest),
+        "layers": _layers(manifest, entries),
+        "bytes": sum(files.values()),
+        "bytes_by_kind": _bytes_by_kind(manifest, entries, path, files),
+        "float32_bytes": float32_bytes,
+        "ratio": ours / float32_bytes if float32_bytes else math.inf,
+    }
+
+
+def _layers(manifest: Manifest, entries: Mapping[str, Entry]) -> list[dict[str, Any]]:
+    model = skeleton(manifest, tensors=len(entries))
+    modules = {} if model is None else quantized_layers(model)
+    sizes: dict[str, int] = {}
+    for tensor, entry in entries.items():
+        owner = _owner(tensor)
+        sizes[owner] = sizes.get(owner, 0) + entry.bytes
+    return [
+        {**_layer(name, shape, group), "bytes": sizes.get(name, 0), **_engine(modules.get(name))}
+        for group in manifest.layers
+        for name, shape in group.layers.items()
+    ]
+
+
+def _owner(tensor: str) -> str:
+    """The layer that a tensor belongs to: `conv.weight_quantizer.scale` and `conv.bias` both belong to `conv`."""
+    parts = tensor.split(".")
+    inside_quantizer = len(parts) > 2 and parts[-2] in ("weight_quantizer", "input_quantizer", "second_quantizer")
+    return ".".join(parts[: -2 if inside_quantizer else -1])
+
+
+def _layer(name: str, shape: tuple[int, ...], group: LayerGroup) -> dict[str, Any]:
+    specs = {"weight": group.scheme.weight, "input": group.scheme.input, "second": group.scheme.second}
+    bits = {operand: None if spec is None else spec.bits for operand, spec in specs.items()}
+    return {
+        "name": name,
+        "kind": KINDS.get(len(shape), "unknown"),
+        "shape": list(shape),
+        "bits": bits,
+        **{f"{operand}_bits": value for operand, value in bits.items()},
+        "rows": max(group.rows.values(), default=0),
+    }
+
+
+def _engine(layer: QuantizedLayer | QuantizedMatmul | None) -> dict[str, Any]:
+    if layer is None:
+        return {"engine": None, "refusals": {}}
+    if isinstance(layer, QuantizedLayer):
+        layer.on_grid = layer.weight_quantizer is not None  # as it will be once it is loaded
+    placement = choose(layer, torch.device("cpu"))
+    return {"engine": placement.engine, "refusals": dict(placement.refusals)}
+
+
+def _quantized_weights(manifest: Manifest) -> dict[str, int]:
+    """Tensor names of the quantized weights, and how many weights each holds."""
+    return {
+        f"{name}.weight": math.prod(shape)
+        for group in manifest.layers
+        if group.scheme.weight is not None
+        for name, shape in group.layers.items()
+    }
+
+
+def _kind(tensor: str, weights: Mapping[str, int]) -> str:
+    if tensor in weights:
+        return "levels"
+    if tensor.startswith(CORRECTION_PREFIX + "."):
+        return "corrections"
+    if ".weight_quantizer." in tensor:
+        return "weight_scales"
+    tables = (".input_quantizer.", ".second_quantizer.")
+    if tensor.startswith(CLOCK_NAME + ".") or any(part in tensor for part in tables):
+        return "activation_tables"
+    return "unquantized"
+
+
+def _float32_bytes(manifest: Manifest, entries: Mapping[str, Entry]) -> int:
+    weights = _quantized_weights(manifest)
+    plain = sum(math.prod(entry.shape) for name, entry in entries.items() if _kind(name, weights) == "unquantized")
+    return 4 * (plain + sum(weights.values()))
+
+
+def _bytes_by_kind(
+    manifest: Manifest, entries: Mapping[str, Entry], path: Path, files: Mapping[Path, int]
+) -> dict[str, int]:
+    kinds = ("levels", "weight_scales", "activation_tables", "corrections", "unquantized")
+    found = dict.fromkeys(kinds, 0)
+    weights = _quantized_weights(manifest)
+    for name, entry in entries.items():
+        found[_kind(name, weights)] += entry.bytes
+    found["tensor_header"] = path.stat().st_size - sum(found.values())
+    found["manifest"] = files[Path(MANIFEST_NAME)]
+    found["other_files"] = sum(files.values()) - sum(found.values())
+    return found

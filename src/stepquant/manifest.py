@@ -1,0 +1,242 @@
+"""What a checkpoint says about itself: `stepquant.json`, as a value that checks itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from stepquant.errors import CheckpointError
+from stepquant.model.assembly import ClockStructure, LayerStructure, Structure
+from stepquant.numerics.spec import LayerScheme
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "ComponentIdentity",
+    "DenoiserIdentity",
+    "LayerGroup",
+    "Manifest",
+    "PipelineIdentity",
+    "config_hash",
+    "group_layers",
+    "manifest_json",
+    "read_manifest",
+    "write_manifest",
+]
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "stepquant.json"
+
+# Far above any real manifest (a hundred thousand layers), and small enough to be read at once.
+MAX_MANIFEST_BYTES = 64_000_000
+
+Library = Literal["diffusers", "transformers", "plain"]
+"""Where a class comes from. "plain" is anything else: never imported, the caller passes the object."""
+
+
+@dataclass(frozen=True)
+class DenoiserIdentity:
+    """name: the pipeline's attribute for the denoiser, and its folder.
+    class_name: class in diffusers' namespace, or `module.Class` for a plain one.
+    config: diffusers' configuration; empty for a plain module.
+    dtype: of the model. dtypes: of the tensors that differ from it, by name.
+    """
+
+    name: str
+    library: Literal["diffusers", "plain"]
+    class_name: str
+    config: dict[str, Any]
+    dtype: str
+    dtypes: dict[str, str]
+
+
+@dataclass(frozen=True)
+class ComponentIdentity:
+    """Another component of the pipeline. dtype: of a component that is a module."""
+
+    library: Library
+    class_name: str
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class PipelineIdentity:
+    """library "stepquant" is `DenoiserPipeline`. arguments: those of the constructor that are not components."""
+
+    library: Literal["diffusers", "stepquant"]
+    class_name: str
+    arguments: dict[str, Any]
+    components: dict[str, ComponentIdentity | None]
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers that share scheme and rows. layers: full name -> shape of the weight, empty for a matmul."""
+
+    scheme: LayerScheme
+    rows: dict[str, int]
+    layers: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything but the tensors. docs/format.md describes each field.
+
+    created: date in the words of the caller; nothing reads the clock, so that equal inputs give equal bytes.
+    correction: `[S, C]` of the step correction, None without one.
+    schedule: `ScheduleFingerprint.to_dict()`.
+    recipe, run, quality: provenance. Loading never needs them.
+    checksums: tensor -> SHA-256 of its bytes.
+    """
+
+    format_version: Literal[1]
+    stepquant: str
+    torch: str
+    diffusers: str
+    created: str
+    base_model: str
+    base_config_hash: str
+    denoiser: DenoiserIdentity
+    pipeline: PipelineIdentity
+    clock: ClockStructure
+    explicit_attention: bool
+    layers: tuple[LayerGroup, ...]
+    correction: tuple[int, int] | None
+    schedule: dict[str, Any] | None
+    recipe: dict[str, Any]
+    run: dict[str, Any]
+    quality: dict[str, Any]
+    checksums: dict[str, str]
+
+    @property
+    def structure(self) -> Structure:
+        """What `assemble_` needs."""
+        layers = {
+            name: LayerStructure(group.scheme, dict(group.rows)) for group in self.layers for name in group.layers
+        }
+        return Structure(self.clock, layers, self.explicit_attention)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Weight shape of every quantized layer."""
+        return {name: shape for group in self.layers for name, shape in group.layers.items()}
+
+
+_ADAPTER = TypeAdapter(Manifest)
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a configuration as JSON with sorted keys, in hexadecimal."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def group_layers(structure: Structure, shapes: Mapping[str, tuple[int, ...]]) -> tuple[LayerGroup, ...]:
+    """Put layers that share scheme and rows together, in the order in which they are met."""
+    groups: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
+    for name, layer in structure.layers.items():
+        key = (layer.scheme, tuple(sorted(layer.rows.items())))
+        groups.setdefault(key, {})[name] = shapes[name]
+    return tuple(LayerGroup(scheme, dict(rows), layers) for (scheme, rows), layers in groups.items())
+
+
+def manifest_json(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as JSON values. Fields at their default are left out."""
+    data: dict[str, Any] = _ADAPTER.dump_python(manifest, mode="json", exclude_defaults=True)
+    return data
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write JSON with one field, layer group or checksum a line. Fields at their default are left out."""
+    for key in ("schedule", "recipe", "run", "quality"):
+        _check_json(key, getattr(manifest, key))
+    data = manifest_json(manifest)
+    lines = [f" {json.dumps(key)}: {_field_text(key, value)}" for key, value in data.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _field_text(key: str, value: Any) -> str:
+    if key == "layers":
+        return "[" + ",".join(f"\n  {_json_text(item)}" for item in value) + "]"
+    if key == "checksums":
+        return "{" + ",".join(f"\n  {json.dumps(name)}:{json.dumps(value[name])}" for name in sorted(value)) + "}"
+    return _json_text(value)
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _check_json(key: str, value: Any) -> None:
+    """The caller's own values must come back as they were; pydantic would write NaN as null."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{key} of the manifest is not JSON: {error}.") from None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a checkpoint folder. Raises CheckpointError naming the field."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a stepquant checkpoint: it has no {MANIFEST_NAME}.")
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; a manifest has at most {MAX_MANIFEST_BYTES}.")
+    text = path.read_bytes()
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path} is not JSON: the file is damaged.") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected an object.")
+    version = data.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        writer = data.get("stepquant", "of unknown version")
+        raise CheckpointError(
+            f"{path} has format version {version!r}, written by stepquant {writer}; "
+            f"this stepquant reads version {FORMAT_VERSION}. Install the version that wrote it."
+        )
+    manifest = _validated(path, text)
+    _refuse_unknown_keys(path, data, _ADAPTER.dump_python(manifest, mode="json"))
+    _check_names(path, manifest)
+    return manifest
+
+
+def _validated(path: Path, text: bytes) -> Manifest:
+    try:
+        return _ADAPTER.validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        found = "" if first["type"] == "missing" else f", found {str(first['input'])[:200]!r}"
+        raise CheckpointError(f"{path}, {where}: {first['msg']}{found}.") from None
+
+
+def _refuse_unknown_keys(path: Path, given: Any, understood: Any, where: str = "") -> None:
+    """Everything in the file must have been understood: what a newer version added must not be dropped in silence."""
+    if isinstance(given, dict) and isinstance(understood, dict):
+        for key, value in given.items():
+            if key not in understood:
+                raise CheckpointError(f"{path}, {where}{key}: unknown key.")
+            _refuse_unknown_keys(path, value, understood[key], f"{where}{key}.")
+    elif isinstance(given, list) and isinstance(understood, list):
+        for index, (one, other) in enumerate(zip(given, understood, strict=True)):
+            _refuse_unknown_keys(path, one, other, f"{where}{index}.")
+
+
+def _check_names(path: Path, manifest: Manifest) -> None:
+    """Component names become folder names, so they must be plain words."""
+    names: Iterable[str] = (manifest.denoiser.name, *manifest.pipeline.components)
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name):
+            raise CheckpointError(f"{path}: component name {name!r} is not a plain word and cannot name a folder.")
+    if sum(len(group.layers) for group in manifest.layers) != len(manifest.shapes):
+        raise CheckpointError(f"{path}, layers: a layer is listed twice.")
+    if config_hash(manifest.denoiser.config) != manifest.base_config_hash:
+        raise CheckpointError(f"{path}, denoiser.config: does not have the hash base_config_hash; it has been edited.")

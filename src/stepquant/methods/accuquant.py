@@ -1,0 +1,344 @@
+"""AccuQuant: calibrate on several simulated denoising steps.
+
+S. Lee, J. Choi, B. Son, J. Moon, J. Jeon, B. Ham, "AccuQuant: Simulating Multiple Denoising Steps for Quantizing
+Diffusion Models", NeurIPS 2025, arXiv:2510.20348.
+
+Earlier methods match every step on its own, as in training; errors of sampling add up instead. AccuQuant runs a window
+of M consecutive steps from the full-precision state at its start, in full precision and quantized, and matches the
+states at the window's end:
+
+    x~_0 = x_0,   x~_{j+1} = F_j(x~_j; theta) = a_j x~_j + b_j eps_q(x~_j, t_j; theta)
+    L(theta) = || x~_M - x_M ||^2
+
+The gradient at every intermediate state is taken to be the gradient at the last one (the paper's approximation, the
+dashed arrows of its method figure), so one network graph is in memory whatever M is:
+
+    dL/dtheta ~ sum_j (dF_j(x~_j; theta) / dtheta)^T lambda_M,   lambda_M = dL/dx~_M
+
+Letters of the paper and our names: M is `window`, theta the rounding variables `SoftRounding.alpha` and the activation
+scales `InputQuantizer.scale`, F_j is `advance`, lambda_M the adjoint of `window_gradient`.
+
+Differs from the paper (which does not publish M per model, learning rates, iterations, batch or what is learnable):
+- `gradient="exact"` and `"per_step"` are further modes: the true gradient by recomputation, at the same cost and
+  memory, and a truncated one that pulls every step to its full-precision state.
+- No coefficient on the dashed arrows: the figure shows none (c = 1).
+- Blocks are rounded first as in Q-Diffusion; the window stage then reopens all roundings from a point between the
+  full-precision fraction and the present rounding (`keep_rounding`), and learns weights and scales together.
+- For the last fifth of the iterations (`settle`) weights are rounded for good and only scales go on learning, so that
+  scales fit the weights that are saved.
+- Scales learn at a rate relative to their size, with cosine decay.
+- Windows may have different lengths (`windows`), the one near the image is best kept short: there the remaining steps
+  erase part of earlier errors, and the identity approximation is least true.
+- `rows="window"` gives every window activation parameters of its own.
+- `free_run` starts that share of the windows from the quantized model's own state instead of the full-precision one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from stepquant.calibrate.ranges import RangeRule
+from stepquant.calibrate.reconstruct import (
+    RoundBlocks,
+    ScaleBlocks,
+    adam_state,
+    clamp_scales_,
+    load_adam_state_,
+    soft_roundings,
+    soften_all_,
+)
+from stepquant.calibrate.rounding import (
+    SoftRounding,
+    annealed_beta,
+    cosine,
+    harden_soft_,
+    input_scales,
+    materialised,
+    relative_groups,
+)
+from stepquant.calibrate.stages import FitInputRanges, LayerRule
+from stepquant.calibrate.trajectory import State, Trajectory, replay
+from stepquant.calibrate.windows import GradientMode, equal_windows, window_gradient, windows_of
+from stepquant.errors import SpecError, nearest
+from stepquant.methods.baseline import start
+from stepquant.model.layer import QuantizedLayer
+from stepquant.model.quantizer import InputQuantizer
+from stepquant.model.surgery import Ends, quantized_layers
+from stepquant.recipe import Figures, Job, Recipe
+
+__all__ = ["BIBTEX", "PRESETS", "AccuQuantWindows", "accuquant"]
+
+BIBTEX = """@inproceedings{lee2025accuquant,
+  title     = {AccuQuant: Simulating Multiple Denoising Steps for Quantizing Diffusion Models},
+  author    = {Lee, S. and Choi, J. and Son, B. and Moon, J. and Jeon, J. and Ham, B.},
+  booktitle = {NeurIPS},
+  year      = {2025}
+}"""
+
+PRESETS: dict[str, dict[str, object]] = {
+    "quick": {"samples": 32, "iterations": 60, "block_iterations": 60, "block_lr": 2e-2, "lr_weights": 1e-2},
+    "standard": {"samples": 64, "iterations": 400, "block_iterations": 200, "block_lr": 1e-2, "lr_weights": 5e-3},
+    "full": {"samples": 256},
+}
+
+KEEP_EVERY = 20
+"""Iterations between two states written for resuming."""
+
+
+@dataclass(frozen=True)
+class AccuQuantWindows:
+    """Learn rounding and activation scales of the whole network through windows of simulated steps.
+
+    window: steps per window, M; ignored if `windows` gives the length of each window, noise first.
+    gradient: identity (the paper), exact, or per_step.
+    iterations: windows drawn, each on one recorded mini-batch.
+    lr_weights, lr_scales: Adam's rates; that of scales is relative to each scale and decays to 0 by a cosine.
+    learn_weights: False keeps the rounding and learns scales only.
+    keep_rounding: where rounding starts, from 0 (the full-precision fraction) to 1 (the present rounding).
+    settle: share of the iterations at the end that learns scales only, behind hard weights.
+    free_run: share of windows that start from the quantized model's own state.
+    """
+
+    window: int = 5
+    windows: tuple[int, ...] | None = None
+    gradient: GradientMode = "identity"
+    iterations: int = 3_000
+    lr_weights: float = 1e-3
+    lr_scales: float = 4e-3
+    learn_weights: bool = True
+    keep_rounding: float = 0.6
+    round_weight: float = 0.01
+    warmup: float = 0.2
+    settle: float = 0.2
+    free_run: float = 0.0
+
+    needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "plan", "model"})
+    gives: ClassVar[frozenset[str]] = frozenset({"model"})
+
+    def __post_init__(self) -> None:
+        modes = ("identity", "exact", "per_step")
+        if self.gradient not in modes:
+            raise SpecError(
+                f"gradient must be one of {', '.join(modes)}, found {self.gradient!r}."
+                f"{nearest(str(self.gradient), modes)}"
+            )
+        for name, value in (
+            ("keep_rounding", self.keep_rounding),
+            ("settle", self.settle),
+            ("free_run", self.free_run),
+        ):
+            if not 0 <= value <= 1:
+                raise SpecError(f"{name} must lie in [0, 1], found {value}.")
+
+    def run(self, job: Job) -> Figures:
+        trajectories: list[Trajectory] = job.handed["trajectories"]
+        steps = len(trajectories[0].steps)
+        windows = windows_of(self.windows or equal_windows(steps, self.window), steps)
+        fitting = _Fitting.begin(self, job)
+        first = fitting.resume()
+        history: list[list[float]] = fitting.history
+        with job.run.progress.track(f"AccuQuant, {self.gradient} gradient", self.iterations) as advance:
+            advance(first)
+            for iteration in range(first, self.iterations):
+                generator = job.run.generator("accuquant", iteration)
+                number = int(torch.randint(len(windows), (1,), generator=generator))
+                trajectory = trajectories[int(torch.randint(len(trajectories), (1,), generator=generator))]
+                free = bool(torch.rand(1, generator=generator) < self.free_run)
+                loss = fitting.iterate(iteration, trajectory, windows[number], free)
+                history.append([number, loss])
+                if (iteration + 1) % KEEP_EVERY == 0:
+                    fitting.keep(iteration + 1)
+                advance(1)
+        fitting.finish()
+        passes = 3 if self.gradient == "per_step" else 4
+        images = trajectories[0].batch
+        drawn = sum(windows[int(number)][1] - windows[int(number)][0] for number, _ in history)
+        # A free-run start walks from the noise to the window, forward only.
+        walked = self.free_run * sum(windows[int(number)][0] for number, _ in history)
+        return {
+            "windows": [list(window) for window in windows],
+            "losses": history,
+            "evaluations": round(images * (passes * drawn + walked)),
+        }
+
+
+@dataclass
+class _Fitting:
+    """The variables and optimizers of one run of the stage."""
+
+    stage: AccuQuantWindows
+    job: Job
+    layers: Mapping[str, QuantizedLayer]
+    soft: dict[str, SoftRounding]
+    scales: dict[str, InputQuantizer]
+    least: dict[str, torch.Tensor]
+    weight_optimizer: torch.optim.Adam | None
+    scale_optimizer: torch.optim.Adam | None
+    history: list[list[float]]
+
+    @classmethod
+    def begin(cls, stage: AccuQuantWindows, job: Job) -> _Fitting:
+        every = quantized_layers(job.denoiser)
+        layers = {name: layer for name, layer in every.items() if isinstance(layer, QuantizedLayer)}
+        if stage.learn_weights:
+            soften_all_(job, layers, keep=stage.keep_rounding)
+        soft, scales = soft_roundings(layers), input_scales(every)
+        return cls(
+            stage=stage,
+            job=job,
+            layers=layers,
+            soft=soft,
+            scales=scales,
+            least={name: quantizer.scale.detach() / 10 for name, quantizer in scales.items()},
+            weight_optimizer=torch.optim.Adam([s.alpha for s in soft.values()], lr=stage.lr_weights) if soft else None,
+            scale_optimizer=torch.optim.Adam(relative_groups(scales, stage.lr_scales)) if scales else None,
+            history=[],
+        )
+
+    @property
+    def soft_iterations(self) -> int:
+        return round(self.stage.iterations * (1 - self.stage.settle))
+
+    def iterate(self, iteration: int, trajectory: Trajectory, window: tuple[int, int], free: bool) -> float:
+        """One window: gradients, then one step of both optimizers."""
+        if iteration >= self.soft_iterations:
+            self._harden()
+        start, stop = window
+        state = self._free_run(trajectory, start) if free else None
+        optimizers = [o for o in (self.weight_optimizer, self.scale_optimizer) if o is not None]
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        with materialised(self.layers):
+            loss = window_gradient(self.job.denoiser, trajectory, start, stop, mode=self.stage.gradient, state=state)
+        self._regularise(iteration)
+        if self.scale_optimizer is not None:
+            for group in self.scale_optimizer.param_groups:
+                group["lr"] = group["base_lr"] * cosine(iteration / self.stage.iterations)
+        for optimizer in optimizers:
+            optimizer.step()
+        clamp_scales_(self.scales, self.least)
+        return loss
+
+    def _free_run(self, trajectory: Trajectory, start: int) -> State | None:
+        with torch.no_grad(), materialised(self.layers):
+            states = list(replay(self.job.denoiser, trajectory, 0, start))
+        return states[-1] if states else None
+
+    def _regularise(self, iteration: int) -> None:
+        beta = annealed_beta(iteration / max(1, self.soft_iterations), self.stage.warmup)
+        if beta is None or not self.soft:
+            return
+        for rounding in self.soft.values():
+            (self.stage.round_weight * rounding.regulariser(beta)).backward()  # type: ignore[no-untyped-call]
+
+    def _harden(self) -> None:
+        for name in self.soft:
+            harden_soft_(self.layers[name])
+        self.soft = {}
+        self.weight_optimizer = None
+
+    def finish(self) -> None:
+        """Round for good and stop asking for gradients."""
+        self._harden()
+        for quantizer in self.scales.values():
+            quantizer.scale.requires_grad_(False)
+            quantizer.scale.grad = None
+
+    def keep(self, iteration: int) -> None:
+        """Write everything that the rest of the stage depends on."""
+        if self.job.keeper is None:
+            return
+        tensors = {f"alpha.{name}": rounding.alpha.detach() for name, rounding in self.soft.items()}
+        tensors |= {f"scale.{name}": quantizer.scale.detach() for name, quantizer in self.scales.items()}
+        if not self.soft and self.stage.learn_weights:
+            tensors |= {f"weight.{name}": layer.weight.detach() for name, layer in self.layers.items()}
+        for prefix, optimizer in (("weights", self.weight_optimizer), ("scales", self.scale_optimizer)):
+            if optimizer is not None:
+                tensors |= {f"{prefix}.{name}": value for name, value in adam_state(optimizer).items()}
+        self.job.keeper.save("windows", tensors, {"iteration": iteration, "history": self.history})
+
+    def resume(self) -> int:
+        """Continue from the last kept state; returns the iteration to begin with."""
+        kept = self.job.keeper.load("windows") if self.job.keeper else None
+        if kept is None:
+            return 0
+        tensors, meta = kept
+        self.history.extend(meta["history"])
+        iteration = int(meta["iteration"])
+        with torch.no_grad():
+            for name, quantizer in self.scales.items():
+                quantizer.scale.copy_(tensors[f"scale.{name}"])
+            for name, rounding in self.soft.items():
+                if f"alpha.{name}" in tensors:
+                    rounding.alpha.copy_(tensors[f"alpha.{name}"])
+        if any(name.startswith("weight.") for name in tensors):
+            self._harden()
+            for name, layer in self.layers.items():
+                layer.weight.data.copy_(tensors[f"weight.{name}"])
+        for prefix, optimizer in (("weights.", self.weight_optimizer), ("scales.", self.scale_optimizer)):
+            if optimizer is not None:
+                load_adam_state_(
+                    optimizer, {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+                )
+        return iteration
+
+
+def accuquant(
+    *,
+    weights: int | None = 4,
+    activations: int | None = 8,
+    samples: int = 256,
+    batch: int = 16,
+    every: int = 1,
+    window: int = 5,
+    windows: Sequence[int] | None = None,
+    gradient: GradientMode = "identity",
+    rows: Literal["shared", "window"] = "shared",
+    iterations: int = 3_000,
+    lr_weights: float = 1e-3,
+    lr_scales: float = 4e-3,
+    learn_weights: bool = True,
+    free_run: float = 0.0,
+    block_iterations: int = 2_000,
+    block_lr: float = 1e-3,
+    scale_iterations: int = 0,
+    ends: Ends = "8bit",
+    softmax_bits: int | None = 8,
+    group_size: int | None = None,
+    ranges: RangeRule = "mse",
+    rules: tuple[LayerRule, ...] = (),
+) -> Recipe:
+    """Block-wise AdaRound as a start, then windows of simulated steps for rounding and activation scales."""
+    beginning = start(
+        weights=weights,
+        activations=activations,
+        samples=samples,
+        batch=batch,
+        every=every,
+        ends=ends,
+        softmax_bits=softmax_bits,
+        group_size=group_size,
+        ranges=ranges,
+        rules=rules,
+    )
+    lengths = None if windows is None else tuple(windows)
+    if rows == "window" and lengths is None:
+        raise SpecError('rows="window" needs the window lengths: pass windows=(5, 5, 5, 5), or whatever adds up.')
+    blocks = (RoundBlocks(iterations=block_iterations, lr=block_lr),) if block_iterations else ()
+    scales = (ScaleBlocks(iterations=scale_iterations),) if scale_iterations else ()
+    ranges_of_inputs = FitInputRanges(ranges, windows=lengths if rows == "window" else None)
+    fit = AccuQuantWindows(
+        window=window,
+        windows=lengths,
+        gradient=gradient,
+        iterations=iterations,
+        lr_weights=lr_weights,
+        lr_scales=lr_scales,
+        learn_weights=learn_weights,
+        free_run=free_run,
+    )
+    return Recipe("accuquant", (*beginning, *blocks, ranges_of_inputs, *scales, fit))

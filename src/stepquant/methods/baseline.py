@@ -1,0 +1,80 @@
+"""Round to nearest, and the stages that every method starts from.
+
+    w_hat = scale * (clamp(round(w / scale) + zero_point) - zero_point), scale by the best of 80 shrunk ranges
+
+No learning: what every other method has to beat at the same bits. Also the start of every recipe: record the
+full-precision pipeline, choose calibration samples, place quantizers, fit first ranges.
+
+Differs from the paper: there is no paper; ranges follow the public code of Q-Diffusion (80 candidates, p = 2.4).
+"""
+
+from __future__ import annotations
+
+from stepquant.calibrate.ranges import RangeRule
+from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, LayerRule, Place, Record, Select
+from stepquant.model.surgery import Ends
+from stepquant.recipe import Recipe
+
+__all__ = ["BIBTEX", "PRESETS", "rtn", "start"]
+
+BIBTEX = ""
+
+PRESETS: dict[str, dict[str, object]] = {
+    "quick": {"samples": 32},
+    "standard": {"samples": 64},
+    "full": {"samples": 256},
+}
+
+
+def start(
+    *,
+    weights: int | None,
+    activations: int | None,
+    samples: int,
+    batch: int,
+    every: int,
+    ends: Ends,
+    softmax_bits: int | None,
+    group_size: int | None,
+    ranges: RangeRule,
+    rules: tuple[LayerRule, ...],
+) -> tuple[Record, Select, Place, FitWeightRanges]:
+    """Record, select, place, fit weight ranges: the common beginning of all recipes."""
+    place = Place(
+        weights=weights,
+        activations=activations,
+        ends=ends,
+        softmax_bits=softmax_bits,
+        group_size=group_size,
+        rules=rules,
+    )
+    return Record(samples=samples, batch=batch), Select(every=every), place, FitWeightRanges(ranges)
+
+
+def rtn(
+    *,
+    weights: int | None = 4,
+    activations: int | None = 8,
+    samples: int = 64,
+    batch: int = 16,
+    every: int = 1,
+    ends: Ends = "8bit",
+    softmax_bits: int | None = 8,
+    group_size: int | None = None,
+    ranges: RangeRule = "mse",
+    rules: tuple[LayerRule, ...] = (),
+) -> Recipe:
+    """Round every weight to the nearest level; activation ranges from recorded samples."""
+    beginning = start(
+        weights=weights,
+        activations=activations,
+        samples=samples,
+        batch=batch,
+        every=every,
+        ends=ends,
+        softmax_bits=softmax_bits,
+        group_size=group_size,
+        ranges=ranges,
+        rules=rules,
+    )
+    return Recipe("rtn", (*beginning, FitInputRanges(ranges)))

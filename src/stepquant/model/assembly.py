@@ -1,0 +1,117 @@
+"""The structure of a quantized denoiser as plain data, and back: shared by checkpoints and by resumable work folders.
+
+A structure says which layers are quantized and how, how many timestep bins the clock has, and how many rows each
+activation quantizer has. It holds no tensors: `assemble_` gives every quantizer buffers of the right shape, and the
+caller loads the values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from stepquant.errors import ModelError
+from stepquant.model.clock import StepClock, attach_clock, clock_of
+from stepquant.model.families import make_attention_explicit_
+from stepquant.model.layer import Matmul, QuantizedLayer, QuantizedMatmul
+from stepquant.model.quantizer import DynamicQuantizer, InputQuantizer, WeightQuantizer
+from stepquant.model.surgery import operand_specs, quantizable, quantized_layers, swap_layers_
+from stepquant.numerics.affine import QParams, grouped
+from stepquant.numerics.spec import LayerScheme, QuantSpec
+
+__all__ = ["ClockStructure", "LayerStructure", "Structure", "assemble_", "describe", "empty_input_quantizer"]
+
+
+@dataclass(frozen=True)
+class ClockStructure:
+    """bins: number of timestep bins; argument, position: where the denoiser takes its timestep."""
+
+    bins: int
+    argument: str
+    position: int
+
+
+@dataclass(frozen=True)
+class LayerStructure:
+    """scheme: how the layer is quantized. rows: parameter sets of its static activation quantizers, by attribute."""
+
+    scheme: LayerScheme
+    rows: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """explicit_attention: whether attention runs through `ExplicitAttention` (its matmuls are layers)."""
+
+    clock: ClockStructure
+    layers: dict[str, LayerStructure]
+    explicit_attention: bool
+
+
+def _spec_of(quantizer: nn.Module | None, where: str) -> QuantSpec | None:
+    if quantizer is None:
+        return None
+    if isinstance(quantizer, WeightQuantizer | InputQuantizer | DynamicQuantizer):
+        return quantizer.spec
+    raise ModelError(
+        f"{where} holds {type(quantizer).__name__}, which is only for calibration: the stage that put it there must "
+        "harden it before the model is saved."
+    )
+
+
+def describe(denoiser: nn.Module) -> Structure:
+    """The structure of a quantized denoiser. Raises ModelError if something is not hardened."""
+    clock = clock_of(denoiser)
+    if clock is None:
+        raise ModelError(f"{type(denoiser).__name__} has no step clock: it has not been quantized.")
+    layers: dict[str, LayerStructure] = {}
+    for name, layer in quantized_layers(denoiser).items():
+        inputs = {"input_quantizer": layer.input_quantizer}
+        if isinstance(layer, QuantizedMatmul):
+            inputs["second_quantizer"] = layer.second_quantizer
+        weight = layer.weight_quantizer if isinstance(layer, QuantizedLayer) else None
+        scheme = LayerScheme(
+            weight=_spec_of(weight, f"The weight of {name}"),
+            input=_spec_of(layer.input_quantizer, f"The input of {name}"),
+            second=_spec_of(inputs.get("second_quantizer"), f"The second operand of {name}"),
+        )
+        rows = {key: value.rows for key, value in inputs.items() if isinstance(value, InputQuantizer)}
+        layers[name] = LayerStructure(scheme, rows)
+    explicit = any(isinstance(layer, QuantizedMatmul) for layer in quantized_layers(denoiser).values())
+    explicit = explicit or any(isinstance(module, Matmul) for module in denoiser.modules())
+    return Structure(ClockStructure(clock.bins, clock.argument, clock.position), layers, explicit)
+
+
+def empty_input_quantizer(spec: QuantSpec, clock: StepClock, rows: int) -> nn.Module:
+    """A quantizer of the right shape whose values are still to be loaded."""
+    if spec.dynamic:
+        return DynamicQuantizer(spec)
+    return InputQuantizer(spec, clock, QParams(torch.ones(rows), torch.zeros(rows)))
+
+
+def _empty_weight_quantizer(spec: QuantSpec, weight: torch.Tensor) -> WeightQuantizer:
+    shape = (*grouped(torch.empty(weight.shape, device="meta"), spec).shape[:-1], 1)
+    return WeightQuantizer(spec, QParams(torch.ones(shape), torch.zeros(shape)))
+
+
+def assemble_(denoiser: nn.Module, structure: Structure) -> None:
+    """Turn a float denoiser into the quantized one that `structure` describes; all quantizer values are placeholders."""
+    if structure.explicit_attention:
+        make_attention_explicit_(denoiser)
+    known = quantizable(denoiser)
+    swap_layers_(denoiser, {name: layer.scheme for name, layer in structure.layers.items()})
+    clock = StepClock(torch.arange(structure.clock.bins - 1), structure.clock.argument, structure.clock.position)
+    attach_clock(denoiser, clock)
+    layers = quantized_layers(denoiser)
+    for name, described in structure.layers.items():
+        layer = layers[name]
+        if isinstance(layer, QuantizedMatmul) and described.scheme.weight is not None:
+            raise ModelError(f"{name} is a matmul and has no weight, but its scheme quantizes one.")
+        if isinstance(layer, QuantizedLayer) and described.scheme.second is not None:
+            raise ModelError(f"{name} is a {type(known[name]).__name__} and has one input, but its scheme has two.")
+        if isinstance(layer, QuantizedLayer) and described.scheme.weight is not None:
+            layer.weight_quantizer = _empty_weight_quantizer(described.scheme.weight, layer.weight)
+        for attribute, spec in operand_specs(described.scheme):
+            setattr(layer, attribute, empty_input_quantizer(spec, clock, described.rows.get(attribute, 1)))

@@ -1,0 +1,177 @@
+"""The one file that knows diffusers' class names: where a pipeline keeps its denoiser, blocks and attention."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.errors import ModelError
+from stepquant.model.layer import Matmul
+
+__all__ = [
+    "ExplicitAttention",
+    "block_classes",
+    "end_layers",
+    "find_denoiser",
+    "make_attention_explicit_",
+    "timestep_argument",
+]
+
+# Where pipelines keep the network that runs at every step, in the order in which they are looked for.
+DENOISER_NAMES = ("unet", "transformer", "prior", "denoiser")
+
+# Residual, attention and transformer blocks: what block reconstruction fits as one unit.
+BLOCK_CLASSES = frozenset(
+    {
+        "ResnetBlock2D",
+        "ResnetBlockCondNorm2D",
+        "BasicTransformerBlock",
+        "Attention",
+        "JointTransformerBlock",
+        "FluxTransformerBlock",
+        "FluxSingleTransformerBlock",
+        "SanaTransformerBlock",
+        "WanTransformerBlock",
+        "TimestepEmbedding",
+    }
+)
+
+# Layers that read the sample and that write the prediction, by name, first match wins.
+FIRST_LAYERS = ("conv_in", "pos_embed.proj", "x_embedder", "patch_embedding", "proj_in")
+LAST_LAYERS = ("conv_out", "proj_out_2", "proj_out")
+
+
+def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
+    """Name and module of the network that the pipeline runs at every step."""
+    for name in DENOISER_NAMES:
+        module = getattr(pipe, name, None)
+        if isinstance(module, nn.Module):
+            return name, module
+    raise ModelError(
+        f"No denoiser was found in {type(pipe).__name__}: it has none of {', '.join(DENOISER_NAMES)}. Wrap a plain "
+        "torch module and a scheduler in stepquant.DenoiserPipeline."
+    )
+
+
+def timestep_argument(denoiser: nn.Module) -> tuple[str, int]:
+    """Name and position of the timestep among the arguments of the denoiser's `forward`."""
+    names = [name for name in inspect.signature(denoiser.forward).parameters]
+    for wanted in ("timestep", "timesteps", "t", "time"):
+        if wanted in names:
+            return wanted, names.index(wanted)
+    if len(names) >= 2:
+        return names[1], 1
+    raise ModelError(f"{type(denoiser).__name__}.forward{tuple(names)} has no timestep argument.")
+
+
+def block_classes(denoiser: nn.Module) -> frozenset[str]:
+    """Class names of the blocks that a reconstruction fits as one unit."""
+    own = getattr(denoiser, "_repeated_blocks", None) or ()
+    declared = getattr(denoiser, "stepquant_blocks", ())
+    return BLOCK_CLASSES | set(own) | set(declared)
+
+
+def end_layers(layers: list[str]) -> tuple[str, str]:
+    """The layer that reads the sample and the one that writes the prediction.
+
+    By name where one of diffusers' usual names is there, otherwise the first and last of `layers`, which are in order
+    of execution.
+    """
+
+    def pick(names: tuple[str, ...], fallback: str) -> str:
+        return next((name for name in names if name in layers), fallback)
+
+    return pick(FIRST_LAYERS, layers[0]), pick(LAST_LAYERS, layers[-1])
+
+
+class ExplicitAttention(nn.Module):
+    """Attention processor for diffusers' `Attention` with its two matmuls as modules.
+
+    Computes what `AttnProcessor` computes: softmax(q k^T * scale + mask) v, with group norm, cross attention,
+    query and key norms, and the residual connection of the attention block.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = Matmul("scores")
+        self.values = Matmul("values")
+
+    # diffusers' `Attention` drops keyword arguments, `temb` among them, that the signature of `__call__` does not name.
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        result: Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return result
+
+    def forward(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        shape = hidden_states.shape
+        if hidden_states.ndim == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        batch, length, _ = hidden_states.shape if encoder_hidden_states is None else encoder_hidden_states.shape
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = hidden_states
+        if encoder_hidden_states is not None:
+            context = encoder_hidden_states
+            if attn.norm_cross:
+                context = attn.norm_encoder_hidden_states(context)
+
+        def heads(x: Tensor) -> Tensor:  # [B, T, heads * d] -> [B, heads, T, d]
+            return x.reshape(*x.shape[:2], attn.heads, -1).transpose(1, 2)
+
+        query, key, value = heads(attn.to_q(hidden_states)), heads(attn.to_k(context)), heads(attn.to_v(context))
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        scale = attn.scale if attn.scale is not None else 1 / math.sqrt(query.shape[-1])
+        scores = self.scores(query, key.transpose(-1, -2)) * scale
+        if attention_mask is not None:
+            mask = attn.prepare_attention_mask(attention_mask, length, batch)
+            scores = scores + mask.view(batch, attn.heads, -1, mask.shape[-1])
+        weights = torch.softmax(scores.float(), dim=-1).to(value.dtype)
+        result: Tensor = self.values(weights, value).transpose(1, 2).flatten(2)
+        result = attn.to_out[1](attn.to_out[0](result))
+        if len(shape) == 4:
+            result = result.transpose(1, 2).reshape(shape)
+        if attn.residual_connection:
+            result = result + residual
+        rescaled: Tensor = result / attn.rescale_output_factor
+        return rescaled
+
+
+def make_attention_explicit_(denoiser: nn.Module) -> list[str]:
+    """Give every diffusers `Attention` with the standard processor the explicit one.
+
+    Returns the attention modules that were left as they are because their processor computes something else; their
+    matmuls stay in floating point.
+    """
+    left: list[str] = []
+    for name, module in denoiser.named_modules():
+        processor = getattr(module, "processor", None)
+        if processor is None or not hasattr(module, "set_processor"):
+            continue
+        if type(module).__name__ == "Attention" and type(processor).__name__ in ("AttnProcessor", "AttnProcessor2_0"):
+            module.set_processor(ExplicitAttention())
+        elif not isinstance(processor, ExplicitAttention):
+            left.append(name)
+    return left

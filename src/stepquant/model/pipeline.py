@@ -1,0 +1,190 @@
+"""The smallest sampling pipeline: any torch denoiser, any scheduler that speaks diffusers' language.
+
+    x_0     = init_noise_sigma * z,   z ~ N(0, 1)
+    x_{k+1} = scheduler.step(denoiser(scheduler.scale_model_input(x_k, t_k), t_k), t_k, x_k)
+
+It is for models that have no diffusers pipeline of their own: the demo models, research code, tests.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from stepquant.errors import SpecError
+
+__all__ = ["DenoiserPipeline", "Generators", "PipelineOutput"]
+
+OutputType = Literal["np", "pil", "pt", "latent"]
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What a call of the pipeline returns.
+
+    images: "np": float32 array [B, H, W, C] in [0, 1]; "pil": list of images; "pt": tensor [B, C, H, W] in [0, 1];
+        "latent": tensor [B, C, H, W] as the last step left it.
+    """
+
+    images: Any
+
+
+class DenoiserPipeline:
+    """Samples from a denoiser that is called as `denoiser(sample, timestep)`.
+
+    denoiser: returns the prediction as a tensor, or in an object with an attribute `sample`.
+    scheduler: one of diffusers', or anything with `set_timesteps`, `timesteps` and `step`.
+    sample_shape: (C, H, W) of one image.
+    max_timestep: leave out the scheduler's timesteps above this one, as cosine schedules need where alpha_bar is so
+        close to 0 that dividing by its root blows up. Fewer steps are run then than were asked for. It suits
+        schedulers that find the previous timestep from the current one (DDIM computes t - T // n, DDPM likewise);
+        those that keep a table by step index are refused.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        scheduler: Any,
+        sample_shape: tuple[int, int, int],
+        *,
+        max_timestep: int | None = None,
+    ) -> None:
+        self.denoiser = denoiser
+        self.scheduler = scheduler
+        self.sample_shape = tuple(sample_shape)
+        self.max_timestep = max_timestep
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return _first_floating(self.denoiser).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the denoiser's parameters; the noise is drawn in it."""
+        return _first_floating(self.denoiser).dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the denoiser as `nn.Module.to` does."""
+        self.denoiser.to(*args, **kwargs)
+        return self
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Accepted because diffusers' pipelines have it; this pipeline shows no bar."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        *,
+        batch_size: int = 1,
+        generator: Generators = None,
+        num_inference_steps: int = 50,
+        eta: float = 0.0,
+        output_type: OutputType = "np",
+    ) -> PipelineOutput:
+        """Sample `batch_size` images.
+
+        generator: one for the whole batch, or one per image; on whatever device, the noise is moved to the denoiser's.
+        eta: handed to the scheduler if its `step` takes it (DDIM: 0 is deterministic, 1 has DDPM's variance).
+
+        Raises SpecError if the numbers of generators and images differ, for an unknown `output_type`, and if
+        `max_timestep` does not go with the scheduler.
+        """
+        if output_type not in ("np", "pil", "pt", "latent"):
+            raise SpecError(f"output_type is {output_type!r}; expected 'np', 'pil', 'pt' or 'latent'.")
+        generators = _as_generators(generator, batch_size)
+        self._set_timesteps(num_inference_steps)
+        sample = self._noise(batch_size, generators) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        extra = self._step_arguments(eta, generators)
+        scale = getattr(self.scheduler, "scale_model_input", _unscaled)
+        for timestep in self.scheduler.timesteps:
+            prediction = _tensor_of(self.denoiser(scale(sample, timestep), timestep))
+            sample = self.scheduler.step(prediction, timestep, sample, **extra).prev_sample
+        return PipelineOutput(_images(sample, output_type))
+
+    def _set_timesteps(self, steps: int) -> None:
+        self.scheduler.set_timesteps(steps, device=self.device)
+        if self.max_timestep is None:
+            return
+        if any(getattr(self.scheduler, name, None) is not None for name in ("sigmas", "ets")):
+            raise SpecError(
+                f"max_timestep={self.max_timestep} was given, but {type(self.scheduler).__name__} walks a table by "
+                "step index, "
+                "from which no leading steps can be left out. Use DDIM or DDPM, or leave max_timestep away."
+            )
+        timesteps = self.scheduler.timesteps
+        kept = timesteps[timesteps <= self.max_timestep]
+        if len(kept) == 0:
+            raise SpecError(
+                f"max_timestep={self.max_timestep} leaves none of the {len(timesteps)} timesteps, the smallest is "
+                f"{int(min(timesteps))}."
+            )
+        self.scheduler.timesteps = kept
+
+    def _noise(self, batch: int, generators: list[torch.Generator] | torch.Generator | None) -> Tensor:
+        """Standard normal noise [B, C, H, W]; with one generator per image, image i depends on generator i only."""
+        if isinstance(generators, list):
+            rows = [self._draw(1, generator) for generator in generators]
+            return torch.cat(rows).to(self.device)
+        return self._draw(batch, generators).to(self.device)
+
+    def _draw(self, rows: int, generator: torch.Generator | None) -> Tensor:
+        device = self.device if generator is None else generator.device
+        return torch.randn((rows, *self.sample_shape), generator=generator, device=device, dtype=self.dtype)
+
+    def _step_arguments(self, eta: float, generators: list[torch.Generator] | torch.Generator | None) -> dict[str, Any]:
+        accepted = inspect.signature(self.scheduler.step).parameters
+        offered = {"eta": eta, "generator": generators}
+        return {name: value for name, value in offered.items() if name in accepted}
+
+
+def _as_generators(generator: Generators, batch: int) -> list[torch.Generator] | torch.Generator | None:
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    generators = list(generator)
+    if len(generators) != batch:
+        raise SpecError(f"{len(generators)} generators were given for batch_size={batch}; give one, or one per image.")
+    return generators
+
+
+def _first_floating(module: nn.Module) -> Tensor:
+    """A tensor that tells the module's device and dtype; a module without any is taken to be float32 on the CPU."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            return tensor
+    return torch.empty(0)
+
+
+def _unscaled(sample: Tensor, timestep: Any) -> Tensor:  # noqa: ARG001 - stands in for scale_model_input
+    return sample
+
+
+def _tensor_of(output: Any) -> Tensor:
+    found = output if isinstance(output, Tensor) else output.sample
+    if not isinstance(found, Tensor):
+        raise SpecError(
+            f"The denoiser returned {type(output).__name__}; expected a tensor or an object with a tensor `sample`."
+        )
+    return found
+
+
+def _images(sample: Tensor, output_type: OutputType) -> Any:
+    """[B, C, H, W] in [-1, 1] -> what was asked for."""
+    if output_type == "latent":
+        return sample
+    images = (sample / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return images
+    array = images.cpu().permute(0, 2, 3, 1).float().numpy()
+    if output_type == "np":
+        return array
+    levels = (array * 255).round().astype(np.uint8)
+    return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in levels]

@@ -1,0 +1,102 @@
+"""What a quantized tensor and a quantized layer look like: bits, granularity, symmetry."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from stepquant.errors import SpecError
+
+__all__ = ["Granularity", "LayerScheme", "QuantSpec", "parse_bits", "scheme_for"]
+
+Granularity = Literal["tensor", "channel", "group", "token"]
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor is quantized.
+
+    bits: 2 to 8.
+    granularity: which elements share a scale: the whole tensor, one output channel (axis 0), `group_size` consecutive
+        weights of one output channel, or one token (activations only: everything but the last axis).
+    symmetric: zero point fixed at level 0 and levels from -2^(bits-1); otherwise levels start at 0 and the zero point
+        is fitted.
+    nonnegative: the tensor is never below zero (softmax output): the zero point is `qmin` and all levels are spent
+        above zero.
+    dynamic: the range is taken from each tensor at run time instead of from calibration (activations only).
+    """
+
+    bits: int
+    granularity: Granularity = "tensor"
+    symmetric: bool = False
+    nonnegative: bool = False
+    dynamic: bool = False
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise SpecError(f"bits must be a whole number from 2 to 8, found {self.bits!r}.")
+        if self.granularity not in ("tensor", "channel", "group", "token"):
+            raise SpecError(f"granularity must be tensor, channel, group or token, found {self.granularity!r}.")
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise SpecError(
+                f"group_size goes with granularity 'group' and only with it, found granularity {self.granularity!r} "
+                f"and group_size {self.group_size!r}."
+            )
+        if self.group_size is not None and self.group_size < 1:
+            raise SpecError(f"group_size must be at least 1, found {self.group_size}.")
+        if self.symmetric and self.nonnegative:
+            raise SpecError("A tensor that is never negative wastes half of a symmetric range: choose one of the two.")
+        if self.granularity == "token" and not self.dynamic:
+            raise SpecError("One scale per token is only known at run time: granularity 'token' needs dynamic=True.")
+
+    @property
+    def qmin(self) -> int:
+        """Lowest level, inclusive."""
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        """Highest level, inclusive."""
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+
+
+@dataclass(frozen=True)
+class LayerScheme:
+    """How one layer is quantized. None leaves that tensor in floating point.
+
+    weight: the weight of a convolution or linear layer; must be None for a matmul.
+    input: the layer's input; the left operand of a matmul.
+    second: the right operand of a matmul; None for every other layer.
+    """
+
+    weight: QuantSpec | None = None
+    input: QuantSpec | None = None
+    second: QuantSpec | None = None
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything at all is quantized."""
+        return any(spec is not None for spec in (self.weight, self.input, self.second))
+
+
+def parse_bits(text: str) -> tuple[int | None, int | None]:
+    """`"W4A8"` -> (4, 8). 16 and 32 stand for floating point: `"W4A32"` -> (4, None)."""
+    found = re.fullmatch(r"[wW](\d+)[aA](\d+)", text.strip())
+    if not found:
+        raise SpecError(f"A bit setting looks like 'W4A8' (weights 4 bits, activations 8), found {text!r}.")
+    weight, activation = (None if int(part) in (16, 32) else int(part) for part in found.groups())
+    return weight, activation
+
+
+def scheme_for(weight_bits: int | None, activation_bits: int | None) -> LayerScheme:
+    """The usual scheme of the diffusion literature at these bit widths.
+
+    Weights per output channel and activations per tensor, both asymmetric (Q-Diffusion, PTQD, TFMQ-DM). None means
+    floating point.
+    """
+    return LayerScheme(
+        weight=None if weight_bits is None else QuantSpec(weight_bits, "channel"),
+        input=None if activation_bits is None else QuantSpec(activation_bits),
+    )

@@ -1,0 +1,130 @@
+"""Stages, recipes and the job that runs them.
+
+A recipe is a value: a name and a tuple of stages, each a frozen dataclass. A stage says what it needs from the stages
+before it and what it gives to those after it, and a recipe whose needs are not met cannot be built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from stepquant.errors import SpecError, nearest
+from stepquant.run import Run
+
+__all__ = ["Job", "Keeper", "Recipe", "Stage", "recipe_from_dict"]
+
+Figures = dict[str, Any]
+"""What a stage measured about itself, ready for JSON."""
+
+
+class Keeper(Protocol):
+    """Keeps what a long stage needs to go on after it was killed in the middle."""
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None: ...
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None: ...
+
+
+@dataclass
+class Job:
+    """The only mutable thing of a run: what is being quantized and what the stages hand on.
+
+    pipe: the user's pipeline, with the full-precision denoiser; never changed for longer than a recording.
+    full_precision: the pipeline's denoiser.
+    denoiser: the copy that is being quantized.
+    arguments: what the pipeline is called with beside seeds and steps (prompts, guidance scale, class labels).
+    keeper: where long stages keep their state; None keeps nothing.
+    handed: nouns of the stages' `gives` -> values ("trajectories", "calibration", "order", ...).
+    """
+
+    pipe: Any
+    full_precision: nn.Module
+    denoiser: nn.Module
+    run: Run
+    steps: int
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    handed: dict[str, Any] = field(default_factory=dict)
+    keeper: Keeper | None = None
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """One thing done to a job. A frozen dataclass whose fields are its settings.
+
+    needs, gives: nouns. "model" stands for the quantized denoiser's own state.
+    """
+
+    needs: ClassVar[frozenset[str]]
+    gives: ClassVar[frozenset[str]]
+
+    def run(self, job: Job) -> Figures: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A name and the stages in order."""
+
+    name: str
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        have: set[str] = set()
+        for number, stage in enumerate(self.stages):
+            missing = stage.needs - have
+            if missing:
+                raise SpecError(
+                    f"Stage {number + 1} of recipe {self.name!r}, {type(stage).__name__}, needs "
+                    f"{', '.join(sorted(missing))}, which no stage before it gives."
+                )
+            have |= stage.gives
+
+    def then(self, *stages: Stage, name: str | None = None) -> Recipe:
+        """This recipe with further stages after it."""
+        return Recipe(name or self.name, (*self.stages, *stages))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `recipe_from_dict` reads back: `{"name", "stages": [{"stage": class name, settings}]}`."""
+        stages: list[dict[str, Any]] = []
+        for stage in self.stages:
+            settings: Any = TypeAdapter(type(stage)).dump_python(stage, mode="json")
+            stages.append({"stage": type(stage).__name__, **settings})
+        return {"name": self.name, "stages": stages}
+
+    @property
+    def hash(self) -> str:
+        """Sixteen hex digits that change with any setting."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def recipe_from_dict(data: Mapping[str, Any], stages: Mapping[str, type[Any]]) -> Recipe:
+    """Build a recipe from plain data. Unknown stages and settings are errors with the path and the nearest name."""
+    unknown = set(data) - {"name", "stages"}
+    if unknown or "stages" not in data:
+        raise SpecError(f"A recipe has the keys name and stages, found {sorted(map(str, data))}.")
+    built: list[Stage] = []
+    for number, entry in enumerate(data["stages"]):
+        settings = dict(entry)
+        kind = settings.pop("stage", None)
+        where = f"stages[{number}]"
+        if kind not in stages:
+            raise SpecError(f"{where}.stage: there is no stage {kind!r}.{nearest(str(kind), stages)}")
+        known = [entry.name for entry in dataclasses.fields(stages[kind])]
+        for key in settings:
+            if key not in known:
+                raise SpecError(f"{where}.{key}: {kind} has no setting {key!r}.{nearest(key, known)}")
+        try:
+            built.append(TypeAdapter(stages[kind]).validate_python(settings))
+        except ValidationError as error:
+            first = error.errors()[0]
+            path = ".".join([where, *map(str, first["loc"])])
+            raise SpecError(f"{path}: {first['msg']}, found {first['input']!r}.") from None
+    return Recipe(str(data.get("name", "custom")), tuple(built))

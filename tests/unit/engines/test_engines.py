@@ -1,0 +1,122 @@
+"""Engines: the reference engine computes what simulation computes, to the last bit."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import TinyNet, quantize_, tiny_unet
+from torch import nn
+
+from stepquant.engines.base import engines, pack_
+from stepquant.engines.reference import PackedLayer, ReferenceEngine
+from stepquant.errors import EngineError
+from stepquant.model.layer import Geometry, QuantizedLayer
+from stepquant.model.surgery import quantized_layers
+from stepquant.numerics.spec import LayerScheme, QuantSpec, scheme_for
+
+GROUPED = LayerScheme(QuantSpec(3, "group", symmetric=True, group_size=2), QuantSpec(8, "token", dynamic=True))
+
+
+def bytes_of(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+def test_reference_equals_simulation_to_the_bit(bits: int) -> None:
+    simulated = quantize_(tiny_unet(), scheme_for(bits, 8), ends="same")
+    packed = copy.deepcopy(simulated)
+    placed = pack_(packed, "reference")
+    assert {placement.engine for placement in placed.values()} == {"reference", "simulated"}
+    sample = torch.randn(2, 1, 8, 8)
+    for timestep in (0, 999, torch.tensor([3, 700])):
+        assert torch.equal(simulated(sample, timestep).sample, packed(sample, timestep).sample)
+    assert bytes_of(packed) < bytes_of(simulated)
+
+
+@pytest.mark.parametrize("scheme", [GROUPED, scheme_for(4, None), scheme_for(None, 8)])
+def test_reference_with_other_schemes(scheme: LayerScheme) -> None:
+    simulated = quantize_(TinyNet(), scheme, ends="same")
+    packed = copy.deepcopy(simulated)
+    placed = pack_(packed, "reference")
+    sample = torch.randn(2, 2, 4, 4)
+    assert torch.equal(simulated(sample, 5), packed(sample, 5))
+    if scheme.weight is None:
+        assert placed["conv"].refusals == {"reference": "Its weight is not quantized."}
+        assert placed["conv"].engine == "simulated"
+    else:
+        assert isinstance(packed.conv, PackedLayer)
+        assert (packed.conv.in_channels, packed.conv.out_channels) == (2, 4)
+        assert torch.equal(packed.conv.weight, simulated.conv.weight)
+
+
+def test_a_packed_model_survives_copies_and_casts() -> None:
+    simulated = quantize_(TinyNet())
+    packed = copy.deepcopy(simulated)
+    pack_(packed, "reference")
+    copied = copy.deepcopy(packed)
+    copied(torch.randn(1, 2, 4, 4), 999)
+    assert int(copied.stepquant_clock.bin) == 4
+    assert int(packed.stepquant_clock.bin) == 0
+    assert copied.conv.input_quantizer.clock is copied.stepquant_clock
+    halved, half = copied.to("cpu").half(), simulated.half()
+    assert halved.conv.weight_quantizer.scale.dtype == torch.float32
+    assert halved.conv.input_quantizer.scale.dtype == torch.float32
+    assert halved.conv.packed.dtype == torch.uint8
+    sample = torch.randn(1, 2, 4, 4).half()
+    assert halved(sample, 10).dtype == torch.float16
+    assert torch.equal(halved(sample, 10), half(sample, 10))
+
+
+def test_state_dict_of_a_packed_model_loads() -> None:
+    one, other = quantize_(TinyNet()), quantize_(TinyNet())
+    pack_(one, "reference")
+    pack_(other, "reference")
+    other.load_state_dict(one.state_dict())
+    sample = torch.randn(1, 2, 4, 4)
+    assert torch.equal(one(sample, 0), other(sample, 0))
+
+
+def test_auto_leaves_layers_simulated_and_says_what_else_could_run_them() -> None:
+    denoiser = quantize_(tiny_unet())
+    before = dict(quantized_layers(denoiser))
+    placed = pack_(denoiser)
+    assert quantized_layers(denoiser) == before
+    assert set(placed) == set(before)
+    assert {placement.engine for placement in placed.values()} == {"simulated"}
+    assert placed["conv_in"].refusals == {}
+    assert placed["mid_block.attentions.0.processor.scores"].refusals == {
+        "reference": "It is a matmul and has no weight to pack."
+    }
+
+
+def test_unknown_engines_are_refused_with_the_nearest_name() -> None:
+    assert set(engines()) == {"simulated", "reference"}
+    with pytest.raises(EngineError, match=r"no engine 'referense', only auto, simulated, reference. Did you mean 'ref"):
+        pack_(nn.Linear(2, 2), "referense")
+
+
+def test_layers_that_are_not_hardened_are_refused() -> None:
+    layer = QuantizedLayer(Geometry("linear"), torch.randn(2, 2), None)
+    engine, device = ReferenceEngine(), torch.device("cpu")
+    layer.weight_quantizer = nn.Identity()
+    assert "Identity, which only calibration has" in (engine.refuses(layer, device) or "")
+    layer = quantize_(TinyNet()).conv
+    layer.on_grid = False
+    assert engine.refuses(layer, device) == "Its weight has not been hardened."
+    with pytest.raises(EngineError, match="harden_"):
+        PackedLayer(layer)
+    layer.on_grid = True
+    layer.weight.data += 1e-3
+    with pytest.raises(EngineError, match="does not lie on the grid"):
+        PackedLayer(layer)
+
+
+def test_a_scheme_for_one_layer_only() -> None:
+    scheme = replace(scheme_for(4, 8), input=None)
+    denoiser = quantize_(TinyNet(), scheme, ends="same")
+    assert denoiser.conv.input_quantizer is None
+    pack_(denoiser, "reference")
+    assert denoiser(torch.randn(1, 2, 4, 4), 3).shape == (1, 2, 4, 4)

@@ -1,0 +1,117 @@
+"""The smallest pipeline, against diffusers' own."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from torch import Tensor, nn
+
+from stepquant.errors import SpecError
+from stepquant.model.pipeline import DenoiserPipeline
+
+
+class Half(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.scale * sample
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_samples_as_diffusers_pipeline_does() -> None:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    ).eval()
+    theirs = DDIMPipeline(unet, DDIMScheduler())
+    theirs.set_progress_bar_config(disable=True)
+    ours = DenoiserPipeline(unet, DDIMScheduler(), (3, 8, 8))
+    settings = {"batch_size": 2, "eta": 1.0, "num_inference_steps": 3, "output_type": "np"}
+    expected = theirs(generator=generators(1, 2), **settings).images
+    np.testing.assert_array_equal(ours(generator=generators(1, 2), **settings).images, expected)
+    single = theirs(generator=generators(1)[0], **settings).images
+    np.testing.assert_array_equal(ours(generator=generators(1)[0], **settings).images, single)
+
+
+def test_an_image_depends_on_its_own_generator_only() -> None:
+    pipe = DenoiserPipeline(Half(), EulerDiscreteScheduler(), (1, 4, 4))
+    both = pipe(batch_size=2, generator=generators(5, 6), num_inference_steps=3, output_type="latent").images
+    alone = pipe(batch_size=1, generator=generators(6), num_inference_steps=3, output_type="latent").images
+    assert torch.equal(both[1:], alone)
+
+
+def test_output_types() -> None:
+    pipe = DenoiserPipeline(Half(), FlowMatchEulerDiscreteScheduler(), (3, 4, 4))
+    pipe.set_progress_bar_config(disable=True)
+
+    def images(output_type: str) -> object:
+        return pipe(batch_size=2, generator=generators(5, 6), num_inference_steps=2, output_type=output_type).images  # type: ignore[arg-type]
+
+    array, tensor, pictures, latent = (images(kind) for kind in ("np", "pt", "pil", "latent"))
+    assert array.shape == (2, 4, 4, 3)
+    np.testing.assert_array_equal(tensor.permute(0, 2, 3, 1).numpy(), array)
+    np.testing.assert_array_equal(np.asarray(pictures[0]), (array[0] * 255).round().astype(np.uint8))
+    assert torch.equal((latent / 2 + 0.5).clamp(0, 1), tensor)
+    gray = DenoiserPipeline(Half(), DDIMScheduler(), (1, 4, 4))
+    assert gray(num_inference_steps=1, output_type="pil").images[0].mode == "L"
+
+
+def test_predictions_in_an_object_and_dtypes() -> None:
+    class Wrapped(Half):
+        def forward(self, sample: Tensor, timestep: Tensor) -> SimpleNamespace:  # type: ignore[override]
+            return SimpleNamespace(sample=super().forward(sample, timestep))
+
+    pipe = DenoiserPipeline(Wrapped(), DDIMScheduler(), (1, 4, 4)).to(torch.float64)
+    assert pipe.dtype == torch.float64
+    assert pipe.device == torch.device("cpu")
+    images = pipe(num_inference_steps=2, output_type="latent").images
+    assert images.dtype == torch.float64
+
+
+def test_max_timestep_leaves_out_leading_steps() -> None:
+    """The cosine schedule of 300 steps, whose first alpha_bar is almost 0."""
+    seen: list[int] = []
+
+    class Watching(Half):
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            seen.append(int(timestep))
+            return super().forward(sample, timestep)
+
+    scheduler = DDIMScheduler(num_train_timesteps=300, beta_schedule="squaredcos_cap_v2")
+    DenoiserPipeline(Watching(), scheduler, (1, 4, 4), max_timestep=290)(num_inference_steps=50)
+    assert seen == list(range(288, -1, -6))
+    with pytest.raises(SpecError, match="EulerDiscreteScheduler walks a table"):
+        DenoiserPipeline(Half(), EulerDiscreteScheduler(), (1, 4, 4), max_timestep=290)(num_inference_steps=5)
+    with pytest.raises(SpecError, match="leaves none"):
+        DenoiserPipeline(Half(), scheduler, (1, 4, 4), max_timestep=-1)(num_inference_steps=5)
+
+
+def test_misuse_is_named() -> None:
+    pipe = DenoiserPipeline(Half(), DDIMScheduler(), (1, 4, 4))
+    with pytest.raises(SpecError, match="2 generators were given for batch_size=3"):
+        pipe(batch_size=3, generator=generators(1, 2))
+    with pytest.raises(SpecError, match="output_type is 'png'"):
+        pipe(output_type="png")  # type: ignore[arg-type]
+
+    class Wrong(nn.Module):
+        def forward(self, sample: Tensor, timestep: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(sample=3)
+
+    with pytest.raises(SpecError, match="returned SimpleNamespace"):
+        DenoiserPipeline(Wrong(), DDIMScheduler(), (1, 4, 4))(num_inference_steps=1)

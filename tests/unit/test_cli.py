@@ -1,0 +1,462 @@
+"""The commands: what they refuse, write and say. The library behind them is replaced by fakes."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from typer.testing import CliRunner
+
+from stepquant.cli import work
+from stepquant.cli.commands import app
+from stepquant.cli.console import BarProgress, LineProgress, duration
+from stepquant.cli.main import arranged, main
+from stepquant.cli.seeds import format_seeds, parse_seeds
+from stepquant.errors import ModelError
+
+SEEDS = list(range(1000, 1004))
+
+
+class FakePipe:
+    """Has a denoiser, for the plan."""
+
+    def __init__(self) -> None:
+        self.unet = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1))
+
+
+@dataclass
+class FakeQuantized:
+    figures: tuple[dict[str, Any], ...] = ({"stage": "Record", "seconds": 61.0}, {"stage": "Place", "seconds": 0.5})
+
+    def save(self, folder: Path, *, overwrite: bool = False) -> None:
+        a_checkpoint(folder)
+
+
+@dataclass
+class Library:
+    """What the fakes were asked, and how they shall answer."""
+
+    calls: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+    failure: BaseException | None = None
+
+    def asked(self, name: str) -> list[Mapping[str, Any]]:
+        return [arguments for called, arguments in self.calls if called == name]
+
+    def open_model(self, model: str, *, device: Any = None) -> FakePipe:
+        self.calls.append(("open_model", {"model": model}))
+        if model == "digits-unte":
+            raise ModelError("There is no model 'digits-unte'. Did you mean 'digits-unet'?")
+        return FakePipe()
+
+    def open_any(self, source: str, **options: Any) -> tuple[FakePipe, str]:
+        self.calls.append(("open_any", {"source": source, **options}))
+        return FakePipe(), "checkpoint" if Path(source).exists() else "model"
+
+    def load(self, folder: Path, **options: Any) -> FakePipe:
+        self.calls.append(("load", {"folder": folder, **options}))
+        return FakePipe()
+
+    def quantize(self, pipe: Any, recipe: Any, **options: Any) -> FakeQuantized:
+        self.calls.append(("quantize", {"recipe": recipe, **options}))
+        if self.failure is not None:
+            (options["run"].work / "stages.json").write_text("[]")
+            raise self.failure
+        with options["run"].progress.track("Working", 2) as advance:
+            advance(2)
+        return FakeQuantized()
+
+    def sample(self, pipe: Any, *, seeds: list[int], **options: Any) -> torch.Tensor:
+        self.calls.append(("sample", {"seeds": seeds, **options}))
+        return torch.rand(len(seeds), 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def compare(self, candidate: Any, against: Any, *, seeds: list[int], steps: int, **options: Any) -> dict[str, Any]:
+        self.calls.append(("evaluate", {"seeds": seeds, "steps": steps, **options}))
+        return {
+            "schema": 1,
+            "candidate": "",
+            "against": "",
+            "n": len(seeds),
+            "seeds": [seeds[0], seeds[-1]],
+            "steps": steps,
+            "scheduler": "DDIMScheduler",
+            "features": None,
+            "metrics": {"psnr": {"value": 31.5, "low": 30.0, "high": 33.0, "unit": "dB"}},
+            "drift": {},
+            "images": {"seeds": seeds[:8]},
+            "notes": ["No Frechet distances here."],
+            "command": "",
+            "versions": {"torch": "2"},
+            "machine": "fake",
+            "date": "2026-01-02",
+        }
+
+
+def a_checkpoint(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "stepquant.json").write_text("{}")
+    return folder
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    layer = {"name": "conv_in", "bits": {"weight": 8, "input": 8}, "bytes": 90, "engine": "reference", "refusals": {}}
+    return {"base_model": "digits-unet", "schedule": {"steps": 20}, "bytes": 1234, "layers": [layer]}
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    fake = Library()
+    for name in ("open_model", "open_any", "load", "quantize", "sample"):
+        monkeypatch.setattr(work.api, name, getattr(fake, name))
+    monkeypatch.setattr(work, "compare", fake.compare)
+    monkeypatch.setattr(work, "inspect_checkpoint", describe)
+    monkeypatch.setattr("stepquant.inspection.inspect_checkpoint", describe)
+    monkeypatch.setattr(work, "tune_allocator", lambda: True)
+    return fake
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs one command as a user does; exit status, standard output and standard error."""
+
+    def once(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        code = exit_.value.code
+        return (code if isinstance(code, int) else 0), out, err
+
+    return once
+
+
+def test_help_comes_without_torch() -> None:
+    code = (
+        "import sys\nfrom stepquant.cli import main\n"
+        "try:\n    main(['quantize', '--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        "assert not {'torch', 'diffusers', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["quantize", "sample", "evaluate", "report", "inspect", "methods", "check", "demo"])
+def test_every_command_explains_itself(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert len(result.output) > 200
+
+
+def test_version(run: Run) -> None:
+    status, out, _ = run("--version")
+    assert (status, out.split()[0]) == (0, "stepquant")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nonsense"], ["quantize", "digits-unet"], ["sample", "m", "-o", "x", "--seeds", "3-1"], ["report"], ["--nope"]],
+)
+def test_wrong_usage_exits_with_2(run: Run, library: Library, arguments: list[str]) -> None:
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert "Traceback" not in err
+    assert library.calls == []
+
+
+def test_quantize_leaves_a_checkpoint_and_its_settings(run: Run, library: Library, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    status, text, _ = run("quantize", "digits-unet", "-o", out, "--method", "rtn", "--steps", "7", "--seed", "3")
+    assert status == 0
+    assert "1 min 2 s" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.run.yaml"]
+    assert "method: rtn" in (tmp_path / "out.run.yaml").read_text()
+    asked = library.asked("quantize")[0]
+    assert (asked["steps"], asked["run"].seed, asked["base_model"], asked["resume"]) == (7, 3, "digits-unet", False)
+
+
+def test_quantize_for_machines(run: Run, library: Library, tmp_path: Path) -> None:
+    status, out, _ = run("quantize", "digits-unet", "-o", tmp_path / "out", "--json")
+    assert status == 0
+    assert json.loads(out)["bytes"] == 1234
+
+
+def test_settings_come_from_file_then_set_then_options(run: Run, library: Library, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("model: digits-unet\nmethod: rtn\nsteps: 5\nweights: 8\nactivations: 8\n")
+    command = ["quantize", "-o", tmp_path / "out", "--config", config, "--set", "steps=6", "--set", "every=2"]
+    assert run(*command, "--weights", "3")[0] == 0
+    asked = library.asked("quantize")[0]
+    recipe = json.dumps(asked["recipe"].to_dict())
+    assert asked["steps"] == 6
+    assert '"every": 2' in recipe
+    assert '"weights": 3' in recipe
+
+
+def test_an_existing_output_is_refused_before_any_work(run: Run, library: Library, tmp_path: Path) -> None:
+    out = a_checkpoint(tmp_path / "out")
+    status, _, err = run("quantize", "digits-unet", "-o", out)
+    assert status == 1
+    assert "--overwrite" in err
+    assert library.calls == []
+    assert run("quantize", "digits-unet", "-o", out, "--overwrite")[0] == 0
+
+
+def test_overwrite_spares_what_is_no_checkpoint(run: Run, library: Library, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    status, _, err = run("quantize", "digits-unet", "-o", tmp_path / "photos", "--overwrite")
+    assert status == 1
+    assert "no checkpoint of stepquant" in err
+    assert library.calls == []
+
+
+def test_a_new_checkpoint_drops_the_old_evaluation(run: Run, library: Library, tmp_path: Path) -> None:
+    out = a_checkpoint(tmp_path / "out")
+    (tmp_path / "out.evaluation.json").write_text("{}")
+    run("quantize", "digits-unet", "-o", out, "--overwrite")
+    assert not (tmp_path / "out.evaluation.json").exists()
+
+
+def test_ctrl_c_leaves_a_folder_to_resume(run: Run, library: Library, tmp_path: Path) -> None:
+    library.failure = KeyboardInterrupt()
+    status, _, err = run("quantize", "digits-unet", "-o", tmp_path / "out")
+    assert status == 130
+    assert "out.work" in err.replace("\n", "")
+    assert "--resume" in err
+    library.failure = None
+    status, _, err = run("quantize", "digits-unet", "-o", tmp_path / "out")
+    assert status == 1
+    assert "--resume" in err
+    assert run("quantize", "digits-unet", "-o", tmp_path / "out", "--resume")[0] == 0
+    assert library.asked("quantize")[-1]["resume"] is True
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_overwrite_starts_an_interrupted_run_anew(run: Run, library: Library, tmp_path: Path) -> None:
+    library.failure = KeyboardInterrupt()
+    run("quantize", "digits-unet", "-o", tmp_path / "out")
+    library.failure = None
+    assert run("quantize", "digits-unet", "-o", tmp_path / "out", "--overwrite")[0] == 0
+    assert library.asked("quantize")[-1]["resume"] is False
+
+
+def test_a_foreign_work_folder_is_not_deleted(run: Run, library: Library, tmp_path: Path) -> None:
+    (tmp_path / "out.work").mkdir()
+    status, _, err = run("quantize", "digits-unet", "-o", tmp_path / "out", "--overwrite")
+    assert status == 1
+    assert "no work folder" in err
+    assert (tmp_path / "out.work").is_dir()
+
+
+def test_failures_are_one_sentence(run: Run, library: Library, tmp_path: Path) -> None:
+    status, _, err = run("quantize", "digits-unte", "-o", tmp_path / "out")
+    assert (status, err) == (1, "Error: There is no model 'digits-unte'. Did you mean 'digits-unet'?\n")
+    assert list(tmp_path.iterdir()) == []
+    status, _, err = run("quantize", "digits-unet", "-o", tmp_path / "out", "--method", "acuquant")
+    assert status == 1
+    assert "Did you mean 'accuquant'?" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_unexpected_is_one_line_unless_debug(run: Run, library: Library, tmp_path: Path) -> None:
+    library.failure = RuntimeError("it broke\nin many lines")
+    status, _, err = run("quantize", "digits-unet", "-o", tmp_path / "out")
+    assert status == 1
+    assert err.startswith("Error: RuntimeError: it broke (")
+    assert "--debug" in err
+    with pytest.raises(RuntimeError, match="it broke"):
+        main(["quantize", "digits-unet", "-o", str(tmp_path / "out"), "--resume", "--debug"])
+
+
+def test_a_dry_run_touches_nothing(run: Run, library: Library, tmp_path: Path) -> None:
+    status, out, _ = run("quantize", "digits-unet", "-o", tmp_path / "out", "--dry-run", "--preset", "quick")
+    assert status == 0
+    assert "AccuQuantWindows" in out
+    assert "Nothing was written." in out
+    assert list(tmp_path.iterdir()) == []
+    assert library.asked("quantize") == []
+
+
+def test_check_prints_the_plan_or_the_mistake(run: Run, library: Library, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("model: digits-unet\nmethod: accuquant\noptions: {windw: 2}\n")
+    status, _, err = run("check", config)
+    assert status == 1
+    assert "options.windw: accuquant has no option 'windw'. Did you mean 'window'?" in err.replace("\n", " ")
+    config.write_text("model: someone/else\nmethod: rtn\n")
+    status, out, _ = run("check", config, "--json")
+    plan = json.loads(out)
+    assert status == 0
+    assert plan["settings"]["weights"] == 4
+    assert plan["stages"][0]["stage"] == "Record"
+    assert "not on this machine" in plan["note"]
+    assert library.calls == []
+
+
+def test_sample_names_images_by_seed(run: Run, library: Library, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    status, _, _ = run("sample", "digits-unet", "-o", folder, "--seeds", "0-2,17", "--grid", "--argument", "eta=0.5")
+    assert status == 0
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "000000.png",
+        "000001.png",
+        "000002.png",
+        "000017.png",
+        "grid.png",
+    ]
+    asked = library.asked("sample")[0]
+    assert (asked["seeds"], asked["steps"], asked["arguments"]) == ([0, 1, 2, 17], 20, {"eta": 0.5})
+    assert run("sample", "digits-unet", "-o", folder)[0] == 1
+    assert run("sample", "digits-unet", "-o", folder, "--overwrite", "--steps", "5")[0] == 0
+    assert library.asked("sample")[-1]["steps"] == 5
+
+
+def test_evaluate_shows_and_keeps(run: Run, library: Library, tmp_path: Path) -> None:
+    checkpoint = a_checkpoint(tmp_path / "c")
+    status, out, _ = run("evaluate", checkpoint, "--seeds", "1000-1003")
+    assert status == 0
+    assert "31.5 dB" in out
+    assert "30 to 33" in out
+    kept = json.loads((tmp_path / "c.evaluation.json").read_text())
+    assert (kept["candidate"], kept["against"]) == (str(checkpoint), "digits-unet")
+    assert kept["command"] == f"stepquant evaluate {checkpoint} --seeds 1000-1003"
+    assert library.asked("evaluate")[0]["steps"] == 20
+
+
+def test_evaluate_for_machines_prints_nothing_but_json(run: Run, library: Library, tmp_path: Path) -> None:
+    checkpoint = a_checkpoint(tmp_path / "c")
+    status, out, _ = run("evaluate", checkpoint, "--seeds", "1000-1003", "--json", "-", "--against", "other")
+    assert status == 0
+    assert json.loads(out)["against"] == "other"
+    run("evaluate", checkpoint, "--seeds", "1000-1003", "--json", tmp_path / "e.json")
+    assert json.loads((tmp_path / "e.json").read_text())["schema"] == 1
+
+
+def test_report_evaluates_only_what_is_missing(run: Run, library: Library, tmp_path: Path) -> None:
+    one, two = a_checkpoint(tmp_path / "one"), a_checkpoint(tmp_path / "two")
+    run("evaluate", one, "--seeds", "1000-1003")
+    status, _, _ = run("report", one, two, "-o", tmp_path / "r.html", "--seeds", "1000-1003")
+    assert status == 0
+    assert len(library.asked("evaluate")) == 2
+    assert "31.5 dB" in (tmp_path / "r.html").read_text()
+    status, _, err = run("report", one, "-o", tmp_path / "r.html")
+    assert status == 1
+    assert "--overwrite" in err
+
+
+def test_report_names_a_damaged_evaluation(run: Run, library: Library, tmp_path: Path) -> None:
+    checkpoint = a_checkpoint(tmp_path / "c")
+    (tmp_path / "c.evaluation.json").write_text("{")
+    status, _, err = run("report", checkpoint, "-o", tmp_path / "r.html")
+    assert status == 1
+    assert "is damaged" in err
+
+
+def test_inspect(run: Run, library: Library, tmp_path: Path) -> None:
+    status, out, _ = run("inspect", a_checkpoint(tmp_path / "c"))
+    assert status == 0
+    assert "conv_in" in out
+    assert "1.23 kB" in out
+    assert "W8 A8" in out
+    assert json.loads(run("inspect", tmp_path / "c", "--json")[1])["bytes"] == 1234
+
+
+def test_methods(run: Run) -> None:
+    status, out, _ = run("methods")
+    assert status == 0
+    assert {"rtn", "q_diffusion", "accuquant"} <= set(out.split())
+    status, out, _ = run("methods", "accuquant")
+    assert status == 0
+    for wanted in ("Differs from the paper", "@inproceedings", "window", "--preset quick"):
+        assert wanted in out
+    assert {"rtn", "accuquant"} <= {method["name"] for method in json.loads(run("methods", "--json")[1])}
+    status, _, err = run("methods", "acuquant")
+    assert status == 1
+    assert "Did you mean 'accuquant'?" in err
+
+
+def test_demo_does_each_part_once(run: Run, library: Library, tmp_path: Path) -> None:
+    status, out, _ = run("demo", "-o", tmp_path / "demo")
+    assert status == 0
+    assert (tmp_path / "demo" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "demo" / "report.html").is_file()
+    assert (tmp_path / "demo" / "samples" / "full-precision" / "001000.png").is_file()
+    assert str(tmp_path / "demo" / "report.html") in out
+    calls = len(library.calls)
+    assert run("demo", "-o", tmp_path / "demo")[0] == 0
+    assert len(library.calls) == calls
+
+
+def test_demo_goes_on_after_ctrl_c(run: Run, library: Library, tmp_path: Path) -> None:
+    library.failure = KeyboardInterrupt()
+    assert run("demo", "-o", tmp_path / "demo")[0] == 130
+    library.failure = None
+    assert run("demo", "-o", tmp_path / "demo")[0] == 0
+    assert [call["resume"] for call in library.asked("quantize")] == [False, True, False]
+
+
+def test_a_device_that_is_not_there(run: Run, library: Library, tmp_path: Path) -> None:
+    for name in ("abacus", "cuda:99"):
+        status, _, err = run("sample", "digits-unet", "-o", tmp_path / "x", "--device", name)
+        assert status == 1
+        assert name in err
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"), [("0-3,20", [0, 1, 2, 3, 20]), ("7", [7]), (" 1 - 2 , 9", [1, 2, 9]), ("5-5", [5])]
+)
+def test_seeds(text: str, seeds: list[int]) -> None:
+    assert parse_seeds(text) == seeds
+    assert parse_seeds(format_seeds(seeds)) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-", "-3", "1,,2", "1-3,2", "0-99999999", "9" * 30])
+def test_seeds_that_make_no_sense(text: str) -> None:
+    from typer import BadParameter
+
+    with pytest.raises(BadParameter):
+        parse_seeds(text)
+
+
+def test_options_of_all_commands_may_stand_anywhere() -> None:
+    assert arranged(["demo", "-q", "--debug"]) == (["-q", "--debug", "demo"], True)
+    assert arranged(["inspect", "c", "--json"]) == (["inspect", "c", "--json", "-"], False)
+    assert arranged(["inspect", "--json", "f", "c"]) == (["inspect", "--json", "f", "c"], False)
+    assert arranged(["sample", "--", "--debug"]) == (["sample", "--", "--debug"], False)
+
+
+def test_lines_of_progress_come_at_most_every_30_seconds() -> None:
+    now, lines = [0.0], []
+    progress = LineProgress(lines.append, clock=lambda: now[0])
+    with progress.track("Fitting", 100) as advance:
+        for _ in range(100):
+            now[0] += 1.0
+            advance(1)
+    assert lines == [
+        "Fitting: 30 of 100, 1 min 10 s left",
+        "Fitting: 60 of 100, 40 s left",
+        "Fitting: 90 of 100, 10 s left",
+    ]
+
+
+def test_bars_may_lie_inside_one_another() -> None:
+    console = Console(record=True, width=100, force_terminal=True, file=io.StringIO(), markup=False)
+    progress = BarProgress(console)
+    with progress.track("outer [x]", 2) as outer, progress.track("inner", 1) as inner:
+        inner(1)
+        outer(2)
+    assert "outer [x]: done in 0 s" in console.export_text()
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (3.4, 75, 7300)] == ["3 s", "1 min 15 s", "2 h 1 min"]
