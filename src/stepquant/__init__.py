@@ -1,1 +1,54 @@
-"""stepquant: post-training quantization of diffusion models that looks at the whole way from noise to image."""
+"""stepquant: post-training quantization of diffusion models that looks at the whole way from noise to image.
+
+import stepquant
+
+pipe = stepquant.open_model("digits-unet")
+recipe = stepquant.METHODS["accuquant"](weights=4, activations=8)
+stepquant.quantize(pipe, recipe, steps=20).save("digits-w4a8")
+images = stepquant.sample(stepquant.load("digits-w4a8"), seeds=range(16), steps=20)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from stepquant._version import __version__
+
+# Resolved on first use: importing torch takes a second, and `stepquant --help` needs none of it.
+_HOMES = {
+    "METHODS": "stepquant.methods",
+    "DenoiserPipeline": "stepquant.model.pipeline",
+    "Quantized": "stepquant.api",
+    "Recipe": "stepquant.recipe",
+    "Run": "stepquant.run",
+    "StepquantError": "stepquant.errors",
+    "load": "stepquant.api",
+    "open_model": "stepquant.api",
+    "quantize": "stepquant.api",
+    "sample": "stepquant.api",
+}
+
+__all__ = [
+    "METHODS",
+    "DenoiserPipeline",
+    "Quantized",
+    "Recipe",
+    "Run",
+    "StepquantError",
+    "__version__",
+    "load",
+    "open_model",
+    "quantize",
+    "sample",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'stepquant' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

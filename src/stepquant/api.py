@@ -48,16 +48,14 @@ def open_model(model: str, *, device: torch.device | str | None = None) -> Any:
     model: a shipped model ("digits-unet"), a diffusers folder, or a hub id ("owner/name").
     Raises ModelError if there is none of these, naming the nearest shipped model.
     """
-    from diffusers import DiffusionPipeline
-
     path = Path(model)
     if model in SHIPPED_MODELS:
         with importlib.resources.as_file(importlib.resources.files("stepquant") / "assets" / model) as folder:
-            pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+            pipe = _from_folder(folder, dtype=torch.float32)
     elif (path / "model_index.json").is_file():
         if (path / MANIFEST_NAME).is_file():
             raise ModelError(f"{model} is a stepquant checkpoint, not a full-precision model: open it with load().")
-        pipe = DiffusionPipeline.from_pretrained(path, local_files_only=True)
+        pipe = _from_folder(path)
     elif path.exists():
         raise ModelError(f"{model} exists but is no diffusers pipeline: it has no model_index.json.")
     elif "/" in model and not model.startswith((".", "/")):
@@ -68,6 +66,21 @@ def open_model(model: str, *, device: torch.device | str | None = None) -> Any:
             f"or a hub id such as 'owner/name'.{nearest(model, SHIPPED_MODELS)}"
         )
     return pipe if device is None else pipe.to(device)
+
+
+def _from_folder(folder: Path, **options: Any) -> Any:
+    """A diffusers folder, without the progress bar and the advice that diffusers prints while it loads."""
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import is_accelerate_available
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.disable_progress_bar()
+    if not is_accelerate_available():
+        options["low_cpu_mem_usage"] = False
+    try:
+        return DiffusionPipeline.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{folder} could not be opened as a diffusers pipeline: {error}") from error
 
 
 def _from_hub(model: str) -> Any:

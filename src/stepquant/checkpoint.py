@@ -386,8 +386,8 @@ def _quantized_model(manifest: Manifest, given: nn.Module | None, tensors: int) 
 
 
 def _cast(model: nn.Module, dtype: str) -> nn.Module:
-    """Cast what the file does not hold (buffers that the configuration determines) as the saved model was cast."""
-    # Not `model.to`: diffusers overrides it and warns about modules that a later tensor-wise dtype takes care of.
+    """Cast as the saved module was cast: its parameters, and the buffers that its configuration determines."""
+    # Not `model.to`: diffusers overrides it and warns, although this gives back the dtypes that were there.
     return nn.Module.to(model, dtype_named(dtype))
 
 
@@ -479,7 +479,7 @@ def _part(root: Path, name: str, part: ComponentIdentity | None, given: Mapping[
     if not (root / name).is_dir():
         raise CheckpointError(f"{root} lacks the folder {name} of the pipeline's {part.class_name}.")
     value = load_component(root / name, part.library, part.class_name)
-    return value if part.dtype is None else value.to(dtype_named(part.dtype))
+    return _cast(value, part.dtype) if isinstance(value, nn.Module) and part.dtype is not None else value
 
 
 def _plain_pipeline(manifest: Manifest, model: nn.Module, parts: Mapping[str, Any]) -> DenoiserPipeline:

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_pipe
 from torch import Tensor
 
 from stepquant.checkpoint import load_checkpoint, save_checkpoint
 from stepquant.errors import CheckpointError
 from stepquant.inspection import inspect_checkpoint
 from stepquant.storage import checksum
+from tiny import tiny_pipe
 
 TENSORS = "unet/stepquant.safetensors"
 CONV = "down_blocks.0.resnets.0.conv1"

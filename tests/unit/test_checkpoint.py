@@ -11,8 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from tiny import TinyNet, quantize_, sampled, tiny_pipe, tiny_unet
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    UNet2DModel,
+)
 from torch import nn
 
 from stepquant.checkpoint import load_checkpoint, save_checkpoint
@@ -24,6 +30,7 @@ from stepquant.model.correction import CorrectedScheduler, StepCorrection
 from stepquant.model.pipeline import DenoiserPipeline
 from stepquant.model.surgery import quantized_layers
 from stepquant.numerics.spec import LayerScheme, QuantSpec, scheme_for
+from tiny import TinyNet, quantize_, sampled, tiny_pipe, tiny_unet
 
 GROUPED = LayerScheme(QuantSpec(3, "group", symmetric=True, group_size=2), QuantSpec(8, "token", dynamic=True))
 
@@ -118,6 +125,35 @@ def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
     save(tmp_path / "three", loaded, loaded.unet, recipe={"name": "x"}, quality={"psnr": 20.5})
     for path in files:
         assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "three" / path).read_bytes(), path
+
+
+def test_a_pipeline_with_an_autoencoder(tmp_path: Path) -> None:
+    vae = AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        norm_num_groups=4,
+        sample_size=8,
+        num_embeds_ada_norm=10,
+    )
+    quantized = quantize_(copy.deepcopy(transformer).half())
+    pipe = DiTPipeline(transformer, vae.half(), DDIMScheduler())
+    save(tmp_path / "one", pipe, quantized, "transformer")
+    loaded, _ = load_checkpoint(tmp_path / "one")
+    assert loaded.vae.dtype == torch.float16
+    for key, value in vae.state_dict().items():
+        assert torch.equal(value, loaded.vae.state_dict()[key]), key
+    arguments = {"class_labels": torch.tensor([1, 2]), "timestep": torch.tensor([5, 900])}
+    sample = torch.randn(2, 4, 8, 8).half()
+    with torch.no_grad():
+        assert torch.equal(quantized(sample, **arguments).sample, loaded.transformer(sample, **arguments).sample)
+    save(tmp_path / "two", loaded, loaded.transformer, "transformer")
+    for path in (path for path in (tmp_path / "one").rglob("*") if path.is_file()):
+        again = tmp_path / "two" / path.relative_to(tmp_path / "one")
+        assert path.read_bytes() == again.read_bytes(), path
 
 
 def test_an_existing_folder_is_refused_and_replaced_only_when_asked(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,6 +23,8 @@ from stepquant.cli.console import BarProgress, LineProgress, duration
 from stepquant.cli.main import arranged, main
 from stepquant.cli.seeds import format_seeds, parse_seeds
 from stepquant.errors import ModelError
+from stepquant.numerics.spec import LayerScheme, scheme_for
+from stepquant.recipe import Recipe
 
 SEEDS = list(range(1000, 1004))
 
@@ -285,6 +287,36 @@ def test_a_dry_run_touches_nothing(run: Run, library: Library, tmp_path: Path) -
     assert "Nothing was written." in out
     assert list(tmp_path.iterdir()) == []
     assert library.asked("quantize") == []
+
+
+@dataclass(frozen=True)
+class Placing:
+    """A stage that tells its plan and its cost."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    gives: ClassVar[frozenset[str]] = frozenset()
+
+    def plan(self, denoiser: nn.Module) -> dict[str, LayerScheme]:
+        return {"0": scheme_for(4, 8)}
+
+    def evaluations(self, job: Any) -> int:
+        return 1000 * int(job.steps)
+
+    def run(self, job: Any) -> dict[str, Any]:
+        return {}
+
+
+def test_the_plan_has_layers_and_cost_where_stages_tell_them(
+    run: Run, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stepquant.methods.METHODS", {"placing": lambda: Recipe("placing", (Placing(),))})
+    monkeypatch.setattr("stepquant.methods.PRESETS", {})
+    command = ["quantize", "digits-unet", "-o", tmp_path / "out", "--method", "placing", "--dry-run"]
+    status, out, _ = run(*command)
+    assert status == 0
+    assert "W4 A8" in out
+    assert "20,000" in out
+    assert json.loads(run(*command, "--json")[1])["layers"] == {"0": {"weight": 4, "input": 8, "second": None}}
 
 
 def test_check_prints_the_plan_or_the_mistake(run: Run, library: Library, tmp_path: Path) -> None:

@@ -156,6 +156,11 @@ def test_the_best_checkpoint_is_named() -> None:
     assert "a is closest to full precision: 24.12 dB" in a_page("x/a", "x/b")
 
 
+def test_no_checkpoint_is_called_the_closest_of_equals() -> None:
+    page = render_report([a_result("a"), a_result("b")], some_images(2), [an_inspection(), an_inspection()])
+    assert "is closest" not in page
+
+
 @pytest.mark.parametrize("where", ["candidate", "against", "features", "command", "machine", "scheduler"])
 def test_hostile_names_stay_text(where: str) -> None:
     result = a_result()

@@ -79,20 +79,21 @@ class Observer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bins = self.clock.bin
         if len(bins) == 1:
-            self._note(int(bins), x)
+            self._note(int(bins), x, self.keep)
             return x
         parts = x.reshape(len(bins), -1)
-        for value in sorted(set(bins.tolist())):
-            self._note(int(value), parts[bins == value])
+        present = sorted(set(bins.tolist()))
+        for value in present:
+            self._note(int(value), parts[bins == value], max(1, self.keep // len(present)))
         return x
 
-    def _note(self, at: int, x: Tensor) -> None:
+    def _note(self, at: int, x: Tensor, keep: int) -> None:
         flat = x.detach().reshape(-1)
         low, high = float(flat.min()), float(flat.max())
         before = self.extremes.get(at, (low, high))
         self.extremes[at] = (min(low, before[0]), max(high, before[1]))
-        if flat.numel() > self.keep:
-            chosen = torch.randint(flat.numel(), (self.keep,), generator=self.generator)
+        if flat.numel() > keep:
+            chosen = torch.randint(flat.numel(), (keep,), generator=self.generator)
             flat = flat[chosen.to(flat.device)]
         self.seen.setdefault(at, []).append(flat.float())
 

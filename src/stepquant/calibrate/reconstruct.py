@@ -25,7 +25,7 @@ from stepquant.calibrate.rounding import (
 from stepquant.calibrate.select import CalibrationSet, inputs
 from stepquant.errors import CalibrationError
 from stepquant.model.clock import clock_of
-from stepquant.model.layer import QuantizedLayer
+from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.quantizer import InputQuantizer
 from stepquant.model.surgery import Unit, quantized_layers, units_of
 from stepquant.recipe import Figures, Job
@@ -48,6 +48,9 @@ __all__ = [
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of one forward call of the denoiser."""
+
+Captured = tuple[tuple[Any, ...], dict[str, Any], Tensor]
+"""Arguments and first output of one call of a unit."""
 
 
 def reconstruction_loss(found: Tensor, wanted: Tensor, norm: float = 2.0) -> Tensor:
@@ -146,27 +149,35 @@ def _first_tensor(value: Any) -> Tensor:
 
 
 def _capture(
-    denoiser: nn.Module, unit: str, batches: Sequence[Call], with_inputs: bool
-) -> list[tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
-    """What `unit` is called with and returns on each batch. The forward call ends as soon as the unit has run."""
-    module = denoiser.get_submodule(unit)
-    seen: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+    denoiser: nn.Module, units: Sequence[str], batches: Sequence[Call], with_inputs: bool
+) -> dict[str, list[Captured]]:
+    """What units are called with and return on each batch. A forward call ends as soon as all of them have run."""
+    seen: dict[str, list[Captured]] = {unit: [] for unit in units}
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        seen.append((args if with_inputs else (), kwargs if with_inputs else {}, _first_tensor(output)))
-        raise _Reached
+    def hook_of(unit: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if len(seen[unit]) < len(done):  # a module that runs twice is fitted on its first call
+                seen[unit].append((args if with_inputs else (), kwargs if with_inputs else {}, _first_tensor(output)))
+            if all(len(calls) == len(done) for calls in seen.values()):
+                raise _Reached
 
-    handle = module.register_forward_hook(hook, with_kwargs=True)
+        return hook
+
+    done: list[int] = []
+    handles = [denoiser.get_submodule(unit).register_forward_hook(hook_of(unit), with_kwargs=True) for unit in units]
     try:
         with torch.no_grad():
-            for args, kwargs in batches:
+            for number, (args, kwargs) in enumerate(batches):
+                done.append(number)
                 try:
                     denoiser(*args, **kwargs)
                 except _Reached:
                     continue
-                raise CalibrationError(f"Unit {unit} did not run in a forward call of the denoiser.")
+                missing = [unit for unit, calls in seen.items() if len(calls) < len(done)]
+                raise CalibrationError(f"{', '.join(missing)} did not run in a forward call of the denoiser.")
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return seen
 
 
@@ -178,21 +189,27 @@ def _join(values: list[Any], sizes: list[int]) -> Any:
     return first
 
 
-def _cache(
+def _caches(
     quantized: nn.Module,
     full_precision: nn.Module,
-    unit: str,
+    units: Sequence[str],
     batches: Sequence[Call],
     bins: Tensor,
     quantized_prefix: bool,
-) -> _Cache:
+) -> dict[str, _Cache]:
     """Inputs from the quantized or the full-precision prefix, outputs always from full precision."""
-    wanted = _capture(full_precision, unit, batches, with_inputs=not quantized_prefix)
-    given = _capture(quantized, unit, batches, with_inputs=True) if quantized_prefix else wanted
-    sizes = [int(output.shape[0]) for _, _, output in wanted]
+    if not units:
+        return {}
+    wanted = _capture(full_precision, units, batches, with_inputs=not quantized_prefix)
+    given = _capture(quantized, units, batches, with_inputs=True) if quantized_prefix else wanted
+    return {unit: _joined(given[unit], [output for _, _, output in wanted[unit]], bins) for unit in units}
+
+
+def _joined(given: list[Captured], outputs: list[Tensor], bins: Tensor) -> _Cache:
+    sizes = [int(output.shape[0]) for output in outputs]
     args = tuple(_join([call[0][i] for call in given], sizes) for i in range(len(given[0][0])))
     kwargs = {key: _join([call[1][key] for call in given], sizes) for key in given[0][1]}
-    return _Cache(args, kwargs, torch.cat([output for _, _, output in wanted]), bins)
+    return _Cache(args, kwargs, torch.cat(outputs), bins)
 
 
 @dataclass(frozen=True)
@@ -216,6 +233,8 @@ class RoundBlocks:
 
     Source: Li et al. 2021 (BRECQ) and the public code of Q-Diffusion (Li et al. 2023) for every default.
     quantized_prefix: inputs of a unit come from the already rounded prefix (`asym=True`), targets from full precision.
+    together: units that are captured in one pass over the calibration set. With more than one, the prefix of the later
+        ones is rounded only up to the first; passes, which dominate the time of short runs, become fewer.
     """
 
     iterations: int = 20_000
@@ -224,6 +243,7 @@ class RoundBlocks:
     round_weight: float = 0.01
     warmup: float = 0.2
     quantized_prefix: bool = True
+    together: int = 1
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
@@ -241,42 +261,47 @@ class RoundBlocks:
             job.run.progress.track("Rounding weights, block by block", len(units)) as advance,
             without_input_quantizers(job.denoiser),
         ):
-            for number, unit in enumerate(units):
-                members = {name: layers[name] for name in unit.layers if name in layers}
-                losses[unit.name] = self._unit(job, unit, members, batches, bins, number, fit)
-                advance(1)
-        passes = 2 if self.quantized_prefix else 1
-        # One iteration of every unit is one forward and backward (two forwards' work) of the whole network; caching
-        # a unit runs the network up to it, half of it on average.
-        evaluations = 3 * self.batch * self.iterations + passes * len(chosen) * len(units) // 2
+            for first in range(0, len(units), self.together):
+                group = units[first : first + self.together]
+                losses |= self._group(job, group, layers, batches, bins, first, fit)
+                advance(len(group))
+        evaluations = _evaluations(fit, len(chosen), len(units), self.together, 2 if self.quantized_prefix else 1)
         return {"losses": losses, "evaluations": evaluations}
 
-    def _unit(
+    def _group(
         self,
         job: Job,
-        unit: Unit,
-        members: Mapping[str, QuantizedLayer],
+        group: Sequence[Unit],
+        layers: Mapping[str, QuantizedLayer],
         batches: Sequence[Call],
         bins: Tensor,
-        number: int,
+        first: int,
         fit: Fit,
     ) -> Figures:
-        soft = soft_roundings(members)
-        if not soft:
-            return {}
-        kept = job.keeper.load(f"unit-{number}") if job.keeper else None
+        """Round the units that are captured together. Kept as a whole: a resumed run captures what this one did."""
+        soft = {
+            unit.name: soft_roundings({name: layers[name] for name in unit.layers if name in layers}) for unit in group
+        }
+        kept = job.keeper.load(f"units-{first}") if job.keeper else None
         if kept is not None:
-            for name, rounding in soft.items():
-                rounding.alpha.data.copy_(kept[0][name])
+            for roundings in soft.values():
+                for name, rounding in roundings.items():
+                    rounding.alpha.data.copy_(kept[0][name])
             losses = kept[1]
         else:
-            cache = _cache(job.denoiser, job.full_precision, unit.name, batches, bins, self.quantized_prefix)
-            losses = fit_unit(job, unit, cache, fit, soft=soft, stream=("round", number))
+            wanted = [unit.name for unit in group if soft[unit.name]]
+            caches = _caches(job.denoiser, job.full_precision, wanted, batches, bins, self.quantized_prefix)
+            losses = {}
+            for number, unit in enumerate(group, start=first):
+                if soft[unit.name]:
+                    cache = caches.pop(unit.name)
+                    losses[unit.name] = fit_unit(job, unit, cache, fit, soft=soft[unit.name], stream=("round", number))
             if job.keeper:
-                tensors = {name: rounding.alpha.detach() for name, rounding in soft.items()}
-                job.keeper.save(f"unit-{number}", tensors, losses)
-        for name in soft:
-            harden_soft_(members[name])
+                tensors = {name: r.alpha.detach() for roundings in soft.values() for name, r in roundings.items()}
+                job.keeper.save(f"units-{first}", tensors, losses)
+        for roundings in soft.values():
+            for name in roundings:
+                harden_soft_(layers[name])
         return losses
 
 
@@ -284,7 +309,8 @@ class RoundBlocks:
 class ScaleBlocks:
     """Learn every unit's activation scales so that the unit's output stays, inputs from full precision.
 
-    lr is relative to each scale (`relative_groups`), with cosine decay to 0.
+    lr is relative to each scale (`relative_groups`), with cosine decay to 0. together: as in RoundBlocks; it changes
+    only time and memory here.
     Source: the activation stage of Q-Diffusion's public code (5000 iterations, p = 2.4).
     """
 
@@ -292,6 +318,7 @@ class ScaleBlocks:
     batch: int = 32
     lr: float = 4e-3
     norm: float = 2.4
+    together: int = 4
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
@@ -305,34 +332,50 @@ class ScaleBlocks:
         fit = Fit(self.iterations, self.batch, self.lr, self.norm)
         losses: dict[str, Any] = {}
         with job.run.progress.track("Fitting activation scales, block by block", len(units)) as advance:
-            for number, unit in enumerate(units):
-                scales = input_scales({name: layers[name] for name in unit.layers})
-                if scales:
-                    losses[unit.name] = self._unit(job, unit, scales, batches, bins, number, fit)
-                advance(1)
-        evaluations = 3 * self.batch * self.iterations + len(chosen) * len(units) // 2
+            for first in range(0, len(units), self.together):
+                group = units[first : first + self.together]
+                losses |= self._group(job, group, layers, batches, bins, first, fit)
+                advance(len(group))
+        evaluations = _evaluations(fit, len(chosen), len(units), self.together, 1)
         return {"losses": losses, "evaluations": evaluations}
 
-    def _unit(
+    def _group(
         self,
         job: Job,
-        unit: Unit,
-        scales: Mapping[str, InputQuantizer],
+        group: Sequence[Unit],
+        layers: Mapping[str, QuantizedLayer | QuantizedMatmul],
         batches: Sequence[Call],
         bins: Tensor,
-        number: int,
+        first: int,
         fit: Fit,
     ) -> Figures:
-        kept = job.keeper.load(f"unit-{number}") if job.keeper else None
+        scales = {unit.name: input_scales({name: layers[name] for name in unit.layers}) for unit in group}
+        kept = job.keeper.load(f"units-{first}") if job.keeper else None
         if kept is not None:
-            for name, quantizer in scales.items():
-                quantizer.scale.copy_(kept[0][name])
+            for quantizers in scales.values():
+                for name, quantizer in quantizers.items():
+                    quantizer.scale.copy_(kept[0][name])
             return kept[1]
-        cache = _cache(job.denoiser, job.full_precision, unit.name, batches, bins, quantized_prefix=False)
-        losses = fit_unit(job, unit, cache, fit, scales=scales, stream=("scale", number))
+        wanted = [unit.name for unit in group if scales[unit.name]]
+        caches = _caches(job.denoiser, job.full_precision, wanted, batches, bins, quantized_prefix=False)
+        losses: Figures = {}
+        for number, unit in enumerate(group, start=first):
+            if scales[unit.name]:
+                cache = caches.pop(unit.name)
+                losses[unit.name] = fit_unit(job, unit, cache, fit, scales=scales[unit.name], stream=("scale", number))
         if job.keeper:
-            job.keeper.save(f"unit-{number}", {name: q.scale.detach() for name, q in scales.items()}, losses)
+            tensors = {name: q.scale.detach() for quantizers in scales.values() for name, q in quantizers.items()}
+            job.keeper.save(f"units-{first}", tensors, losses)
         return losses
+
+
+def _evaluations(fit: Fit, samples: int, units: int, together: int, passes: int) -> int:
+    """Work in forward passes of one image.
+
+    One iteration of every unit is one forward and backward (worth two forwards) of the whole network; a capture runs
+    the network up to its units, half of it on average.
+    """
+    return 3 * fit.batch * fit.iterations + passes * samples * -(-units // together) // 2
 
 
 def soft_roundings(layers: Mapping[str, Any]) -> dict[str, SoftRounding]:

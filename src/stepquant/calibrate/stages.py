@@ -147,11 +147,8 @@ class Place:
         trajectories: list[Trajectory] = job.handed["trajectories"]
         floating = make_attention_explicit_(job.denoiser)
         call = trajectories[0].steps[0].calls[0]
-        names = list(quantizable(job.denoiser))
-        order = execution_order(job.denoiser, names, call.args, call.kwargs)
-        base = LayerRule("*", self.weights, self.activations, self.group_size).scheme()
-        rules = standard_rules(base, order, ends=self.ends, softmax_bits=self.softmax_bits)
-        plan = make_plan(job.denoiser, [*rules, *(Rule(rule.pattern, rule.scheme()) for rule in self.rules)])
+        order = execution_order(job.denoiser, list(quantizable(job.denoiser)), call.args, call.kwargs)
+        plan = self._resolve(job.denoiser, order)
         idle = [name for name in plan if name not in order]
         plan = {name: plan[name] for name in order if name in plan}  # in order of execution
         swap_layers_(job.denoiser, plan)
@@ -161,6 +158,16 @@ class Place:
         job.denoiser.requires_grad_(False)
         job.handed["plan"] = plan
         return {"layers": len(plan), "attention_left_in_float": floating, "layers_that_never_ran": idle}
+
+    def _resolve(self, denoiser: torch.nn.Module, order: list[str]) -> dict[str, LayerScheme]:
+        base = LayerRule("*", self.weights, self.activations, self.group_size).scheme()
+        rules = standard_rules(base, order, ends=self.ends, softmax_bits=self.softmax_bits)
+        return make_plan(denoiser, [*rules, *(Rule(rule.pattern, rule.scheme()) for rule in self.rules)])
+
+    def plan(self, denoiser: torch.nn.Module) -> dict[str, LayerScheme]:
+        """What `run` would place, without running the model (layers in order of registration). Changes `denoiser`."""
+        make_attention_explicit_(denoiser)
+        return self._resolve(denoiser, list(quantizable(denoiser)))
 
 
 def _denoiser_timesteps(job: Job, calls: tuple[object, ...]) -> torch.Tensor:

@@ -125,7 +125,7 @@ def quantize(
     given = {key: value for key, value in flags.items() if value is not None}
     request = work.QuantizeRequest(out, config, tuple(set_ or ()), given, resume=resume, overwrite=overwrite)
     if dry_run:
-        work.show_plan(request, json_)
+        work.show_plan(request, _settings(ctx), json_)
     else:
         work.quantize(request, _settings(ctx), json_)
 
@@ -237,6 +237,7 @@ def methods(
 
 @app.command()
 def check(
+    ctx: typer.Context,
     config: Annotated[Path, typer.Argument(metavar="run.yaml", help="The file to check.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As for `quantize`. May be repeated.")
@@ -246,7 +247,7 @@ def check(
     """Check a run.yaml and print the plan that it stands for; touch nothing."""
     from stepquant.cli import work
 
-    work.show_plan(work.QuantizeRequest(None, config, tuple(set_ or ()), {}), json_)
+    work.show_plan(work.QuantizeRequest(None, config, tuple(set_ or ()), {}), _settings(ctx), json_)
 
 
 @app.command()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Iterable, Mapping
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from stepquant.cli.console import duration, stdout_console, write_json
 from stepquant.cli.seeds import format_seeds
@@ -100,6 +102,11 @@ def _bits_text(bits: Any) -> str:
     return " ".join(parts) or "float"
 
 
+def _names(header: str) -> Column:
+    """A column of names that are never cut short: people copy them."""
+    return Column(header, overflow="fold")
+
+
 def show_plan(plan: Mapping[str, Any]) -> None:
     """Settings, stages and layers."""
     console = stdout_console()
@@ -117,7 +124,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     console.print(stages)
     layers = plan.get("layers")
     if layers:
-        table = Table("layer", "bits", title=f"{len(layers)} quantized layers", title_justify="left")
+        table = Table(_names("layer"), "bits", title=f"{len(layers)} quantized layers", title_justify="left")
         for layer, bits in layers.items():
             table.add_row(layer, _bits_text(bits))
         console.print(table)
@@ -192,7 +199,7 @@ def show_inspection(description: Mapping[str, Any]) -> None:
     console.print(f"size: {_bytes_text(description['bytes'])}{ratio}")
     for kind, count in (description.get("bytes_by_kind") or {}).items():
         console.print(f"  {kind.replace('_', ' ')}: {_bytes_text(count)}")
-    table = Table("layer", "bits", "bytes", "engine", "why not a faster one")
+    table = Table(_names("layer"), "bits", "bytes", "engine", "why not a faster one")
     for layer in description["layers"]:
         refusals = layer.get("refusals") or {}
         why = "; ".join(f"{engine}: {reason}" for engine, reason in refusals.items())
@@ -228,6 +235,7 @@ def _method(name: str) -> dict[str, Any]:
     from stepquant.methods import METHODS, PRESETS
 
     function = METHODS[name]
+    hints = typing.get_type_hints(function)
     module = sys.modules[function.__module__]
     explanation = inspect.cleandoc(module.__doc__ or "")
     return {
@@ -235,12 +243,25 @@ def _method(name: str) -> dict[str, Any]:
         "summary": explanation.partition("\n")[0],
         "explanation": explanation,
         "options": [
-            {"name": option.name, "type": str(option.annotation), "default": _plain_default(option.default)}
+            {"name": option.name, "type": _type_text(hints[option.name]), "default": _plain_default(option.default)}
             for option in inspect.signature(function).parameters.values()
         ],
         "presets": dict(PRESETS.get(name, {})),
         "bibtex": str(getattr(module, "BIBTEX", "")),
     }
+
+
+def _type_text(hint: Any) -> str:
+    """`Literal["8bit", "same"]` -> "8bit or same", `int | None` -> "int or None"."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_type_text(part) for part in typing.get_args(hint))
+    if hint is type(None):
+        return "None"
+    if typing.get_origin(hint) in (tuple, list, Sequence):
+        return f"list of {_type_text(typing.get_args(hint)[0])}"
+    return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
 def _plain_default(value: Any) -> Any:

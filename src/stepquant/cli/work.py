@@ -39,6 +39,7 @@ __all__ = [
     "evaluate",
     "evaluate_and_keep",
     "measure",
+    "prepare",
     "quantize",
     "report",
     "run_quantize",
@@ -96,6 +97,17 @@ class Sampling:
         return found
 
 
+def prepare(settings: Settings) -> None:
+    """What every command that computes needs first: a fast allocator, and libraries that keep to themselves."""
+    tune_allocator()
+    if settings.debug:
+        return
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def device_named(name: str) -> Any:
     """The torch device that a user means; `auto` is a GPU where there is one."""
     import torch
@@ -111,8 +123,9 @@ def device_named(name: str) -> Any:
     return device
 
 
-def show_plan(request: QuantizeRequest, json_target: str | None) -> None:
+def show_plan(request: QuantizeRequest, settings: Settings, json_target: str | None) -> None:
     """Print what a run would do."""
+    prepare(settings)
     resolved = request.resolved()
     plan = views.plan_of(resolved)
     if json_target is not None:
@@ -140,7 +153,7 @@ def run_quantize(
     resolved: Resolved, out: Path, settings: Settings, *, resume: bool = False, overwrite: bool = False
 ) -> list[dict[str, Any]]:
     """Quantize, save, and remove the work folder. Returns the figures of the stages."""
-    tune_allocator()
+    prepare(settings)
     pipe = api.open_model(resolved.model, device=device_named(resolved.device))
     work = work_folder(out)
     work.mkdir(parents=True, exist_ok=True)
@@ -187,7 +200,7 @@ def sample(
     """Sample images into a folder."""
     refuse_used_folder(out, overwrite=overwrite)
     arguments = sampling.pipeline_arguments()
-    tune_allocator()
+    prepare(settings)
     options = {"engine": sampling.engine, "schedule": sampling.schedule}
     pipe, kind = api.open_any(source, device=device_named(sampling.device), **options)
     steps = sampling.steps
@@ -234,7 +247,7 @@ def measure(checkpoint: Path, against: str | None, sampling: Sampling, settings:
     """Results of schema 1 for a checkpoint beside its full-precision model."""
     arguments = sampling.pipeline_arguments()
     description = inspect_checkpoint(checkpoint)
-    tune_allocator()
+    prepare(settings)
     device = device_named(sampling.device)
     base = against or _base_model(checkpoint, description)
     reference = api.open_model(base, device=device)
@@ -315,6 +328,7 @@ def _images_for(
 ) -> dict[str, Any]:
     """The same few seeds of the full-precision model and of every checkpoint."""
     name, batch_size = device_and_batch
+    prepare(settings)
     device = device_named(name)
     first = results[0]
     seeds = [int(seed) for seed in first["images"]["seeds"]][:_IMAGES_IN_REPORT]

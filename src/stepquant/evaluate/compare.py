@@ -6,7 +6,6 @@ import datetime
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -70,7 +69,10 @@ def evaluate(
             for name, images in (("candidate", candidates), ("reference", reference)):
                 statistics.setdefault(name, FeatureStatistics(features.dim)).update(features(images))
     result = paired.result()
-    metrics: dict[str, Any] = {name: asdict(getattr(result, name)) for name in ("psnr", "ssim", "mae")}
+    metrics: dict[str, Any] = {
+        name: {"value": interval.mean, "low": interval.low, "high": interval.high}
+        for name, interval in (("psnr", result.psnr), ("ssim", result.ssim), ("mae", result.mae))
+    }
     metrics["psnr"]["unit"] = "dB"
     if features is None:
         notes.append("No Frechet distances: no shipped features fit these images; pass features=ModuleFeatures(...).")

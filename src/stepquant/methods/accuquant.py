@@ -139,6 +139,11 @@ class AccuQuantWindows:
         steps = len(trajectories[0].steps)
         windows = windows_of(self.windows or equal_windows(steps, self.window), steps)
         fitting = _Fitting.begin(self, job)
+        if not fitting.soft and not fitting.scales:
+            raise SpecError(
+                "AccuQuantWindows has nothing to learn: neither weights nor activations are quantized by learnable "
+                "parameters. Give it weights or activations of 2 to 8 bits, or set learn_weights."
+            )
         first = fitting.resume()
         history: list[list[float]] = fitting.history
         with job.run.progress.track(f"AccuQuant, {self.gradient} gradient", self.iterations) as advance:
@@ -201,6 +206,8 @@ class _Fitting:
 
     @property
     def soft_iterations(self) -> int:
+        if not self.scales:
+            return self.stage.iterations  # behind hard weights there would be nothing left to learn
         return round(self.stage.iterations * (1 - self.stage.settle))
 
     def iterate(self, iteration: int, trajectory: Trajectory, window: tuple[int, int], free: bool) -> float:
@@ -294,6 +301,7 @@ def accuquant(
     samples: int = 256,
     batch: int = 16,
     every: int = 1,
+    samples_per_step: int | None = None,
     window: int = 5,
     windows: Sequence[int] | None = None,
     gradient: GradientMode = "identity",
@@ -306,6 +314,7 @@ def accuquant(
     block_iterations: int = 2_000,
     block_lr: float = 1e-3,
     scale_iterations: int = 0,
+    together: int = 1,
     ends: Ends = "8bit",
     softmax_bits: int | None = 8,
     group_size: int | None = None,
@@ -319,6 +328,7 @@ def accuquant(
         samples=samples,
         batch=batch,
         every=every,
+        samples_per_step=samples_per_step,
         ends=ends,
         softmax_bits=softmax_bits,
         group_size=group_size,
@@ -328,7 +338,7 @@ def accuquant(
     lengths = None if windows is None else tuple(windows)
     if rows == "window" and lengths is None:
         raise SpecError('rows="window" needs the window lengths: pass windows=(5, 5, 5, 5), or whatever adds up.')
-    blocks = (RoundBlocks(iterations=block_iterations, lr=block_lr),) if block_iterations else ()
+    blocks = (RoundBlocks(iterations=block_iterations, lr=block_lr, together=together),) if block_iterations else ()
     scales = (ScaleBlocks(iterations=scale_iterations),) if scale_iterations else ()
     ranges_of_inputs = FitInputRanges(ranges, windows=lengths if rows == "window" else None)
     fit = AccuQuantWindows(

@@ -33,6 +33,7 @@ def start(
     samples: int,
     batch: int,
     every: int,
+    samples_per_step: int | None,
     ends: Ends,
     softmax_bits: int | None,
     group_size: int | None,
@@ -48,7 +49,8 @@ def start(
         group_size=group_size,
         rules=rules,
     )
-    return Record(samples=samples, batch=batch), Select(every=every), place, FitWeightRanges(ranges)
+    select = Select(every=every, samples_per_step=samples_per_step)
+    return Record(samples=samples, batch=batch), select, place, FitWeightRanges(ranges)
 
 
 def rtn(
@@ -58,6 +60,7 @@ def rtn(
     samples: int = 64,
     batch: int = 16,
     every: int = 1,
+    samples_per_step: int | None = None,
     ends: Ends = "8bit",
     softmax_bits: int | None = 8,
     group_size: int | None = None,
@@ -71,6 +74,7 @@ def rtn(
         samples=samples,
         batch=batch,
         every=every,
+        samples_per_step=samples_per_step,
         ends=ends,
         softmax_bits=softmax_bits,
         group_size=group_size,

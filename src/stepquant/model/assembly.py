@@ -97,7 +97,7 @@ def _empty_weight_quantizer(spec: QuantSpec, weight: torch.Tensor) -> WeightQuan
 
 
 def assemble_(denoiser: nn.Module, structure: Structure) -> None:
-    """Turn a float denoiser into the quantized one that `structure` describes; all quantizer values are placeholders."""
+    """Turn a float denoiser into the quantized one that `structure` describes; quantizer values are placeholders."""
     if structure.explicit_attention:
         make_attention_explicit_(denoiser)
     known = quantizable(denoiser)

@@ -101,13 +101,21 @@ def save_component(value: Any, folder: Path) -> None:
     """Save by diffusers' or transformers' own means, in safetensors."""
     folder.mkdir()
     if isinstance(value, diffusers.SchedulerMixin):
-        # diffusers writes the path it was loaded from into the file; equal pipelines must give equal bytes.
         config = {"_class_name": type(value).__name__, **json_config(value)}
         (folder / "scheduler_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     elif isinstance(value, nn.Module):
         value.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
     else:
         value.save_pretrained(folder)
+    _forget_origin(folder / "config.json")
+
+
+def _forget_origin(path: Path) -> None:
+    """Take the path that a component was loaded from out of its configuration: equal parts must give equal bytes."""
+    if path.is_file():
+        config = json.loads(path.read_bytes())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_component(folder: Path, library: str, class_name: str) -> Any:

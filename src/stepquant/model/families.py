@@ -59,7 +59,7 @@ def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
 
 def timestep_argument(denoiser: nn.Module) -> tuple[str, int]:
     """Name and position of the timestep among the arguments of the denoiser's `forward`."""
-    names = [name for name in inspect.signature(denoiser.forward).parameters]
+    names = list(inspect.signature(denoiser.forward).parameters)
     for wanted in ("timestep", "timesteps", "t", "time"):
         if wanted in names:
             return wanted, names.index(wanted)
@@ -159,6 +159,16 @@ class ExplicitAttention(nn.Module):
         return rescaled
 
 
+def _is_standard(attention: Any, processor: str) -> bool:
+    """Whether the processor computes what `ExplicitAttention` does for this attention.
+
+    `AttnProcessor` ignores query and key norms, and `AttnProcessor2_0` always scales by 1 / sqrt(d).
+    """
+    if processor == "AttnProcessor":
+        return attention.norm_q is None and attention.norm_k is None
+    return processor == "AttnProcessor2_0" and bool(attention.scale_qk)
+
+
 def make_attention_explicit_(denoiser: nn.Module) -> list[str]:
     """Give every diffusers `Attention` with the standard processor the explicit one.
 
@@ -170,7 +180,7 @@ def make_attention_explicit_(denoiser: nn.Module) -> list[str]:
         processor = getattr(module, "processor", None)
         if processor is None or not hasattr(module, "set_processor"):
             continue
-        if type(module).__name__ == "Attention" and type(processor).__name__ in ("AttnProcessor", "AttnProcessor2_0"):
+        if type(module).__name__ == "Attention" and _is_standard(module, type(processor).__name__):
             module.set_processor(ExplicitAttention())
         elif not isinstance(processor, ExplicitAttention):
             left.append(name)

@@ -49,4 +49,5 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     stream = torch.nn.functional.pad(flat, (0, -flat.numel() % bits)).reshape(-1, bits).to(torch.int64)
     words = (stream << (8 * torch.arange(bits, device=flat.device))).sum(1)
     eights = (words[:, None] >> (bits * torch.arange(8, device=flat.device))) & (2**bits - 1)
-    return eights.reshape(-1)[:count].to(torch.uint8)
+    result: Tensor = eights.reshape(-1)[:count].to(torch.uint8)
+    return result

@@ -29,6 +29,8 @@ COLOURS = ("#3b7dd8", "#d8663b", "#2f9e6e", "#a04fc4", "#b8901f", "#5a6b7b")
 
 _DIFFERENCE_GAIN = 4.0
 _INK = "#888888"
+_LEGEND_LETTERS = 100
+"""About as many letters fit side by side below a plot."""
 
 
 def curves_svg(title: str, unit: str, curves: Sequence[tuple[Curve, str, str]], *, logarithmic: bool = False) -> str:
@@ -51,7 +53,9 @@ def curves_svg(title: str, unit: str, curves: Sequence[tuple[Curve, str, str]], 
         axes.set_yscale("log")
     _unobtrusive(axes)
     # Below the plot, where it hides no curve.
-    figure.legend(loc="outside lower center", ncols=min(3, len(curves)), fontsize=8, frameon=False, labelcolor=_INK)
+    longest = max((len(label) for (label, _, _), _, _ in curves), default=0)
+    columns = max(1, min(len(curves), 3, _LEGEND_LETTERS // (longest + 8)))
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False, labelcolor=_INK)
     return _as_svg(figure, title)
 
 

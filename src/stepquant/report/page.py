@@ -45,8 +45,8 @@ _PLOTS = (
         "RMS",
         (
             ("accumulated", "-", "measured"),
-            ("coherent", "--", "if all pointed one way"),
-            ("incoherent", ":", "if they were independent"),
+            ("coherent", "--", "single steps added up, all one way"),
+            ("incoherent", ":", "single steps added up, independent"),
         ),
         True,
     ),
@@ -139,6 +139,8 @@ def _verdict(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
         for key, _name, _how, more in (_METRICS[0], *_METRICS[3:]):
             if all(key in value for value in values):
                 order = sorted(range(len(names)), key=lambda n: values[n][key], reverse=more)
+                if values[order[0]][key] == values[order[1]][key]:
+                    break
                 return _comparison([names[n] for n in order], [values[n] for n in order])
     return " ".join(f"{name}: {_distance(value)}." for name, value in zip(names, values, strict=True))
 

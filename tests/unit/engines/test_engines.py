@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import TinyNet, quantize_, tiny_unet
 from torch import nn
 
 from stepquant.engines.base import engines, pack_
@@ -16,6 +15,7 @@ from stepquant.errors import EngineError
 from stepquant.model.layer import Geometry, QuantizedLayer
 from stepquant.model.surgery import quantized_layers
 from stepquant.numerics.spec import LayerScheme, QuantSpec, scheme_for
+from tiny import TinyNet, quantize_, tiny_unet
 
 GROUPED = LayerScheme(QuantSpec(3, "group", symmetric=True, group_size=2), QuantSpec(8, "token", dynamic=True))
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, PNDMScheduler
-from tiny import sampled, tiny_pipe
 
 from stepquant.errors import SpecError
 from stepquant.model.correction import CorrectedScheduler, StepCorrection
+from tiny import sampled, tiny_pipe
 
 
 @pytest.mark.parametrize(

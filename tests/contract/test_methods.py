@@ -1,0 +1,300 @@
+"""What every method keeps to, on a network of 20 thousand parameters and 4 steps of DDIM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler
+from torch import Tensor
+
+import tiny
+from stepquant.api import Quantized, quantize, sample
+from stepquant.calibrate.rounding import SoftRounding
+from stepquant.calibrate.stages import calibration_seeds
+from stepquant.calibrate.trajectory import record, seal
+from stepquant.calibrate.windows import unrolled_loss
+from stepquant.errors import SpecError
+from stepquant.methods import METHODS, PRESETS, STAGES
+from stepquant.methods import accuquant as accuquant_module
+from stepquant.methods.accuquant import AccuQuantWindows
+from stepquant.model.assembly import describe
+from stepquant.model.surgery import quantized_layers
+from stepquant.recipe import Recipe, Stage, recipe_from_dict
+from stepquant.run import Run
+
+STEPS = 4
+COMMON: dict[str, Any] = {"samples": 2, "batch": 2}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "rtn": {},
+    "q_diffusion": {"iterations_weights": 3, "iterations_activations": 2, "lr_weights": 5e-2},
+    "accuquant": {
+        "iterations": 10,
+        "window": 2,
+        "block_iterations": 2,
+        "block_lr": 5e-2,
+        "lr_weights": 5e-2,
+        "scale_iterations": 1,
+        "free_run": 0.3,
+    },
+}
+
+
+def recipe_of(method: str, **options: Any) -> Recipe:
+    return METHODS[method](**{**COMMON, **SETTINGS[method], **options})
+
+
+def pipe_of() -> DDIMPipeline:
+    return DDIMPipeline(tiny.tiny_unet(), DDIMScheduler())
+
+
+def bytes_of(quantized: Quantized) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in quantized.pipe.unet.state_dict().items()}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+class Interrupt:
+    """A progress that presses Ctrl-C at the given tick of the tracks with this name."""
+
+    def __init__(self, what: str, tick: int) -> None:
+        self.what = what
+        self.left = tick
+        self.fired = False
+
+    @contextmanager
+    def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        def advance(done: int) -> None:
+            if self.what not in what or done == 0 or self.fired:
+                return
+            self.left -= 1
+            if self.left == 0:
+                self.fired = True
+                raise KeyboardInterrupt
+
+        yield advance
+
+
+@pytest.fixture(scope="module")
+def finished() -> dict[str, Quantized]:
+    """Every method once, undisturbed and without a work folder."""
+    torch.set_num_threads(1)
+    return {method: quantize(pipe_of(), recipe_of(method), steps=STEPS) for method in METHODS}
+
+
+def test_every_method_is_tested() -> None:
+    assert set(SETTINGS) == set(METHODS) == set(PRESETS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_presets_and_recipes_are_plain_data(method: str) -> None:
+    for preset in PRESETS[method].values():
+        recipe = METHODS[method](**preset)
+        assert recipe_from_dict(recipe.to_dict(), STAGES) == recipe
+    with pytest.raises(SpecError, match="2 to 8"):
+        METHODS[method](weights=9).stages[2].scheme()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_bytes_and_leaves_the_model_alone(
+    method: str, finished: dict[str, Quantized]
+) -> None:
+    pipe = pipe_of()
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    structure, config = str(pipe.unet), dict(pipe.scheduler.config)
+    torch.manual_seed(12345)  # no method may depend on torch's global generator, nor touch it
+    state = torch.get_rng_state()
+    again = quantize(pipe, recipe_of(method), steps=STEPS)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_equal(bytes_of(again), bytes_of(finished[method]))
+    assert_equal(dict(pipe.unet.state_dict()), before)
+    assert (str(pipe.unet), dict(pipe.scheduler.config)) == (structure, config)
+    assert all(parameter.requires_grad for parameter in pipe.unet.parameters())
+    assert again.schedule == finished[method].schedule
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_of_the_calibration_is_left_behind(method: str, finished: dict[str, Quantized]) -> None:
+    denoiser = finished[method].pipe.unet
+    structure = describe(denoiser)  # refuses what is not hardened
+    assert len(structure.layers) == len(quantized_layers(denoiser)) > 20
+    assert not any(isinstance(module, SoftRounding) for module in denoiser.modules())
+    for name, tensor in (*denoiser.named_parameters(), *denoiser.named_buffers()):
+        assert not tensor.requires_grad, name
+        assert tensor.grad is None, name
+        assert bool(torch.isfinite(tensor).all()), name
+    for layer in quantized_layers(denoiser).values():
+        quantizer = getattr(layer, "weight_quantizer", None)
+        if quantizer is not None:
+            assert layer.on_grid
+            assert torch.equal(quantizer.restore(quantizer.levels(layer.weight)), layer.weight)
+    images = sample(finished[method].pipe, seeds=[1, 2], steps=STEPS)
+    assert images.shape == (2, 1, 8, 8)
+    assert [figures["stage"] for figures in finished[method].figures] == [
+        type(stage).__name__ for stage in finished[method].recipe.stages
+    ]
+
+
+@pytest.mark.parametrize("method", ["q_diffusion", "accuquant"])
+def test_learning_methods_differ_from_rounding(method: str, finished: dict[str, Quantized]) -> None:
+    rounded, learnt = bytes_of(finished["rtn"]), bytes_of(finished[method])
+    assert rounded.keys() == learnt.keys()
+    for ending in ("conv1.weight", "conv1.input_quantizer.scale"):
+        names = [name for name in learnt if name.endswith(ending)]
+        assert any(not torch.equal(learnt[name], rounded[name]) for name in names), ending
+
+
+# (name of the progress track, tick): in each stage that shows progress, and in the middle of the long ones.
+INTERRUPTIONS = {
+    "rtn": [("record", 1), ("Fitting weight ranges", 3), ("Observing", 1)],
+    "q_diffusion": [("block by block", 2), ("Fitting activation ranges", 1), ("activation scales", 3)],
+    "accuquant": [("Rounding weights", 3), ("AccuQuant", 5), ("AccuQuant", 10)],
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "what", "tick"), [(method, *point) for method, points in INTERRUPTIONS.items() for point in points]
+)
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    method: str,
+    what: str,
+    tick: int,
+    finished: dict[str, Quantized],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Kept after iterations 3, 6 and 9 of 10; weights are settled from the ninth on.
+    monkeypatch.setattr(accuquant_module, "KEEP_EVERY", 3)
+    progress = Interrupt(what, tick)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(pipe_of(), recipe_of(method), steps=STEPS, run=Run(work=tmp_path, progress=progress))
+    assert progress.fired
+    with pytest.raises(SpecError, match="unfinished run"):
+        quantize(pipe_of(), recipe_of(method), steps=STEPS, run=Run(work=tmp_path))
+    torch.manual_seed(999)
+    resumed = quantize(pipe_of(), recipe_of(method), steps=STEPS, run=Run(work=tmp_path), resume=True)
+    assert_equal(bytes_of(resumed), bytes_of(finished[method]))
+    assert [_figures(entry) for entry in resumed.figures] == [_figures(entry) for entry in finished[method].figures]
+    assert not list(tmp_path.glob("partial-*"))
+
+
+def _figures(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != "seconds"}
+
+
+def test_an_interruption_between_stages_loses_only_the_stage(
+    finished: dict[str, Quantized], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at the beginning of every single stage in turn, one process after the other."""
+    recipe = recipe_of("accuquant")
+    kinds = {type(stage) for stage in recipe.stages}
+    started: list[str] = []
+    for kind in kinds:
+        monkeypatch.setattr(kind, "run", _killed_once(kind.run, started))
+    for _ in recipe.stages:
+        with pytest.raises(KeyboardInterrupt):
+            quantize(pipe_of(), recipe, steps=STEPS, run=Run(work=tmp_path), resume=True)
+    resumed = quantize(pipe_of(), recipe, steps=STEPS, run=Run(work=tmp_path), resume=True)
+    # Each stage was begun twice, killed and then finished; none was repeated after it had finished.
+    assert started == [type(stage).__name__ for stage in recipe.stages for _ in range(2)]
+    assert_equal(bytes_of(resumed), bytes_of(finished["accuquant"]))
+
+
+def _killed_once(run: Callable[..., Any], started: list[str]) -> Callable[..., Any]:
+    killed = []
+
+    def wrapped(stage: Stage, job: Any) -> Any:
+        started.append(type(stage).__name__)
+        if not killed:
+            killed.append(True)
+            raise KeyboardInterrupt
+        return run(stage, job)
+
+    return wrapped
+
+
+def test_another_run_does_not_go_on_in_the_same_folder(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        quantize(pipe_of(), recipe_of("rtn"), steps=STEPS, run=Run(work=tmp_path, progress=Interrupt("record", 1)))
+    for recipe, steps, seed, named in (
+        (recipe_of("rtn", weights=3), STEPS, 0, "recipe"),
+        (recipe_of("rtn"), STEPS + 1, 0, "steps"),
+        (recipe_of("rtn"), STEPS, 1, "seed"),
+    ):
+        with pytest.raises(SpecError, match=f"another run: {named} differ"):
+            quantize(pipe_of(), recipe, steps=steps, run=Run(seed=seed, work=tmp_path), resume=True)
+    other = pipe_of()
+    other.unet.conv_in.bias.data[0] += 1
+    with pytest.raises(SpecError, match="another run: weights differ"):
+        quantize(other, recipe_of("rtn"), steps=STEPS, run=Run(work=tmp_path), resume=True)
+
+
+def test_another_seed_gives_other_bytes(finished: dict[str, Quantized]) -> None:
+    other = quantize(pipe_of(), recipe_of("rtn"), steps=STEPS, run=Run(seed=1))
+    found, expected = bytes_of(other), bytes_of(finished["rtn"])
+    assert any(not torch.equal(found[name], expected[name]) for name in expected)
+    assert other.figures[0]["seeds"] != finished["rtn"].figures[0]["seeds"]
+
+
+def test_calibration_seeds_of_runs_are_disjoint() -> None:
+    runs = [set(calibration_seeds(seed, 10_000)) for seed in range(3)]
+    assert runs[0].isdisjoint(runs[1])
+    assert runs[1].isdisjoint(runs[2])
+    assert min(runs[0]) >= 1_000_000
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient": "exact", "windows": (2, 1, 1)},
+        {"gradient": "per_step", "rows": "window", "windows": (3, 1)},
+        {"learn_weights": False, "activations": 4},
+        {"iterations": 0, "block_iterations": 0, "scale_iterations": 0},
+    ],
+)
+def test_variants_of_accuquant_harden(options: dict[str, Any]) -> None:
+    recipe = recipe_of("accuquant", **{"iterations": 2, "block_iterations": 0, "scale_iterations": 0, **options})
+    quantized = quantize(pipe_of(), recipe, steps=STEPS)
+    rows = {row for layer in describe(quantized.pipe.unet).layers.values() for row in layer.rows.values()}
+    assert rows == ({2} if options.get("rows") == "window" else {1})
+    assert sample(quantized.pipe, seeds=[1], steps=STEPS).isfinite().all()
+
+
+def test_learning_scales_only_keeps_the_weights() -> None:
+    common: dict[str, Any] = {"block_iterations": 0, "scale_iterations": 0, "activations": 4}
+    rounded = bytes_of(quantize(pipe_of(), recipe_of("rtn", activations=4), steps=STEPS))
+    recipe = recipe_of("accuquant", learn_weights=False, **common)
+    learnt = bytes_of(quantize(pipe_of(), recipe, steps=STEPS))
+    weights = [name for name in rounded if name.endswith(".weight")]
+    assert all(torch.equal(rounded[name], learnt[name]) for name in weights)
+    scales = [name for name in rounded if name.endswith("input_quantizer.scale")]
+    assert any(not torch.equal(rounded[name], learnt[name]) for name in scales)
+
+
+def test_accuquant_ends_nearer_than_rounding() -> None:
+    # One window over the one mini-batch that is calibrated on: with hard weights at both ends.
+    rounding = recipe_of("rtn", weights=3, activations=None)
+    fit = AccuQuantWindows(window=STEPS, iterations=16, lr_weights=5e-2, round_weight=1e-4, gradient="exact")
+    pipe = pipe_of()
+    (recorded,) = record(pipe, pipe.unet, seeds=calibration_seeds(0, 2), steps=STEPS, batch_size=2, run=Run())
+    trajectory = seal(recorded)
+
+    def loss(recipe: Recipe) -> float:
+        denoiser = quantize(pipe, recipe, steps=STEPS).pipe.unet
+        with torch.no_grad():
+            return float(unrolled_loss(denoiser, trajectory, 0, STEPS))
+
+    assert loss(Recipe("learnt", (*rounding.stages[:4], fit))) < 0.5 * loss(rounding)
+
+
+def test_accuquant_with_nothing_to_learn_is_an_error() -> None:
+    recipe = recipe_of("accuquant", activations=None, learn_weights=False, block_iterations=0, scale_iterations=0)
+    with pytest.raises(SpecError, match="nothing to learn"):
+        quantize(pipe_of(), recipe, steps=STEPS)
