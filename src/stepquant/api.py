@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibrate.trajectory import Trajectory
+from stepquant.calibrate.trajectory import Trajectory, quiet
 from stepquant.checkpoint import load_checkpoint, save_checkpoint
 from stepquant.engines.base import pack_
 from stepquant.errors import CheckpointError, ModelError, SpecError, nearest
@@ -311,9 +311,7 @@ def sampled(
     if not seeds or batch_size < 1:
         raise SpecError(f"Sampling needs at least one seed and a batch size of at least 1, found {len(seeds)} seeds.")
     accepted = inspect.signature(pipe.__call__).parameters
-    if hasattr(pipe, "set_progress_bar_config"):
-        pipe.set_progress_bar_config(disable=True)
-    with (progress or SilentProgress()).track("Sampling", len(seeds)) as advance:
+    with quiet(pipe), (progress or SilentProgress()).track("Sampling", len(seeds)) as advance:
         for start in range(0, len(seeds), batch_size):
             chunk = seeds[start : start + batch_size]
             own = {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,17 +15,15 @@ from torch import Tensor
 
 import tiny
 from stepquant.api import Quantized, quantize, sample
-from stepquant.calibrate.rounding import SoftRounding
+from stepquant.calibrate.rounding import SoftRounding, input_scales
 from stepquant.calibrate.stages import calibration_seeds
-from stepquant.calibrate.trajectory import record, seal
-from stepquant.calibrate.windows import unrolled_loss
 from stepquant.errors import SpecError
 from stepquant.methods import METHODS, PRESETS, STAGES
 from stepquant.methods import accuquant as accuquant_module
 from stepquant.methods.accuquant import AccuQuantWindows
 from stepquant.model.assembly import describe
 from stepquant.model.surgery import quantized_layers
-from stepquant.recipe import Recipe, Stage, recipe_from_dict
+from stepquant.recipe import Job, Recipe, Stage, recipe_from_dict
 from stepquant.run import Run
 
 STEPS = 4
@@ -278,20 +277,33 @@ def test_learning_scales_only_keeps_the_weights() -> None:
     assert any(not torch.equal(rounded[name], learnt[name]) for name in scales)
 
 
-def test_accuquant_ends_nearer_than_rounding() -> None:
-    # One window over the one mini-batch that is calibrated on: with hard weights at both ends.
-    rounding = recipe_of("rtn", weights=3, activations=None)
-    fit = AccuQuantWindows(window=STEPS, iterations=16, lr_weights=5e-2, round_weight=1e-4, gradient="exact")
-    pipe = pipe_of()
-    (recorded,) = record(pipe, pipe.unet, seeds=calibration_seeds(0, 2), steps=STEPS, batch_size=2, run=Run())
-    trajectory = seal(recorded)
+@dataclass(frozen=True)
+class ClipActivations:
+    """A stage that spoils the activation ranges: everything above 60 % of them is clipped."""
 
-    def loss(recipe: Recipe) -> float:
-        denoiser = quantize(pipe, recipe, steps=STEPS).pipe.unet
-        with torch.no_grad():
-            return float(unrolled_loss(denoiser, trajectory, 0, STEPS))
+    needs: ClassVar[frozenset[str]] = frozenset({"model"})
+    gives: ClassVar[frozenset[str]] = frozenset({"model"})
 
-    assert loss(Recipe("learnt", (*rounding.stages[:4], fit))) < 0.5 * loss(rounding)
+    def run(self, job: Job) -> dict[str, Any]:
+        for quantizer in input_scales(quantized_layers(job.denoiser)).values():
+            quantizer.scale.mul_(0.6)
+        return {}
+
+
+@pytest.mark.parametrize("gradient", ["identity", "exact", "per_step"])
+def test_accuquant_recovers_from_clipped_activations(gradient: Any) -> None:
+    # One window over one mini-batch, so that losses of different iterations can be compared.
+    beginning = recipe_of("rtn", weights=8, activations=8).stages
+    fit = AccuQuantWindows(window=STEPS, iterations=10, lr_scales=8e-2, gradient=gradient, learn_weights=False)
+    quantized = quantize(pipe_of(), Recipe("clipped", (*beginning, ClipActivations(), fit)), steps=STEPS)
+    losses = [loss for _, loss in quantized.figures[-1]["losses"]]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_accuquant_learns_weights_alone() -> None:
+    recipe = recipe_of("accuquant", activations=None, block_iterations=0, scale_iterations=0)
+    quantized = quantize(pipe_of(), recipe, steps=STEPS)  # none but weights to learn, up to the last iteration
+    assert describe(quantized.pipe.unet).layers["conv_in"].scheme.input is None
 
 
 def test_accuquant_with_nothing_to_learn_is_an_error() -> None:

@@ -51,6 +51,7 @@ __all__ = [
     "Step",
     "Trajectory",
     "advance",
+    "quiet",
     "record",
     "replay",
     "seal",
@@ -122,7 +123,7 @@ def record(
             f"Recording needs at least one seed and batch_size >= 1, got {len(seeds)} and {batch_size}."
         )
     trajectories = []
-    with _quiet(pipe), run.progress.track("record trajectories", len(seeds)) as done:
+    with quiet(pipe), run.progress.track("record trajectories", len(seeds)) as done:
         for start in range(0, len(seeds), batch_size):
             chunk = slice(start, start + batch_size)
             trajectories.append(_record_chunk(pipe, denoiser, tuple(seeds), chunk, steps, arguments or {}))
@@ -182,7 +183,7 @@ def _trajectory(recording: Recording, seeds: tuple[int, ...], steps: int) -> Tra
 
 
 @contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
+def quiet(pipe: Any) -> Iterator[None]:
     """Without the pipeline's own progress bar; the setting is put back as it was."""
     configure = getattr(pipe, "set_progress_bar_config", None)
     name = "_progress_bar_config"  # where diffusers' DiffusionPipeline keeps it

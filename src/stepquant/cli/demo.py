@@ -21,7 +21,7 @@ __all__ = ["run"]
 
 _MODEL = "digits-unet"
 _STEPS = 20
-_EVALUATED = list(range(1000, 1064))
+_EVALUATED = list(range(1000, 1128))
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,27 @@ BIBTEX = """@inproceedings{lee2025accuquant,
 }"""
 
 PRESETS: dict[str, dict[str, object]] = {
-    "quick": {"samples": 32, "iterations": 60, "block_iterations": 60, "block_lr": 2e-2, "lr_weights": 1e-2},
-    "standard": {"samples": 64, "iterations": 400, "block_iterations": 200, "block_lr": 1e-2, "lr_weights": 5e-3},
+    "quick": {
+        "samples": 32,
+        "batch": 8,
+        "samples_per_step": 8,
+        "iterations": 60,
+        "lr_weights": 1e-2,
+        "lr_scales": 1e-2,
+        "block_iterations": 60,
+        "block_lr": 2e-2,
+        "together": 4,
+    },
+    "standard": {
+        "samples": 64,
+        "samples_per_step": 16,
+        "iterations": 400,
+        "lr_weights": 5e-3,
+        "lr_scales": 5e-3,
+        "block_iterations": 200,
+        "block_lr": 1e-2,
+        "together": 4,
+    },
     "full": {"samples": 256},
 }
 
@@ -338,8 +357,9 @@ def accuquant(
     lengths = None if windows is None else tuple(windows)
     if rows == "window" and lengths is None:
         raise SpecError('rows="window" needs the window lengths: pass windows=(5, 5, 5, 5), or whatever adds up.')
-    blocks = (RoundBlocks(iterations=block_iterations, lr=block_lr, together=together),) if block_iterations else ()
-    scales = (ScaleBlocks(iterations=scale_iterations),) if scale_iterations else ()
+    rounding = RoundBlocks(iterations=block_iterations, batch=batch, lr=block_lr, together=together)
+    blocks = (rounding,) if block_iterations else ()
+    scales = (ScaleBlocks(iterations=scale_iterations, batch=batch),) if scale_iterations else ()
     ranges_of_inputs = FitInputRanges(ranges, windows=lengths if rows == "window" else None)
     fit = AccuQuantWindows(
         window=window,

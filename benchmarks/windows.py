@@ -1,0 +1,277 @@
+"""Peak memory and time of one AccuQuant iteration against the window length M, beside naive unrolling.
+
+    python benchmarks/windows.py [--model digits-unet] [--lengths 1 2 5 10 20] [--batch 8] [-o runs/windows]
+
+Every (mode, M) runs in a process of its own, with the C library's allocator as it comes (freed blocks go back to the
+kernel), since a resident set is only a measure of what is in use if memory is given back:
+
+    peak       = (largest resident set during the iteration) - (resident set just before it)
+    per step   = time of the iteration / M / time of one forward pass of the same quantized network without gradients
+
+Forward passes are timed between the iterations of the same process and both are medians, so that other work on the
+machine hits them alike. `naive` is `unrolled_loss(...).backward()`, the whole window's graph in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+MODES = ("identity", "exact", "per_step", "naive")
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.only is not None:
+        print(json.dumps(_measure(arguments, arguments.only, arguments.lengths[0])))
+        return
+    results = []
+    for mode in arguments.modes:
+        for length in arguments.lengths:
+            results.append(_in_fresh_process(arguments, mode, length))
+            print(_line(results[-1]), file=sys.stderr, flush=True)
+    document = {"command": " ".join(["python", *sys.argv]), **_machine(arguments), "results": results}
+    document["verdict"] = _verdict(results)
+    table = _table(document)
+    print(table)
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "windows.json").write_text(json.dumps(document, indent=1) + "\n")
+        (arguments.output / "windows.md").write_text(table + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="digits-unet", help="shipped model, diffusers folder or hub id")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps that are recorded")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1, 2, 5, 10, 20], help="window lengths M")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--batch", type=int, default=8, help="images in the mini-batch")
+    parser.add_argument("--weights", type=int, default=4)
+    parser.add_argument("--activations", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3, help="timed iterations; the first of all is not timed")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("-o", "--output", type=Path, help="folder for windows.json and windows.md")
+    parser.add_argument("--only", choices=MODES, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _in_fresh_process(arguments: argparse.Namespace, mode: str, length: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--only", mode, "--lengths", str(length)]
+    for name in ("model", "steps", "batch", "weights", "activations", "repeats", "threads"):
+        command += [f"--{name}", str(getattr(arguments, name))]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    return found
+
+
+def _measure(arguments: argparse.Namespace, mode: str, length: int) -> dict[str, Any]:
+    """One (mode, M) in this process."""
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    denoiser, trajectory = _prepared(arguments)
+    stop = min(length, len(trajectory.steps))
+    iteration, forward = _iteration(denoiser, trajectory, mode, stop), _forward(denoiser, trajectory)
+    forward()
+    peaks, times, forwards = [], [], []
+    for _ in range(1 + arguments.repeats):
+        before = time.perf_counter()
+        forward()
+        middle = time.perf_counter()
+        peaks.append(_peak_during(iteration))
+        times.append(time.perf_counter() - middle)
+        forwards.append(middle - before)
+    seconds, one_forward = statistics.median(times[1:]), statistics.median(forwards[1:])
+    return {
+        "mode": mode,
+        "M": stop,
+        "peak_bytes": max(peaks),
+        "seconds": seconds,
+        "seconds_forward": one_forward,
+        "forwards_per_step": seconds / stop / one_forward,
+    }
+
+
+def _prepared(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """A quantized denoiser with live rounding and scales, and one recorded mini-batch."""
+    from stepquant.api import open_model
+    from stepquant.calibrate.reconstruct import soften_all_
+    from stepquant.calibrate.rounding import input_scales
+    from stepquant.methods import METHODS
+    from stepquant.model.families import find_denoiser
+    from stepquant.model.surgery import quantized_layers
+    from stepquant.recipe import Job
+    from stepquant.run import Run
+
+    pipe = open_model(arguments.model)
+    _, full_precision = find_denoiser(pipe)
+    full_precision.eval()
+    job = Job(pipe, full_precision, copy.deepcopy(full_precision).requires_grad_(False), Run(), arguments.steps)
+    recipe = METHODS["rtn"](
+        weights=arguments.weights,
+        activations=arguments.activations,
+        samples=arguments.batch,
+        batch=arguments.batch,
+        ranges="minmax",  # which ranges changes neither memory nor time
+    )
+    for stage in recipe.stages:
+        stage.run(job)
+    soften_all_(job, _weighted_layers(job.denoiser), keep=0.6)
+    for quantizer in input_scales(quantized_layers(job.denoiser)).values():
+        quantizer.scale.requires_grad_(True)
+    return job.denoiser, job.handed["trajectories"][0]
+
+
+def _weighted_layers(denoiser: Any) -> dict[str, Any]:
+    from stepquant.model.layer import QuantizedLayer
+    from stepquant.model.surgery import quantized_layers
+
+    return {name: layer for name, layer in quantized_layers(denoiser).items() if isinstance(layer, QuantizedLayer)}
+
+
+def _iteration(denoiser: Any, trajectory: Any, mode: str, stop: int) -> Callable[[], None]:
+    """What a stage does per iteration, without the optimizer: weights once, the window, gradients."""
+    from stepquant.calibrate.rounding import materialised
+    from stepquant.calibrate.windows import unrolled_loss, window_gradient
+
+    layers = _weighted_layers(denoiser)
+
+    def iteration() -> None:
+        with materialised(layers):
+            if mode == "naive":
+                unrolled_loss(denoiser, trajectory, 0, stop).backward()
+            else:
+                window_gradient(denoiser, trajectory, 0, stop, mode=mode)
+
+    return iteration
+
+
+def _forward(denoiser: Any, trajectory: Any) -> Callable[[], None]:
+    """One forward pass of the quantized network on the same mini-batch, weights computed beforehand as above."""
+    import torch
+
+    from stepquant.calibrate.rounding import materialised
+
+    layers, call = _weighted_layers(denoiser), trajectory.steps[0].calls[0]
+
+    def forward() -> None:
+        with torch.no_grad():
+            denoiser(*call.args, **call.kwargs)
+
+    with materialised(layers):
+        hard = {name: layer.weight for name, layer in layers.items()}
+
+    def with_weights() -> None:
+        kept = {name: layers[name].weight for name in hard}
+        for name in hard:
+            layers[name].weight, layers[name].on_grid = hard[name], True
+        try:
+            forward()
+        finally:
+            for name in hard:
+                layers[name].weight, layers[name].on_grid = kept[name], False
+
+    return with_weights
+
+
+def _peak_during(work: Callable[[], None]) -> int:
+    """Bytes by which the resident set grew at most while `work` ran (Linux: VmHWM, reset through clear_refs)."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}: this benchmark needs Linux.")
+
+
+def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": f"{names[0] if names else platform.machine()}, {arguments.threads} thread(s)",
+        "versions": {name: version(name) for name in ("stepquant", "torch", "diffusers")}
+        | {"python": platform.python_version()},
+        "model": arguments.model,
+        "setting": f"W{arguments.weights}A{arguments.activations}, batch {arguments.batch}, {arguments.steps} steps",
+    }
+
+
+def _verdict(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Largest over smallest peak of each mode, and the dearest step of ours."""
+    found: dict[str, Any] = {}
+    for mode in MODES:
+        own = [result for result in results if result["mode"] == mode]
+        if own:
+            peaks = [result["peak_bytes"] for result in own]
+            found[f"{mode}_peak_growth"] = max(peaks) / min(peaks)
+    ours = [result["forwards_per_step"] for result in results if result["mode"] != "naive"]
+    if ours:
+        found["dearest_step_of_ours_in_forwards"] = max(ours)
+    return found
+
+
+def _line(result: dict[str, Any]) -> str:
+    return (
+        f"{result['mode']:>9} M={result['M']:<3} peak {result['peak_bytes'] / 2**20:8.1f} MiB   "
+        f"{result['seconds']:7.2f} s   {result['forwards_per_step']:5.2f} forwards per step"
+    )
+
+
+def _table(document: dict[str, Any]) -> str:
+    results = document["results"]
+    lengths = sorted({result["M"] for result in results})
+    by_place = {(result["mode"], result["M"]): result for result in results}
+    modes = [mode for mode in MODES if any(result["mode"] == mode for result in results)]
+
+    def rows(cell: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [
+            f"| {mode} | " + " | ".join(cell(by_place[mode, length]) for length in lengths) + " |" for mode in modes
+        ]
+
+    versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
+    head = ["| M | " + " | ".join(map(str, lengths)) + " |", "|---|" + "---|" * len(lengths)]
+    return "\n".join(
+        [
+            f"`{document['command']}`",
+            "",
+            f"{document['date']}, {document['machine']}; {versions}. {document['model']}, {document['setting']}.",
+            "",
+            "Peak memory of one iteration above the memory before it, MiB:",
+            "",
+            *head,
+            *rows(lambda result: f"{result['peak_bytes'] / 2**20:.1f}"),
+            "",
+            "Time per denoising step, in forward passes of the same quantized network:",
+            "",
+            *head,
+            *rows(lambda result: f"{result['forwards_per_step']:.2f}"),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
