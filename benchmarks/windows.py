@@ -2,21 +2,27 @@
 
     python benchmarks/windows.py [--model digits-unet] [--lengths 1 2 5 10 20] [--batch 8] [-o runs/windows]
 
-Every (mode, M) runs in a process of its own, with the C library's allocator as it comes (freed blocks go back to the
-kernel), since a resident set is only a measure of what is in use if memory is given back:
+Every (mode, M) runs in a process of its own, in two phases:
 
-    peak       = (largest resident set during the iteration) - (resident set just before it)
-    per step   = time of the iteration / M / time of one forward pass of the same quantized network without gradients
+    memory   peak = (largest resident set during an iteration) - (resident set just before it). The C library maps
+             every block by itself here and gives it back when it is freed, so that the resident set is what is in use.
+    time     per step = time of an iteration / M / time of one forward pass of the same quantized network without
+             gradients. With the allocator as calibration sets it. Forward passes are timed between the iterations and
+             both are medians, so that other work on the machine hits them alike.
 
-Forward passes are timed between the iterations of the same process and both are medians, so that other work on the
-machine hits them alike. `naive` is `unrolled_loss(...).backward()`, the whole window's graph in memory.
+An iteration computes the soft weights once, runs the window, and takes the gradient back to the rounding variables; it
+begins with the gradient buffers of an earlier iteration in place. `naive` is `unrolled_loss(...).backward()`, the whole
+window's graph in memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import datetime
+import gc
+import itertools
 import json
 import platform
 import statistics
@@ -80,24 +86,32 @@ def _measure(arguments: argparse.Namespace, mode: str, length: int) -> dict[str,
     """One (mode, M) in this process."""
     import torch
 
+    from stepquant.allocator import tune_allocator
+
     torch.set_num_threads(arguments.threads)
     denoiser, trajectory = _prepared(arguments)
     stop = min(length, len(trajectory.steps))
+    _map_every_block()
+    denoiser, trajectory = _prepared(arguments)
+    stop = min(length, len(trajectory.steps))
     iteration, forward = _iteration(denoiser, trajectory, mode, stop), _forward(denoiser, trajectory)
-    forward()
-    peaks, times, forwards = [], [], []
+    iteration()
+    peak = _peak_during(iteration)
+    tune_allocator()
+    times, forwards = [], []
     for _ in range(1 + arguments.repeats):
-        before = time.perf_counter()
-        forward()
-        middle = time.perf_counter()
-        peaks.append(_peak_during(iteration))
-        times.append(time.perf_counter() - middle)
-        forwards.append(middle - before)
-    seconds, one_forward = statistics.median(times[1:]), statistics.median(forwards[1:])
+        marks = [time.perf_counter()]
+        for work in (forward, iteration, forward):
+            work()
+            marks.append(time.perf_counter())
+        first, middle, last = (after - before for before, after in itertools.pairwise(marks))
+        times.append(middle)
+        forwards += [first, last]
+    seconds, one_forward = statistics.median(times[1:]), statistics.median(forwards[2:])
     return {
         "mode": mode,
         "M": stop,
-        "peak_bytes": max(peaks),
+        "peak_bytes": peak,
         "seconds": seconds,
         "seconds_forward": one_forward,
         "forwards_per_step": seconds / stop / one_forward,
@@ -186,13 +200,20 @@ def _forward(denoiser: Any, trajectory: Any) -> Callable[[], None]:
     return with_weights
 
 
+def _glibc() -> ctypes.CDLL:
+    return ctypes.CDLL("libc.so.6")
+
+
+def _map_every_block() -> None:
+    """Blocks of 64 KiB and more come from the kernel one by one and go back when freed (mallopt's M_MMAP_THRESHOLD)."""
+    if not _glibc().mallopt(-3, 64 * 1024):
+        raise RuntimeError("mallopt failed: this benchmark needs glibc.")
+
+
 def _peak_during(work: Callable[[], None]) -> int:
     """Bytes by which the resident set grew at most while `work` ran (Linux: VmHWM, reset through clear_refs)."""
-    import ctypes
-    import gc
-
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    _glibc().malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     work()

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def learning_rate(step: int, total: int, peak: float, warmup: int = 200) -> floa
 def save_state(path: Path, state: dict[str, object]) -> None:
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -67,7 +66,10 @@ def train(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     images = load_images(args.data)
     torch.manual_seed(args.seed)
-    model = build_unet().to(device, memory_format=torch.channels_last)
+    model = build_unet()
+    if args.init:
+        model.load_state_dict(UNet2DModel.from_pretrained(args.init / "unet", dtype=torch.float32).state_dict())
+    model.to(device, memory_format=torch.channels_last)
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-3, betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed(args.seed)
@@ -142,6 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/mnist.npz"))
     parser.add_argument("--work", type=Path, default=Path("runs/digits-unet"))
+    parser.add_argument("--init", type=Path, help="begin with the weights of this pipeline folder (an earlier export)")
     parser.add_argument("--export", type=Path, help="write the pipeline here instead of training")
     parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--batch", type=int, default=64)

@@ -32,7 +32,7 @@ from stepquant.model.families import find_denoiser
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.schedule import ScheduleFingerprint, guard_schedule
 from stepquant.model.surgery import check_finite, quantized_layers
-from stepquant.recipe import Job, Recipe
+from stepquant.recipe import Checked, Job, Recipe
 from stepquant.run import Progress, Run, SilentProgress
 from stepquant.work_folder import WorkFolder
 
@@ -169,6 +169,9 @@ def quantize(
     with _still(full_precision):
         denoiser = copy.deepcopy(full_precision).requires_grad_(False)
         job = Job(pipe, full_precision, denoiser, run, steps, dict(arguments or {}))
+        for stage in recipe.stages:
+            if isinstance(stage, Checked):
+                stage.check(job)
         work = None
         if run.work is not None:
             work = WorkFolder(run.work, _identity(recipe, run, steps, job.arguments, full_precision), resume=resume)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stepquant.errors import SpecError, nearest
 from stepquant.run import Run
 
-__all__ = ["Job", "Keeper", "Recipe", "Stage", "recipe_from_dict"]
+__all__ = ["Checked", "Job", "Keeper", "Recipe", "Stage", "recipe_from_dict"]
 
 Figures = dict[str, Any]
 """What a stage measured about itself, ready for JSON."""
@@ -66,6 +66,15 @@ class Stage(Protocol):
     gives: ClassVar[frozenset[str]]
 
     def run(self, job: Job) -> Figures: ...
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A stage that can tell, before the first stage runs, that its settings do not fit the job."""
+
+    def check(self, job: Job) -> None:
+        """Raise SpecError or ModelError if `run` is bound to fail. Must not change the job."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def check_value(name: str, slot: Slot, stored: Tensor) -> None:
 def decode_(slot: Slot, stored: Tensor, dtype: torch.dtype) -> None:
     """Put a stored tensor into its slot. dtype: of a plain tensor or weight."""
     if slot.role == "levels":
-        # Restored in `_restore_weights_`, once the scales are there.
+        # Restored by `restore_weight_`, once the scales are there.
         return
     if slot.role in ("weight_zero", "input_zero"):
         assert slot.spec is not None
@@ -188,6 +188,7 @@ def decode_(slot: Slot, stored: Tensor, dtype: torch.dtype) -> None:
 
 
 def restore_weight_(slot: Slot, stored: Tensor, dtype: torch.dtype) -> None:
+    """Weights of a layer from its packed levels and the quantizer that `decode_` filled, in this dtype."""
     layer, spec = slot.module, slot.spec
     assert isinstance(layer, QuantizedLayer)
     assert isinstance(layer.weight_quantizer, WeightQuantizer)
@@ -230,6 +231,7 @@ class Dtypes:
 
 
 def dtype_named(text: str) -> torch.dtype:
+    """`"float16"` -> torch.float16. Raises CheckpointError for any other text."""
     found = getattr(torch, text, None) if text.isidentifier() else None
     if not isinstance(found, torch.dtype):
         raise CheckpointError(f"{MANIFEST_NAME}: there is no dtype {text!r}.")
@@ -237,4 +239,5 @@ def dtype_named(text: str) -> torch.dtype:
 
 
 def dtype_text(dtype: torch.dtype) -> str:
+    """torch.float16 -> "float16"."""
     return str(dtype).removeprefix("torch.")

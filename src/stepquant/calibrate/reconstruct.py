@@ -23,7 +23,7 @@ from stepquant.calibrate.rounding import (
     soften_,
 )
 from stepquant.calibrate.select import CalibrationSet, inputs
-from stepquant.errors import CalibrationError
+from stepquant.errors import CalibrationError, SpecError
 from stepquant.model.clock import clock_of
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.quantizer import InputQuantizer
@@ -248,6 +248,9 @@ class RoundBlocks:
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
 
+    def __post_init__(self) -> None:
+        _check_loop(self.iterations, self.batch, self.together)
+
     def run(self, job: Job) -> Figures:
         layers = {n: x for n, x in quantized_layers(job.denoiser).items() if isinstance(x, QuantizedLayer)}
         soften_all_(job, layers, keep=0.0)
@@ -323,6 +326,9 @@ class ScaleBlocks:
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
 
+    def __post_init__(self) -> None:
+        _check_loop(self.iterations, self.batch, self.together)
+
     def run(self, job: Job) -> Figures:
         layers = quantized_layers(job.denoiser)
         units = units_of(job.denoiser, list(job.handed["plan"]))
@@ -367,6 +373,11 @@ class ScaleBlocks:
             tensors = {name: q.scale.detach() for quantizers in scales.values() for name, q in quantizers.items()}
             job.keeper.save(f"units-{first}", tensors, losses)
         return losses
+
+
+def _check_loop(iterations: int, batch: int, together: int) -> None:
+    if iterations < 1 or batch < 1 or together < 1:
+        raise SpecError(f"iterations, batch and together must be at least 1, found {iterations}, {batch}, {together}.")
 
 
 def _evaluations(fit: Fit, samples: int, units: int, together: int, passes: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -142,6 +143,8 @@ class Place:
 
     def __post_init__(self) -> None:
         LayerRule("*", self.weights, self.activations, self.group_size).scheme()  # checks the bits early
+        if self.softmax_bits is not None and not 2 <= self.softmax_bits <= 8:
+            raise SpecError(f"softmax_bits must be from 2 to 8, or null, found {self.softmax_bits}.")
 
     def run(self, job: Job) -> Figures:
         trajectories: list[Trajectory] = job.handed["trajectories"]
@@ -163,6 +166,10 @@ class Place:
         base = LayerRule("*", self.weights, self.activations, self.group_size).scheme()
         rules = standard_rules(base, order, ends=self.ends, softmax_bits=self.softmax_bits)
         return make_plan(denoiser, [*rules, *(Rule(rule.pattern, rule.scheme()) for rule in self.rules)])
+
+    def check(self, job: Job) -> None:
+        """Patterns that match nothing and group sizes that do not divide show before anything is recorded."""
+        self.plan(copy.deepcopy(job.full_precision))
 
     def plan(self, denoiser: torch.nn.Module) -> dict[str, LayerScheme]:
         """What `run` would place, without running the model (layers in order of registration). Changes `denoiser`."""

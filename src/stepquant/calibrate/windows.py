@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibrate.trajectory import State, Trajectory, advance, state_at
+from stepquant.calibrate.trajectory import State, Trajectory, advance, replay, state_at
 from stepquant.errors import CalibrationError, SpecError
 
 __all__ = ["GradientMode", "equal_windows", "unrolled_loss", "window_gradient", "window_loss", "windows_of"]
@@ -70,15 +70,6 @@ def _loss_adjoint(found: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
     return loss, 2 * difference * difference.shape[1] / difference.numel()
 
 
-def _chain(denoiser: nn.Module, trajectory: Trajectory, start: int, stop: int, state: State) -> list[State]:
-    """States start .. stop of the quantized chain, without graphs."""
-    states = [state]
-    with torch.no_grad():
-        for index in range(start, stop):
-            states.append(advance(denoiser, trajectory, index, states[-1]))
-    return states
-
-
 def window_gradient(
     denoiser: nn.Module,
     trajectory: Trajectory,
@@ -99,28 +90,29 @@ def window_gradient(
         return _per_step(denoiser, trajectory, start, stop, begin)
     if mode not in ("identity", "exact"):
         raise SpecError(f"gradient must be identity, exact or per_step, found {mode!r}.")
-    states = _chain(denoiser, trajectory, start, stop, begin)
-    loss, adjoint = _loss_adjoint(states[-1].sample, wanted)
-    if mode == "identity":
-        for index in range(start, stop):
-            after = advance(denoiser, trajectory, index, states[index - start])
-            torch.autograd.backward(after.sample, adjoint)
-    else:
-        _exact(denoiser, trajectory, start, stop, states, adjoint)
-    return loss
+    with torch.no_grad():
+        # The state before every step of the quantized chain. The last step runs only once, below, with its graph.
+        states = [begin, *replay(denoiser, trajectory, start, stop - 1, begin)]
+    return _last_step_first(denoiser, trajectory, start, states, wanted, exact=mode == "exact")
 
 
-def _exact(
-    denoiser: nn.Module, trajectory: Trajectory, start: int, stop: int, states: list[State], adjoint: Tensor
-) -> None:
-    """The adjoint recursion over sample and solver history, last step first."""
+def _last_step_first(
+    denoiser: nn.Module, trajectory: Trajectory, start: int, states: list[State], wanted: Tensor, *, exact: bool
+) -> float:
+    """Back-propagate through one step after the other, each step's graph gone before the next one is built.
+
+    exact: the adjoint of each step is that of sample and solver history behind it; otherwise that of the window's end.
+    """
+    loss, adjoint = 0.0, None
     of_history: dict[str, Tensor] = {}
-    for index in range(stop - 1, start - 1, -1):
-        inner = index > start  # nothing asks for the gradient of the window's start
+    for index in range(start + len(states) - 1, start - 1, -1):
+        inner = exact and index > start  # nothing asks for the gradient of the window's start
         before = states[index - start]
         sample = before.sample.detach().requires_grad_(inner)
         history = {path: value.detach().requires_grad_(inner) for path, value in before.history.items()}
         after = advance(denoiser, trajectory, index, State(sample, history))
+        if adjoint is None:
+            loss, adjoint = _loss_adjoint(after.sample, wanted)
         outputs, adjoints = [after.sample], [adjoint]
         for path, value in after.history.items():
             if path in of_history and value.requires_grad:
@@ -131,6 +123,7 @@ def _exact(
             assert sample.grad is not None
             adjoint = sample.grad
             of_history = {path: value.grad for path, value in history.items() if value.grad is not None}
+    return loss
 
 
 def _per_step(denoiser: nn.Module, trajectory: Trajectory, start: int, stop: int, state: State) -> float:

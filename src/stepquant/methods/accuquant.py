@@ -112,7 +112,7 @@ KEEP_EVERY = 20
 class AccuQuantWindows:
     """Learn rounding and activation scales of the whole network through windows of simulated steps.
 
-    window: steps per window, M; ignored if `windows` gives the length of each window, noise first.
+    window: steps per window, M, at most all of them; ignored if `windows` gives the length of each window, noise first.
     gradient: identity (the paper), exact, or per_step.
     iterations: windows drawn, each on one recorded mini-batch.
     lr_weights, lr_scales: Adam's rates; that of scales is relative to each scale and decays to 0 by a cosine.
@@ -145,6 +145,11 @@ class AccuQuantWindows:
                 f"gradient must be one of {', '.join(modes)}, found {self.gradient!r}."
                 f"{nearest(str(self.gradient), modes)}"
             )
+        if self.window < 1 or self.iterations < 1 or any(length < 1 for length in self.windows or ()):
+            raise SpecError(
+                "window, iterations and every length in windows must be at least 1, found "
+                f"{self.window}, {self.iterations} and {self.windows}."
+            )
         for name, value in (
             ("keep_rounding", self.keep_rounding),
             ("settle", self.settle),
@@ -153,10 +158,18 @@ class AccuQuantWindows:
             if not 0 <= value <= 1:
                 raise SpecError(f"{name} must lie in [0, 1], found {value}.")
 
+    def check(self, job: Job) -> None:
+        """Window lengths that cover fewer steps than are sampled. Some schedulers make more calls than steps."""
+        if self.windows is not None and sum(self.windows) < job.steps:
+            raise SpecError(
+                f"windows {list(self.windows)} cover {sum(self.windows)} steps, but {job.steps} are sampled: their "
+                "lengths must add up to the scheduler's steps."
+            )
+
     def run(self, job: Job) -> Figures:
         trajectories: list[Trajectory] = job.handed["trajectories"]
         steps = len(trajectories[0].steps)
-        windows = windows_of(self.windows or equal_windows(steps, self.window), steps)
+        windows = windows_of(self.windows or equal_windows(steps, min(self.window, steps)), steps)
         fitting = _Fitting.begin(self, job)
         if not fitting.soft and not fitting.scales:
             raise SpecError(
@@ -178,7 +191,8 @@ class AccuQuantWindows:
                     fitting.keep(iteration + 1)
                 advance(1)
         fitting.finish()
-        passes = 3 if self.gradient == "per_step" else 4
+        # A forward and a backward pass (worth two) of each step; identity and exact run all but the last once before.
+        before, passes = (0, 3) if self.gradient == "per_step" else (len(history), 4)
         images = trajectories[0].batch
         drawn = sum(windows[int(number)][1] - windows[int(number)][0] for number, _ in history)
         # A free-run start walks from the noise to the window, forward only.
@@ -186,7 +200,7 @@ class AccuQuantWindows:
         return {
             "windows": [list(window) for window in windows],
             "losses": history,
-            "evaluations": round(images * (passes * drawn + walked)),
+            "evaluations": round(images * (passes * drawn - before + walked)),
         }
 
 

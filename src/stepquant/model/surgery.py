@@ -129,7 +129,7 @@ def make_plan(denoiser: nn.Module, rules: Sequence[Rule]) -> Plan:
         if not matches:
             raise SpecError(
                 f"The pattern {rule.pattern!r} matches none of the {len(layers)} quantizable layers."
-                f"{nearest(rule.pattern.strip('*.'), layers)} `stepquant inspect` lists the names."
+                f"{nearest(rule.pattern.strip('*.'), layers)} `stepquant quantize --dry-run` without it lists them."
             )
         for name in matches:
             module, scheme = layers[name], rule.scheme

@@ -20,7 +20,9 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor, nn
 
@@ -79,7 +81,10 @@ EXACT_SCHEDULERS: dict[str, Callable[[], Any]] = {
     "flow euler": lambda: without_float32(FlowMatchEulerDiscreteScheduler)(),
     "dpm++ 2m": lambda: without_float32(DPMSolverMultistepScheduler)(),
     "dpm++ 3m": lambda: without_float32(DPMSolverMultistepScheduler)(solver_order=3),
+    "pndm": lambda: PNDMScheduler(),
     "pndm plms": lambda: PNDMScheduler(skip_prk_steps=True),
+    "unipc": lambda: UniPCMultistepScheduler(),
+    "heun": lambda: HeunDiscreteScheduler(),
 }
 
 
