@@ -197,7 +197,7 @@ def table(args: argparse.Namespace) -> None:
                 lines.append(f"| {bits} | {variant} | {len(group)} | {' | '.join(cells)} | {cost} |")
     first = rows[0]
     note = (
-        f"Model {first['model']}, {first['scheduler'] if 'scheduler' in first else 'DDIM'} {first['steps']} steps, "
+        f"Model {first['model']}, DDIM {first['steps']} steps, "
         f"n = {first['n']} images of seeds {first['evaluation_seeds'][0]}-{first['evaluation_seeds'][1]}, "
         f"{first['machine']}, torch {first['torch']}, {first['date']}."
     )

@@ -297,7 +297,7 @@ def test_accuquant_recovers_from_clipped_activations(gradient: Any) -> None:
     fit = AccuQuantWindows(window=STEPS, iterations=10, lr_scales=8e-2, gradient=gradient, learn_weights=False)
     quantized = quantize(pipe_of(), Recipe("clipped", (*beginning, ClipActivations(), fit)), steps=STEPS)
     losses = [loss for _, loss in quantized.figures[-1]["losses"]]
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.75 * losses[0]
 
 
 def test_accuquant_learns_weights_alone() -> None:

@@ -451,6 +451,7 @@ def fit_unit(
         clamp_scales_(quantizers, least)
     for quantizer in quantizers.values():
         quantizer.scale.requires_grad_(False)
+        quantizer.scale.grad = None
     with torch.no_grad():
         after = float(loss_of(probe))
     return {"before": before, "after": after}

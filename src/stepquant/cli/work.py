@@ -139,6 +139,11 @@ def quantize(request: QuantizeRequest, settings: Settings, json_target: str | No
     out = _required(request.out)
     refuse_existing(out, overwrite=request.overwrite)
     refuse_no_checkpoint(out)
+    if request.config is not None and request.config.resolve() == settings_path(out).resolve():
+        raise SpecError(
+            f"The settings of the run will be written to {settings_path(out)}, which is the file given with --config: "
+            "choose another OUT."
+        )
     clear_work(work_folder(out), resume=request.resume, overwrite=request.overwrite)
     resolved = request.resolved()
     figures = run_quantize(resolved, out, settings, resume=request.resume, overwrite=request.overwrite)

@@ -371,8 +371,9 @@ def accuquant(
     lengths = None if windows is None else tuple(windows)
     if rows == "window" and lengths is None:
         raise SpecError('rows="window" needs the window lengths: pass windows=(5, 5, 5, 5), or whatever adds up.')
-    rounding = RoundBlocks(iterations=block_iterations, batch=batch, lr=block_lr, together=together)
-    blocks = (rounding,) if block_iterations else ()
+    blocks: tuple[RoundBlocks, ...] = ()
+    if block_iterations:
+        blocks = (RoundBlocks(iterations=block_iterations, batch=batch, lr=block_lr, together=together),)
     scales = (ScaleBlocks(iterations=scale_iterations, batch=batch),) if scale_iterations else ()
     ranges_of_inputs = FitInputRanges(ranges, windows=lengths if rows == "window" else None)
     fit = AccuQuantWindows(

@@ -99,6 +99,9 @@ def q_diffusion(
         ranges=ranges,
         rules=rules,
     )
+    scales: tuple[ScaleBlocks, ...] = ()
+    if iterations_activations:
+        scales = (ScaleBlocks(iterations=iterations_activations, batch=batch, lr=lr_activations),)
     return Recipe(
         "q_diffusion",
         (
@@ -111,6 +114,6 @@ def q_diffusion(
                 together=together,
             ),
             FitInputRanges(ranges),
-            ScaleBlocks(iterations=iterations_activations, batch=batch, lr=lr_activations),
+            *scales,
         ),
     )
