@@ -145,10 +145,10 @@ class AccuQuantWindows:
                 f"gradient must be one of {', '.join(modes)}, found {self.gradient!r}."
                 f"{nearest(str(self.gradient), modes)}"
             )
-        if self.window < 1 or self.iterations < 1 or any(length < 1 for length in self.windows or ()):
+        if self.window < 1 or self.iterations < 0 or any(length < 1 for length in self.windows or ()):
             raise SpecError(
-                "window, iterations and every length in windows must be at least 1, found "
-                f"{self.window}, {self.iterations} and {self.windows}."
+                "window and every length in windows must be at least 1 and iterations at least 0, found "
+                f"{self.window}, {self.windows} and {self.iterations}."
             )
         for name, value in (
             ("keep_rounding", self.keep_rounding),
