@@ -25,7 +25,7 @@ from stepquant.allocator import tune_allocator
 from stepquant.api import open_model, quantize, sample
 from stepquant.calibrate.trajectory import record, seal
 from stepquant.evaluate.drift import measure_drift
-from stepquant.evaluate.features import DigitFeatures
+from stepquant.evaluate.features import DigitFeatures, weights_identity
 from stepquant.evaluate.frechet import FeatureStatistics, frechet_distance
 from stepquant.evaluate.paired import PairedMetrics
 from stepquant.methods import METHODS
@@ -96,6 +96,7 @@ class Reference:
         self.features = DigitFeatures()
         self.images = sample(self.pipe, seeds=self.seeds, steps=STEPS, batch_size=32)
         _, denoiser = find_denoiser(self.pipe)
+        self.weights = weights_identity(denoiser)[:12]
         recorded = record(self.pipe, denoiser, seeds=self.seeds[:DRIFT_IMAGES], steps=STEPS, batch_size=32, run=Run())
         self.trajectories = [seal(trajectory) for trajectory in recorded]
 
@@ -150,6 +151,7 @@ def run(args: argparse.Namespace) -> None:
             "seed": seed,
             "budget": args.evaluations,
             "model": args.model,
+            "weights": reference.weights,
             "steps": STEPS,
             "n": args.images,
             "evaluation_seeds": [reference.seeds[0], reference.seeds[-1]],
@@ -197,7 +199,7 @@ def table(args: argparse.Namespace) -> None:
                 lines.append(f"| {bits} | {variant} | {len(group)} | {' | '.join(cells)} | {cost} |")
     first = rows[0]
     note = (
-        f"Model {first['model']}, DDIM {first['steps']} steps, "
+        f"Model {first['model']} (weights {first['weights']}), DDIM {first['steps']} steps, "
         f"n = {first['n']} images of seeds {first['evaluation_seeds'][0]}-{first['evaluation_seeds'][1]}, "
         f"{first['machine']}, torch {first['torch']}, {first['date']}."
     )

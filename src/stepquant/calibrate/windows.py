@@ -3,7 +3,7 @@
 A window is the steps start .. stop-1 of a recorded trajectory. Both chains begin at the full-precision state x_start;
 the loss compares the quantized chain's sample at the end with the recorded one:
 
-    L = mean over batch and pixels of  sum over channels of (x~_stop - x_stop)^2
+    L = mean over images of  || x~_stop - x_stop ||^2
 
 Gradient modes (derived in docs/methods.md):
 
@@ -54,20 +54,23 @@ def windows_of(lengths: Sequence[int], steps: int) -> list[tuple[int, int]]:
 
 
 def window_loss(found: Tensor, wanted: Tensor) -> Tensor:
-    """Squared difference, summed over channels (axis 1), averaged over batch and space: a scalar."""
-    return (found - wanted).square().sum(1).mean()
+    """Squared distance of two batches of samples, summed over an image, averaged over images: a scalar.
+
+    The sum matters where the loss meets a rounding regulariser of fixed weight: a mean over pixels would be drowned.
+    """
+    return (found - wanted).square().sum() / len(found)
 
 
 def _loss_adjoint(found: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
     """The window loss and its gradient with respect to `found`."""
     difference = (found - wanted).detach()
-    loss = float(difference.square().sum(1).mean())
+    loss = float(window_loss(found.detach(), wanted))
     if not torch.isfinite(difference).all():
         raise CalibrationError(
             "The quantized chain left the finite numbers inside a window: lower the learning rates or shorten the "
             "windows."
         )
-    return loss, 2 * difference * difference.shape[1] / difference.numel()
+    return loss, 2 * difference / len(difference)
 
 
 def window_gradient(

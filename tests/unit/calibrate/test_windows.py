@@ -260,9 +260,9 @@ def test_the_loss_is_that_of_the_windows_end_in_every_mode() -> None:
 
 
 def test_the_loss_by_hand() -> None:
-    found = torch.tensor([[[[1.0, 2.0]], [[0.0, 1.0]]]])  # [1, 2, 1, 2]
+    found = torch.tensor([[[[1.0, 2.0]]], [[[0.0, 1.0]]]])  # [2, 1, 1, 2]
     wanted = torch.zeros_like(found)
-    assert float(window_loss(found, wanted)) == pytest.approx(((1 + 0) + (4 + 1)) / 2)
+    assert float(window_loss(found, wanted)) == pytest.approx(((1 + 4) + (0 + 1)) / 2)
 
 
 @pytest.mark.parametrize("mode", MODES)
