@@ -1,6 +1,6 @@
 """Peak memory and time of one AccuQuant iteration against the window length M, beside naive unrolling.
 
-    python benchmarks/windows.py [--model digits-unet] [--lengths 1 2 5 10 20] [--batch 8] [-o runs/windows]
+    python benchmarks/windows.py [--model digits-unet] [--lengths 1 2 5 10 20] [--batch 16] [-o runs/windows]
 
 Every (mode, M) runs in a process of its own, in two phases:
 
@@ -63,7 +63,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="sampling steps that are recorded")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 2, 5, 10, 20], help="window lengths M")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
-    parser.add_argument("--batch", type=int, default=8, help="images in the mini-batch")
+    parser.add_argument("--batch", type=int, default=16, help="images in the mini-batch")
     parser.add_argument("--weights", type=int, default=4)
     parser.add_argument("--activations", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3, help="timed iterations; the first of all is not timed")
