@@ -211,7 +211,9 @@ def table(args: argparse.Namespace) -> None:
 
 
 def spread(values: list[float]) -> str:
-    """`mean ± half the range`."""
+    """`mean ± half the range`, or the value where there is one."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}"
 
 
