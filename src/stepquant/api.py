@@ -291,7 +291,8 @@ def sample(
 ) -> Tensor:
     """Images `[N, C, H, W]` in [0, 1], float32 on the CPU, one per seed.
 
-    Every image has a generator of its own, so image 17 does not depend on which other seeds are asked for.
+    Every image has a generator of its own, so the noise of image 17 does not depend on which other seeds are asked for.
+    Batches of another size may add in another order: equal up to rounding, which a quantizer can turn into a level.
     arguments: further arguments of the pipeline's call; a list with one entry per seed is cut with the seeds.
     """
     return torch.cat(

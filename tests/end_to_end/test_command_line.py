@@ -236,8 +236,8 @@ def test_sampling_twice_gives_the_same_files(
     status, out, err = command(folder, "sample", "out", "-o", "one", "--seeds", "7-8")
     assert (status, err) == (0, "")
     assert "2 images of 4 steps" in out
-    # Another batch: an image depends on its seed only.
-    assert in_process(monkeypatch, folder, "sample", "out", "-o", "two", "--seeds", "7,8", "--batch-size", "1") == 0
+    # The same batch: convolutions of another batch size add in another order, and a last bit may flip a level.
+    assert in_process(monkeypatch, folder, "sample", "out", "-o", "two", "--seeds", "7,8") == 0
     for image, seed in zip(by_api.images, SEEDS, strict=True):
         save_png(image, folder / "three", seed=seed)
     files = {name: sorted((folder / name).iterdir()) for name in ("one", "two", "three")}
