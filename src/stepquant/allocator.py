@@ -19,7 +19,7 @@ def tune_allocator() -> bool:
     """Keep freed tensors in the process instead of handing them back to the kernel; whether that could be done.
 
     glibc maps every large block afresh, and the kernel fills its pages with zeros on first touch. A denoiser allocates
-    the same large activations in every call, so calibration on two cores runs about 1.7 times as fast without that.
+    the same large activations in every call, so calibration is faster without that.
     Where there is no glibc nothing happens.
     """
     if not sys.platform.startswith("linux"):
