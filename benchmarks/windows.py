@@ -4,24 +4,24 @@
 
 Every (mode, M) runs in a process of its own, in two phases:
 
-    memory   peak = (largest resident set during an iteration) - (resident set just before it). The C library maps
-             every block by itself here and gives it back when it is freed, so that the resident set is what is in use.
+    memory   peak = most bytes that torch's allocator had handed out during an iteration, above what it had before it,
+             added up from the profiler's allocation events. The same on every run. The resident set says less: it
+             also holds what the C library keeps of freed blocks.
     time     per step = time of an iteration / M / time of one forward pass of the same quantized network without
              gradients. With the allocator as calibration sets it. Forward passes are timed between the iterations and
              both are medians, so that other work on the machine hits them alike.
 
 An iteration computes the soft weights once, runs the window, and takes the gradient back to the rounding variables; it
-begins with the gradient buffers of an earlier iteration in place. `naive` is `unrolled_loss(...).backward()`, the whole
-window's graph in memory.
+begins with the gradient buffers of an earlier iteration in place. From M = 2 on there is one more buffer, as many bytes
+as the weights: the gradient of the soft weights, to which every step adds. `naive` is `unrolled_loss(...).backward()`,
+the whole window's graph in memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import datetime
-import gc
 import itertools
 import json
 import platform
@@ -89,9 +89,6 @@ def _measure(arguments: argparse.Namespace, mode: str, length: int) -> dict[str,
     from stepquant.allocator import tune_allocator
 
     torch.set_num_threads(arguments.threads)
-    denoiser, trajectory = _prepared(arguments)
-    stop = min(length, len(trajectory.steps))
-    _map_every_block()
     denoiser, trajectory = _prepared(arguments)
     stop = min(length, len(trajectory.steps))
     iteration, forward = _iteration(denoiser, trajectory, mode, stop), _forward(denoiser, trajectory)
@@ -200,31 +197,16 @@ def _forward(denoiser: Any, trajectory: Any) -> Callable[[], None]:
     return with_weights
 
 
-def _glibc() -> ctypes.CDLL:
-    return ctypes.CDLL("libc.so.6")
-
-
-def _map_every_block() -> None:
-    """Blocks of 64 KiB and more come from the kernel one by one and go back when freed (mallopt's M_MMAP_THRESHOLD)."""
-    if not _glibc().mallopt(-3, 64 * 1024):
-        raise RuntimeError("mallopt failed: this benchmark needs glibc.")
-
-
 def _peak_during(work: Callable[[], None]) -> int:
-    """Bytes by which the resident set grew at most while `work` ran (Linux: VmHWM, reset through clear_refs)."""
-    gc.collect()
-    _glibc().malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    work()
-    return _status("VmHWM") - before
+    """Bytes by which torch's CPU allocations grew at most while `work` ran."""
+    from torch.profiler import ProfilerActivity, profile
 
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}: this benchmark needs Linux.")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    assert profiled.profiler is not None
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    in_time = sorted(events, key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in in_time))
 
 
 def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
