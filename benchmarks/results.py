@@ -4,7 +4,8 @@
     python benchmarks/results.py table --json runs/results.jsonl --into docs/results.md
 
 `run` appends one line per (bits, method, calibration seed) and skips what is there, so it can be killed and started
-again, and several parts can run side by side. Every learning method gets the same number of network evaluations
+again, and several parts can run side by side. Lines of other weights, budgets or numbers of images stay in the file;
+`table` shows those that agree with the last line. Every learning method gets the same number of network evaluations
 (`--evaluations`, forward passes of one image; a backward pass counts as two).
 """
 
@@ -138,7 +139,7 @@ def run(args: argparse.Namespace) -> None:
     ]
     reference = Reference(args.model, args.images)
     for number, (bits, variant, seed) in enumerate(wanted):
-        if number % parts != part - 1 or done(args.json, bits, variant, seed, args.evaluations):
+        if number % parts != part - 1 or done(args, reference, bits, variant, seed):
             continue
         began = time.perf_counter()
         weights, activations = parse_bits(bits)
@@ -178,14 +179,16 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def done(path: Path, bits: str, variant: str, seed: int, budget: int) -> bool:
-    key = (bits, variant, seed, budget)
-    return any((row["bits"], row["method"], row["seed"], row["budget"]) == key for row in rows_of(path))
+def done(args: argparse.Namespace, reference: Reference, bits: str, variant: str, seed: int) -> bool:
+    key = (bits, variant, seed, args.evaluations, args.images, reference.weights)
+    names = ("bits", "method", "seed", "budget", "n", "weights")
+    return any(tuple(row[name] for name in names) == key for row in rows_of(args.json))
 
 
 def table(args: argparse.Namespace) -> None:
     """Mean and half range over calibration seeds, as Markdown between the markers of a page."""
     rows = rows_of(args.json)
+    rows = [row for row in rows if all(row[name] == rows[-1][name] for name in ("weights", "budget", "n", "model"))]
     lines = [
         "| bits | method | seeds | PSNR dB | Frechet to full precision | final drift | evaluations |",
         "|---|---|---|---|---|---|---|",
