@@ -30,6 +30,7 @@ from stepquant.evaluate.features import DigitFeatures, weights_identity
 from stepquant.evaluate.frechet import FeatureStatistics, frechet_distance
 from stepquant.evaluate.paired import PairedMetrics
 from stepquant.methods import METHODS
+from stepquant.model.correction import CorrectedScheduler
 from stepquant.model.families import find_denoiser
 from stepquant.numerics.spec import parse_bits
 from stepquant.run import Run
@@ -112,7 +113,9 @@ class Reference:
         paired.update(images, self.images)
         result = paired.result()
         _, denoiser = find_denoiser(pipe)
-        drift = measure_drift(denoiser, self.trajectories)
+        scheduler = pipe.scheduler
+        correction = scheduler.correction if isinstance(scheduler, CorrectedScheduler) else None
+        drift = measure_drift(denoiser, self.trajectories, correction)
         data = FeatureStatistics.from_moments(*self.features.data_statistics())
         own = self.statistics(images)
         return {

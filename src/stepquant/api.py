@@ -21,13 +21,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from stepquant.calibrate.compensation import Compensate, EstimatorChoice, Regressor
+from stepquant.calibrate.stages import Record
 from stepquant.calibrate.trajectory import Trajectory, quiet
 from stepquant.checkpoint import load_checkpoint, save_checkpoint
 from stepquant.engines.base import pack_
 from stepquant.errors import CheckpointError, ModelError, SpecError, nearest
-from stepquant.manifest import MANIFEST_NAME
+from stepquant.manifest import MANIFEST_NAME, Manifest, read_manifest
+from stepquant.model.correction import CorrectedScheduler, StepCorrection
 from stepquant.model.families import find_denoiser
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.schedule import ScheduleFingerprint, guard_schedule
@@ -36,7 +40,18 @@ from stepquant.recipe import Checked, Job, Recipe
 from stepquant.run import Progress, Run, SilentProgress
 from stepquant.work_folder import WorkFolder
 
-__all__ = ["SHIPPED_MODELS", "Quantized", "load", "open_any", "open_model", "quantize", "sample", "with_denoiser"]
+__all__ = [
+    "SHIPPED_MODELS",
+    "Compensated",
+    "Quantized",
+    "compensate",
+    "load",
+    "open_any",
+    "open_model",
+    "quantize",
+    "sample",
+    "with_denoiser",
+]
 
 SHIPPED_MODELS = ("digits-unet",)
 """Models inside the package: they open with no network."""
@@ -127,7 +142,7 @@ class Quantized:
             denoiser_name=self.denoiser_name,
             denoiser=getattr(self.pipe, self.denoiser_name),
             base_model=self.base_model,
-            created=datetime.datetime.now(datetime.UTC).date().isoformat(),
+            created=_today(),
             schedule=self.schedule.to_dict(),
             recipe=self.recipe.to_dict(),
             run={"seed": self.seed, "stages": [_summary(figures) for figures in self.figures]},
@@ -183,6 +198,9 @@ def quantize(
             layer.harden_()
     trajectories: list[Trajectory] = job.handed["trajectories"]
     quantized = with_denoiser(pipe, name, job.denoiser)
+    correction: StepCorrection | None = job.handed.get("correction")
+    if correction is not None:
+        quantized.scheduler = CorrectedScheduler(quantized.scheduler, correction)
     guard_schedule(quantized.scheduler, trajectories[0].fingerprint)
     return Quantized(
         pipe=quantized,
@@ -193,6 +211,135 @@ def quantize(
         base_model=base_model,
         figures=tuple(figures),
     )
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """What `compensate` made.
+
+    pipe: like the candidate, with a scheduler that corrects the predictions; without one if nothing was better.
+    schedule: the one that the correction was fitted on; the pipeline refuses others.
+    figures: of the recording and of the fit, with their seconds.
+    manifest: of the candidate, if it was a checkpoint.
+    """
+
+    pipe: Any
+    denoiser_name: str
+    schedule: ScheduleFingerprint
+    seed: int
+    figures: tuple[dict[str, Any], ...]
+    settings: Compensate
+    manifest: Manifest | None = None
+
+    def save(self, folder: Path | str, *, overwrite: bool = False) -> None:
+        """Write a checkpoint folder: the candidate's with its correction, and how that was made.
+
+        Raises ModelError for a denoiser that stepquant has not quantized, and CheckpointError for one that an engine
+        has packed: give `compensate` the candidate's folder instead of the loaded pipeline.
+        """
+        before = self.manifest
+        recipe: Mapping[str, Any] = {} if before is None else before.recipe
+        name = str(recipe.get("name", "")).removesuffix("+cec")
+        # An earlier correction has been replaced, so it is no part of how this one came about.
+        stages = [stage for stage in recipe.get("stages", []) if stage.get("stage") != "Compensate"]
+        stage = {"stage": "Compensate", **TypeAdapter(Compensate).dump_python(self.settings, mode="json")}
+        own = {"seed": self.seed, "stages": [_summary(figures) for figures in self.figures]}
+        save_checkpoint(
+            folder,
+            pipe=self.pipe,
+            denoiser_name=self.denoiser_name,
+            denoiser=getattr(self.pipe, self.denoiser_name),
+            base_model="" if before is None else before.base_model,
+            created=_today(),
+            schedule=self.schedule.to_dict(),
+            recipe={**recipe, "name": f"{name}+cec" if name not in ("", "cec") else "cec", "stages": [*stages, stage]},
+            run={**({} if before is None else before.run), "compensation": own},
+            overwrite=overwrite,
+        )
+
+
+def compensate(
+    candidate: Any,
+    against: Any,
+    *,
+    steps: int,
+    samples: int = 64,
+    batch: int = 16,
+    estimator: EstimatorChoice = "auto",
+    regressors: tuple[Regressor, ...] | None = None,
+    gamma: Literal[0, 1] = 0,
+    ridge: float | None = None,
+    shared: bool = False,
+    held_out: int = 4,
+    arguments: Mapping[str, Any] | None = None,
+    run: Run | None = None,
+) -> Compensated:
+    """Fit a correction for a model that is quantized already, by whomever; both pipelines stay as they were.
+
+    candidate: a pipeline around any quantized denoiser, or the folder of a checkpoint (only that can be saved again).
+        A correction that it has already is replaced.
+    against: the full-precision pipeline of the same model, with the same scheduler settings.
+    steps: sampling steps to fit for. samples: images to record, `batch` at a time, on the run's calibration seeds.
+    estimator, regressors, gamma, ridge, shared, held_out: see `calibrate.compensation.Compensate`.
+    arguments: what the pipelines are called with beside seeds and steps.
+
+    Raises SpecError if the two pipelines would sample with different schedules, UnsupportedPipeline if sampling cannot
+    be replayed, CalibrationError for fewer than two images.
+    """
+    run = run or Run()
+    settings = Compensate(estimator, regressors, gamma, ridge, shared, held_out)
+    _, full_precision = find_denoiser(against)
+    check_finite(full_precision)
+    pipe, manifest = _candidate(candidate, full_precision)
+    name, quantized = find_denoiser(pipe)
+    figures: list[dict[str, Any]] = []
+    with _still(full_precision), _still(quantized):
+        job = Job(against, full_precision, quantized, run, steps, dict(arguments or {}))
+        for stage in (Record(samples, batch), settings):
+            if isinstance(stage, Compensate):
+                _check_same_schedule(pipe, job.handed["trajectories"][0])
+            began = time.perf_counter()
+            found = stage.run(job)
+            seconds = round(time.perf_counter() - began, 3)
+            figures.append({"stage": type(stage).__name__, "seconds": seconds, **found})
+    result = with_denoiser(pipe, name, quantized)
+    result.scheduler = getattr(result.scheduler, "uncorrected", result.scheduler)
+    if job.handed["correction"] is not None:
+        result.scheduler = CorrectedScheduler(result.scheduler, job.handed["correction"])
+    schedule: ScheduleFingerprint = job.handed["trajectories"][0].fingerprint
+    guard_schedule(result.scheduler, schedule)
+    return Compensated(result, name, schedule, run.seed, tuple(figures), settings, manifest)
+
+
+def _candidate(candidate: Any, full_precision: nn.Module) -> tuple[Any, Manifest | None]:
+    """The pipeline, and the manifest if it comes from a folder. Layers are not packed, so that they can be saved."""
+    if not isinstance(candidate, str | Path):
+        return candidate, None
+    plain = read_manifest(Path(candidate)).denoiser.library == "plain"
+    pipe, manifest = load_checkpoint(candidate, denoiser=full_precision if plain else None)
+    pipe.to(next(full_precision.parameters()).device)
+    if manifest.schedule is not None:
+        guard_schedule(pipe.scheduler, ScheduleFingerprint.from_dict(manifest.schedule))
+    return pipe, manifest
+
+
+def _check_same_schedule(pipe: Any, recorded: Trajectory) -> None:
+    """The candidate must sample on the schedule of the recording, up to guidance, which is the arguments' business."""
+    scheduler = copy.deepcopy(pipe.scheduler)
+    args, kwargs = recorded.schedule_arguments
+    scheduler.set_timesteps(*args, **kwargs)
+    expected = recorded.fingerprint
+    own = ScheduleFingerprint.of(scheduler, steps=expected.steps, guidance=expected.guidance)
+    found = expected.differences(own)
+    if found:
+        raise SpecError(
+            f"The candidate would not sample on the schedule of the full-precision pipeline: {' '.join(found)} Give "
+            "both the same scheduler."
+        )
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 @contextmanager

@@ -43,11 +43,11 @@ from stepquant.model.components import (
     load_component,
     save_component,
 )
-from stepquant.model.correction import CORRECTION_FIELDS, CorrectedScheduler, StepCorrection
+from stepquant.model.correction import CORRECTION_FIELDS, OPTIONAL_FIELDS, CorrectedScheduler, StepCorrection
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.pipeline import DenoiserPipeline
 from stepquant.model.quantizer import WeightQuantizer
-from stepquant.model.surgery import check_finite, quantized_layers
+from stepquant.model.surgery import check_finite, operand_specs, quantized_layers
 from stepquant.slots import (
     Dtypes,
     Slot,
@@ -106,8 +106,7 @@ def save_checkpoint(
     correction = scheduler.correction if isinstance(scheduler, CorrectedScheduler) else None
     tensors = {name: encoded(name, slot) for name, slot in slots_of(denoiser).items()}
     if correction is not None:
-        for name in ("timesteps", *CORRECTION_FIELDS):
-            tensors[f"{CORRECTION_PREFIX}.{name}"] = getattr(correction, name)
+        tensors |= {f"{CORRECTION_PREFIX}.{name}": table for name, table in correction.tables().items()}
     layers = quantized_layers(denoiser)
     shapes = {
         name: tuple(layer.weight.shape) if isinstance(layer, QuantizedLayer) else () for name, layer in layers.items()
@@ -332,9 +331,11 @@ def _check_declared(path: Path, manifest: Manifest, entries: Mapping[str, Entry]
             f"{list(edges.shape)}."
         )
     for name, layer in manifest.structure.layers.items():
+        per_channel = {key for key, spec in operand_specs(layer.scheme) if spec.granularity == "channel"}
         for attribute, rows in layer.rows.items():
             scale = entries.get(f"{name}.{attribute}.scale")
-            if scale is None or scale.shape != (rows,) or rows < 1:
+            axes = 2 if attribute in per_channel else 1
+            if scale is None or len(scale.shape) != axes or scale.shape[0] != rows or rows < 1:
                 found = None if scale is None else list(scale.shape)
                 raise CheckpointError(
                     f"{path}, {name}.{attribute}.scale: shape {found}, but the manifest declares {rows} rows."
@@ -427,8 +428,9 @@ def _fill_(slots: Mapping[str, Slot], file: TensorFile, dtypes: Dtypes) -> None:
 
 
 def _read_correction(file: TensorFile, manifest: Manifest) -> StepCorrection | None:
-    names = {name: f"{CORRECTION_PREFIX}.{name}" for name in ("timesteps", *CORRECTION_FIELDS)}
+    names = {name: f"{CORRECTION_PREFIX}.{name}" for name in ("timesteps", *CORRECTION_FIELDS, *OPTIONAL_FIELDS)}
     present = {name for name in file.entries if name.startswith(CORRECTION_PREFIX + ".")}
+    names = {name: key for name, key in names.items() if name not in OPTIONAL_FIELDS or key in present}
     if present != (set(names.values()) if manifest.correction is not None else set()):
         raise CheckpointError(
             f"{file.path}: the manifest declares correction {manifest.correction}, found {sorted(present)}."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -223,7 +223,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
         if not equals or not all(path.split(".")):
             raise SpecError(f"--set takes key=value, such as --set options.window=2, found {override!r}.")
         keys = path.strip().split(".")
-        if len(keys) == 1 and keys[0] not in RunConfig.model_fields:
+        if keys[0] not in RunConfig.model_fields:
             keys = ["options", *keys]
         _put_(result, keys, parse_yaml(text, source=f"--set {path}"), path)
     return result
@@ -391,32 +391,63 @@ def _written_recipe(layers: list[_Layer]) -> Recipe:
 
 
 def _method_recipe(method: str, preset: str, layers: list[_Layer]) -> tuple[dict[str, Any], Recipe]:
-    """Keyword arguments of the method after preset, file and flags, and what the method makes of them."""
-    from stepquant.methods import METHODS, PRESETS
+    """Keyword arguments of the method after preset, file and flags, and what the method makes of them.
 
-    if method not in METHODS:
-        raise SpecError(f"There is no method {method!r}.{nearest(method, METHODS)} `stepquant methods` lists them.")
-    presets = PRESETS.get(method, {})
+    `base+extra` is the recipe of `base` with the stages of `extra` after it; the extra's settings are a mapping under
+    its name among the options.
+    """
+    from stepquant.methods import ADD_ONS, METHODS, PRESETS
+
+    base, *extras = method.split("+")
+    if base not in METHODS:
+        raise SpecError(f"There is no method {base!r}.{nearest(base, METHODS)} `stepquant methods` lists them.")
+    for extra in extras:
+        if extra not in ADD_ONS or extras.count(extra) > 1:
+            raise SpecError(
+                f"{method}: {extra!r} cannot follow another method, only {', '.join(ADD_ONS)} can, once each."
+                f"{nearest(extra, ADD_ONS)}"
+            )
+    presets = PRESETS.get(base, {})
     if preset not in presets and not (preset == "standard" and not presets):
         raise SpecError(
-            f"{method} has no preset {preset!r}, only {', '.join(presets) or 'standard'}.{nearest(preset, presets)}"
+            f"{base} has no preset {preset!r}, only {', '.join(presets) or 'standard'}.{nearest(preset, presets)}"
         )
-    function = METHODS[method]
-    signature = inspect.signature(function)
-    hints = typing.get_type_hints(function)
+    given = [
+        (name, value, f"{layer.source}: {layer.paths[name]}")
+        for layer in layers
+        for name, value in layer.keywords.items()
+    ]
+    own = [entry for entry in given if entry[0] not in extras]
+    keywords = _keywords(base, METHODS[base], presets.get(preset, {}), own)
+    recipe = METHODS[base](**keywords)
+    for extra in extras:
+        settings: list[tuple[str, Any, str]] = []
+        for name, value, where in given:
+            if name == extra:
+                if not isinstance(value, Mapping):
+                    raise SpecError(f"{where}: expected the settings of {extra}, found {_described(value)}.")
+                settings += [(key, part, f"{where}.{key}") for key, part in value.items()]
+        known = inspect.signature(ADD_ONS[extra]).parameters
+        of_preset = {key: value for key, value in PRESETS[extra].get(preset, {}).items() if key in known}
+        keywords[extra] = _keywords(extra, ADD_ONS[extra], of_preset, settings)
+        recipe = recipe.then(*ADD_ONS[extra](**keywords[extra]), name=method)
+    return _spelled(keywords), recipe
+
+
+def _keywords(
+    method: str, function: Callable[..., Any], preset: Mapping[str, Any], given: Iterable[tuple[str, Any, str]]
+) -> dict[str, Any]:
+    """The function's defaults, then the preset, then what was given as (name, value, where it was given)."""
+    parameters, hints = inspect.signature(function).parameters, typing.get_type_hints(function)
     keywords = {
-        name: entry.default
-        for name, entry in signature.parameters.items()
-        if entry.default is not inspect.Parameter.empty
+        name: entry.default for name, entry in parameters.items() if entry.default is not inspect.Parameter.empty
     }
-    keywords |= presets.get(preset, {})
-    for layer in layers:
-        for name, value in layer.keywords.items():
-            where = f"{layer.source}: {layer.paths[name]}"
-            if name not in signature.parameters:
-                raise SpecError(f"{where}: {method} has no option {name!r}.{nearest(name, signature.parameters)}")
-            keywords[name] = _fitting(value, hints.get(name, Any), where)
-    return _spelled(keywords), function(**keywords)
+    keywords |= preset
+    for name, value, where in given:
+        if name not in parameters:
+            raise SpecError(f"{where}: {method} has no option {name!r}.{nearest(name, parameters)}")
+        keywords[name] = _fitting(value, hints.get(name, Any), where)
+    return keywords
 
 
 def _fitting(value: Any, hint: Any, where: str) -> Any:

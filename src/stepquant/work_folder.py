@@ -2,7 +2,7 @@
 
     run.json                       what the run is; another run is refused
     stages.json                    finished stages and their figures
-    trajectories/, calibration.json, plan.json
+    trajectories/, calibration.json, plan.json, correction.safetensors
     model.json, model-NN.safetensors   the half-quantized denoiser after stage NN
     partial-NN-NAME.safetensors    kept by stage NN itself, removed when it has finished
 
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,7 @@ from stepquant.calibrate.select import CalibrationSet
 from stepquant.calibrate.trajectory_files import load_trajectories, save_trajectories
 from stepquant.errors import CalibrationError, SpecError
 from stepquant.model.assembly import Structure, assemble_, describe
+from stepquant.model.correction import StepCorrection
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.surgery import Plan, quantized_layers
 from stepquant.recipe import Job, Stage
@@ -102,6 +104,9 @@ class WorkFolder:
             job.handed["plan"] = _PLAN.validate_json((self.folder / "plan.json").read_text())
         if "model" in given:
             job.denoiser = self._load_model(job.full_precision)
+        if "correction" in given:
+            tables = load_file(self.folder / "correction.safetensors")
+            job.handed["correction"] = StepCorrection(**tables) if "timesteps" in tables else None
 
     def finish(self, job: Job, stage: Stage, figures: dict[str, Any]) -> None:
         """Write what the stage gave, then that it has finished, then remove what it kept inside."""
@@ -113,7 +118,11 @@ class WorkFolder:
             _write_text(self.folder / "plan.json", _PLAN.dump_json(job.handed["plan"]).decode())
         if "model" in stage.gives:
             self._save_model(job.denoiser)
-        unknown = set(stage.gives) - {"trajectories", "calibration", "plan", "model"}
+        if "correction" in stage.gives:
+            correction: StepCorrection | None = job.handed["correction"]
+            tables = {"none": torch.zeros(1)} if correction is None else correction.tables()
+            _write_tensors(self.folder / "correction.safetensors", tables, {})
+        unknown = set(stage.gives) - {"trajectories", "calibration", "plan", "model", "correction"}
         if unknown:
             raise CalibrationError(
                 f"Stage {type(stage).__name__} gives {', '.join(sorted(unknown))}, which a work folder cannot keep: "

@@ -15,13 +15,14 @@ from torch import Tensor
 
 import tiny
 from stepquant.api import Quantized, quantize, sample
+from stepquant.calibrate import group_search, window_fitting
 from stepquant.calibrate.rounding import SoftRounding, input_scales
 from stepquant.calibrate.stages import calibration_seeds
+from stepquant.calibrate.window_fitting import FitWindows
 from stepquant.errors import SpecError
 from stepquant.methods import METHODS, PRESETS, STAGES
-from stepquant.methods import accuquant as accuquant_module
-from stepquant.methods.accuquant import AccuQuantWindows
 from stepquant.model.assembly import describe
+from stepquant.model.correction import CorrectedScheduler
 from stepquant.model.surgery import quantized_layers
 from stepquant.recipe import Job, Recipe, Stage, recipe_from_dict
 from stepquant.run import Run
@@ -40,6 +41,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "scale_iterations": 1,
         "free_run": 0.3,
     },
+    "gac": {"iterations_weights": 3, "iterations_activations": 2, "lr_weights": 5e-2, "meta_iterations": 1},
+    "cec": {"held_out": 2},
+    "combined": {
+        "block_iterations": 2,
+        "block_lr": 5e-2,
+        "meta_iterations": 1,
+        "scale_iterations": 1,
+        "window": 2,
+        "window_iterations": 4,
+        "lr_weights": 5e-2,
+        "compensation": False,
+    },
+    "adp_dm": {"rounds": 2, "focus": 1, "groups": 2, "block_iterations": 2, "block_lr": 5e-2},
 }
 
 
@@ -52,7 +66,11 @@ def pipe_of() -> DDIMPipeline:
 
 
 def bytes_of(quantized: Quantized) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in quantized.pipe.unet.state_dict().items()}
+    found = {name: tensor.clone() for name, tensor in quantized.pipe.unet.state_dict().items()}
+    if isinstance(quantized.pipe.scheduler, CorrectedScheduler):
+        tables = quantized.pipe.scheduler.correction.tables()
+        found |= {f"correction.{name}": tensor.clone() for name, tensor in tables.items()}
+    return found
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -141,7 +159,7 @@ def test_nothing_of_the_calibration_is_left_behind(method: str, finished: dict[s
     ]
 
 
-@pytest.mark.parametrize("method", ["q_diffusion", "accuquant"])
+@pytest.mark.parametrize("method", ["q_diffusion", "accuquant", "gac", "combined"])
 def test_learning_methods_differ_from_rounding(method: str, finished: dict[str, Quantized]) -> None:
     rounded, learnt = bytes_of(finished["rtn"]), bytes_of(finished[method])
     assert rounded.keys() == learnt.keys()
@@ -154,7 +172,10 @@ def test_learning_methods_differ_from_rounding(method: str, finished: dict[str, 
 INTERRUPTIONS = {
     "rtn": [("record", 1), ("Fitting weight ranges", 3), ("Observing", 1)],
     "q_diffusion": [("block by block", 2), ("Fitting activation ranges", 1), ("activation scales", 3)],
-    "accuquant": [("Rounding weights", 3), ("AccuQuant", 5), ("AccuQuant", 10)],
+    "accuquant": [("Rounding weights", 3), ("Fitting windows", 5), ("Fitting windows", 10)],
+    "gac": [("block by block", 2), ("activation scales", 3)],
+    "adp_dm": [("Searching timestep groups", 2)],
+    "cec": [("Fitting corrections", 2)],
 }
 
 
@@ -170,7 +191,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Kept after iterations 3, 6 and 9 of 10; weights are settled from the ninth on.
-    monkeypatch.setattr(accuquant_module, "KEEP_EVERY", 3)
+    monkeypatch.setattr(window_fitting, "KEEP_EVERY", 3)
+    monkeypatch.setattr(group_search, "KEEP_EVERY", 1)
     progress = Interrupt(what, tick)
     with pytest.raises(KeyboardInterrupt):
         quantize(pipe_of(), recipe_of(method), steps=STEPS, run=Run(work=tmp_path, progress=progress))
@@ -294,7 +316,7 @@ class ClipActivations:
 def test_accuquant_recovers_from_clipped_activations(gradient: Any) -> None:
     # One window over one mini-batch, so that losses of different iterations can be compared.
     beginning = recipe_of("rtn", weights=8, activations=8).stages
-    fit = AccuQuantWindows(window=STEPS, iterations=10, lr_scales=8e-2, gradient=gradient, learn_weights=False)
+    fit = FitWindows(window=STEPS, iterations=10, lr_scales=8e-2, gradient=gradient, learn_weights=False)
     quantized = quantize(pipe_of(), Recipe("clipped", (*beginning, ClipActivations(), fit)), steps=STEPS)
     losses = [loss for _, loss in quantized.figures[-1]["losses"]]
     assert losses[-1] < 0.75 * losses[0]

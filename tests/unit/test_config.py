@@ -13,7 +13,7 @@ import pytest
 
 from stepquant.config import apply_overrides, dump, load_config, resolve
 from stepquant.errors import SpecError
-from stepquant.recipe import Figures, Job, Recipe
+from stepquant.recipe import Figures, Job, Recipe, Stage
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,17 @@ def rtn(*, weights: int | None = 4, activations: int | None = 8) -> Recipe:
     return Recipe("rtn", (Do(weights, activations),))
 
 
+def cec(*, estimator: Literal["auto", "scale"] = "auto", gamma: int = 0) -> tuple[Stage, ...]:
+    return (Do(window=gamma, gradient=estimator),)
+
+
 @pytest.fixture(autouse=True)
 def _methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     module = types.ModuleType("stepquant.methods")
     module.METHODS = {"accuquant": accuquant, "rtn": rtn}  # type: ignore[attr-defined]
     module.PRESETS = {"accuquant": {"quick": {"samples": 8}, "standard": {}, "full": {"samples": 256}}, "rtn": {}}  # type: ignore[attr-defined]
+    module.PRESETS["cec"] = {"quick": {"samples": 8, "gamma": 2}}  # type: ignore[attr-defined]
+    module.ADD_ONS = {"cec": cec}  # type: ignore[attr-defined]
     module.STAGES = {"Do": Do}  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "stepquant.methods", module)
     return iter(())
@@ -254,3 +260,37 @@ def test_a_written_recipe_is_dumped_too(tmp_path: Path) -> None:
     first = resolve({"model": "m", "recipe": [{"stage": "Do", "window": 3}]})
     dump(first, tmp_path / "run.yaml")
     assert resolve(load_config(tmp_path / "run.yaml")).recipe == first.recipe
+
+
+def test_an_extra_follows_a_method_with_settings_of_its_own() -> None:
+    data = {"model": "digits-unet", "method": "accuquant+cec", "options": {"cec": {"estimator": "scale"}}}
+    resolved = resolve(data, flags=apply_overrides({}, ["cec.gamma=1", "window=7"]))
+    base, extra = resolved.recipe.stages
+    assert isinstance(base, Do)
+    assert isinstance(extra, Do)
+    assert (base.window, extra.window, extra.gradient) == (7, 1, "scale")
+    assert resolved.recipe.name == "accuquant+cec"
+    assert resolve(resolved.to_dict()).recipe == resolved.recipe
+
+
+def test_an_extra_takes_from_the_preset_what_it_knows() -> None:
+    base, extra = resolve({"model": "m", "method": "accuquant+cec", "preset": "quick"}).recipe.stages
+    assert isinstance(base, Do)
+    assert isinstance(extra, Do)
+    assert (base.samples, extra.samples, extra.window) == (8, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("rtn+cecc", {}, "Did you mean 'cec'"),
+        ("rtn+cec+cec", {}, "once each"),
+        ("rtn+accuquant", {}, "cannot follow another method"),
+        ("rtn+cec", {"cec": {"estimatr": "scale"}}, r"options\.cec\.estimatr: .*Did you mean 'estimator'"),
+        ("rtn+cec", {"cec": 3}, r"options\.cec: expected the settings of cec, found 3"),
+        ("rtn", {"cec": {"estimator": "scale"}}, "rtn has no option 'cec'"),
+    ],
+)
+def test_an_extra_that_does_not_fit_is_named(method: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        resolve({"model": "digits-unet", "method": method, "options": options})

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from stepquant.errors import EvaluationError
 from stepquant.report.figures import comparison_picture, difference, levels
@@ -219,3 +220,12 @@ def test_comparison_picture_is_a_png_of_all_rows() -> None:
         {"full precision": images["reference"], "_$odd": images["candidates"][0]}, images["seeds"]
     )
     assert data.startswith(b"\x89PNG")
+
+
+def test_rows_over_time_are_shown_where_there_are_several() -> None:
+    one, several = torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[0, 1, 1], [0, 0, 0]])
+    layers, timesteps = ["first", "second"], [0.0, 500.0, 950.0]
+    images = some_images(2) | {"rows": [(layers, one, timesteps), (layers, several, timesteps)]}
+    page = render_report([a_result("a"), a_result("b")], images, [an_inspection(), an_inspection()])
+    assert "Activation parameters over time: b" in page
+    assert "Activation parameters over time: a" not in page

@@ -5,6 +5,7 @@ Source of the loop: BRECQ (Li et al. 2021) as in the public code of Q-Diffusion.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from stepquant.calibrate.rounding import (
     SoftRounding,
@@ -22,7 +24,8 @@ from stepquant.calibrate.rounding import (
     relative_groups,
     soften_,
 )
-from stepquant.calibrate.select import CalibrationSet, inputs
+from stepquant.calibrate.select import CalibrationSet, HeldOut, hold_out, inputs
+from stepquant.calibrate.weighting import GroupLoss, SampleWeighting, Theta, UnitLosses, WeightLearner
 from stepquant.errors import CalibrationError, SpecError
 from stepquant.model.clock import clock_of
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
@@ -41,6 +44,7 @@ __all__ = [
     "float_layers",
     "load_adam_state_",
     "reconstruction_loss",
+    "sample_losses",
     "soft_roundings",
     "soften_all_",
     "without_input_quantizers",
@@ -53,9 +57,20 @@ Captured = tuple[tuple[Any, ...], dict[str, Any], Tensor]
 """Arguments and first output of one call of a unit."""
 
 
-def reconstruction_loss(found: Tensor, wanted: Tensor, norm: float = 2.0) -> Tensor:
-    """|found - wanted|^norm summed over axis 1, averaged over everything else (BRECQ, Q-Diffusion)."""
-    return (found - wanted).abs().pow(norm).sum(1).mean()
+def reconstruction_loss(found: Tensor, wanted: Tensor, norm: float = 2.0, weights: Tensor | None = None) -> Tensor:
+    """|found - wanted|^norm summed over axis 1, averaged over everything else (BRECQ, Q-Diffusion).
+
+    weights: `[B]`, of each sample in the average; with mean 1 over the calibration set they keep the loss's scale.
+    """
+    distance = (found - wanted).abs().pow(norm).sum(1)
+    if weights is not None:
+        distance = distance * weights.to(distance).reshape(-1, *(1,) * (distance.ndim - 1))
+    return distance.mean()
+
+
+def sample_losses(found: Tensor, wanted: Tensor, norm: float = 2.0) -> Tensor:
+    """The reconstruction loss of each sample, `[B]`; its mean is `reconstruction_loss`."""
+    return (found - wanted).abs().pow(norm).sum(1).reshape(len(found), -1).mean(1)
 
 
 def clocked(denoiser: nn.Module) -> Any:
@@ -235,6 +250,8 @@ class RoundBlocks:
     quantized_prefix: inputs of a unit come from the already rounded prefix (`asym=True`), targets from full precision.
     together: units that are captured in one pass over the calibration set. With more than one, the prefix of the later
         ones is rounded only up to the first; passes, which dominate the time of short runs, become fewer.
+    weighting: learn how much each calibration sample counts, anew before each unit, on images that are held out of
+        the calibration set; None takes the calibration set's own weights.
     """
 
     iterations: int = 20_000
@@ -244,6 +261,7 @@ class RoundBlocks:
     warmup: float = 0.2
     quantized_prefix: bool = True
     together: int = 1
+    weighting: SampleWeighting | None = None
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
@@ -255,8 +273,8 @@ class RoundBlocks:
         layers = {n: x for n, x in quantized_layers(job.denoiser).items() if isinstance(x, QuantizedLayer)}
         soften_all_(job, layers, keep=0.0)
         units = units_of(job.denoiser, list(job.handed["plan"]))
-        chosen: CalibrationSet = job.handed["calibration"]
-        batches = list(_batches(job.handed["trajectories"], chosen, self.batch))
+        samples = _Samples.of(job, self.weighting)
+        batches = list(_batches(job.handed["trajectories"], samples.captured, self.batch))
         bins = _bins_of(job.denoiser, batches)
         fit = Fit(self.iterations, self.batch, self.lr, 2.0, self.round_weight, self.warmup)
         losses: dict[str, Any] = {}
@@ -266,10 +284,19 @@ class RoundBlocks:
         ):
             for first in range(0, len(units), self.together):
                 group = units[first : first + self.together]
-                losses |= self._group(job, group, layers, batches, bins, first, fit)
+                losses |= self._group(job, group, layers, batches, bins, first, fit, samples)
                 advance(len(group))
-        evaluations = _evaluations(fit, len(chosen), len(units), self.together, 2 if self.quantized_prefix else 1)
-        return {"losses": losses, "evaluations": evaluations}
+        passes = 2 if self.quantized_prefix else 1
+        evaluations = _evaluations(fit, len(samples.captured), len(units), self.together, passes)
+        if samples.learner is None:
+            return {"losses": losses, "evaluations": evaluations}
+        blocks = len(losses) * samples.unit_evaluations
+        return {
+            "losses": losses,
+            "evaluations": evaluations + round(blocks / len(units)),  # once through every unit is once the network
+            "block_evaluations": blocks,
+            "validation_samples": sum(map(len, samples.validation)),
+        }
 
     def _group(
         self,
@@ -280,6 +307,7 @@ class RoundBlocks:
         bins: Tensor,
         first: int,
         fit: Fit,
+        samples: _Samples,
     ) -> Figures:
         """Round the units that are captured together. Kept as a whole: a resumed run captures what this one did."""
         soft = {
@@ -291,6 +319,8 @@ class RoundBlocks:
                 for name, rounding in roundings.items():
                     rounding.alpha.data.copy_(kept[0][name])
             losses = kept[1]
+            if samples.learner is not None:
+                samples.learner.logits = kept[0][_KEPT_LOGITS]
         else:
             wanted = [unit.name for unit in group if soft[unit.name]]
             caches = _caches(job.denoiser, job.full_precision, wanted, batches, bins, self.quantized_prefix)
@@ -298,14 +328,116 @@ class RoundBlocks:
             for number, unit in enumerate(group, start=first):
                 if soft[unit.name]:
                     cache = caches.pop(unit.name)
-                    losses[unit.name] = fit_unit(job, unit, cache, fit, soft=soft[unit.name], stream=("round", number))
+                    learnt = samples.learn_(job, unit, cache, soft[unit.name], number)
+                    fitted = fit_unit(
+                        job, unit, cache, fit, soft=soft[unit.name], stream=("round", number), weights=samples.weights
+                    )
+                    losses[unit.name] = fitted | learnt
             if job.keeper:
                 tensors = {name: r.alpha.detach() for roundings in soft.values() for name, r in roundings.items()}
+                if samples.learner is not None:
+                    tensors[_KEPT_LOGITS] = samples.learner.logits
                 job.keeper.save(f"units-{first}", tensors, losses)
         for roundings in soft.values():
             for name in roundings:
                 harden_soft_(layers[name])
         return losses
+
+
+_KEPT_LOGITS = ".sample_logits"
+"""Where sample weights are kept among roundings by layer name; no layer's name begins with a dot."""
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The samples of a block stage, and how much each counts.
+
+    captured: all entries that units are run on: those that calibrate, then those that validate.
+    fixed: weights of the calibrating entries with mean 1, `[N]`; None where all are equal.
+    learner: what learns weights; None leaves the fixed ones. The rest is empty without it.
+    validation: positions in `captured` of each timestep group.
+    """
+
+    captured: CalibrationSet
+    fixed: Tensor | None
+    learner: WeightLearner | None = None
+    validation: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, job: Job, setting: SampleWeighting | None) -> _Samples:
+        chosen: CalibrationSet = job.handed["calibration"]
+        if setting is None:
+            return cls(chosen, _fixed_weights(chosen))
+        held: HeldOut = hold_out(job.handed["trajectories"], chosen, share=setting.validation, groups=setting.groups)
+        training, groups = held.training, held.groups
+        entries = training.entries + tuple(entry for group in groups for entry in group.entries)
+        captured = CalibrationSet(entries, training.weights + (1.0,) * (len(entries) - len(training)))
+        starts = [*itertools.accumulate(map(len, groups), initial=len(training))]
+        validation = tuple(torch.arange(start, stop) for start, stop in itertools.pairwise(starts))
+        strata = torch.tensor([step for _, step, _ in training.entries])
+        return cls(captured, None, WeightLearner(setting, strata, held.steps, training.weights), validation)
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Of each sample that calibrates, mean 1, `[N]`; None if all calibrate alike."""
+        return self.fixed if self.learner is None else self.learner.weights
+
+    @property
+    def unit_evaluations(self) -> int:
+        """What learning weights costs at one unit, in forward passes of one image through it."""
+        if self.learner is None:
+            return 0
+        count = sum(map(len, self.validation))
+        return self.learner.setting.unit_evaluations(len(self.captured) - count, count, len(self.validation))
+
+    def learn_(self, job: Job, unit: Unit, cache: _Cache, soft: Mapping[str, SoftRounding], number: int) -> Figures:
+        """Update the learner's weights for one unit, before it is fitted."""
+        if self.learner is None:
+            return {}
+        theta = _theta_of(job, soft, self.learner.setting.hardness)
+        losses = _unit_losses(job, unit, cache, soft, theta, self.validation)
+        return {"weighting": self.learner.update_(losses, job.run.generator("weighting", number))}
+
+
+def _fixed_weights(chosen: CalibrationSet) -> Tensor | None:
+    weights = torch.tensor(chosen.weights, dtype=torch.float64)
+    return None if bool((weights == weights[0]).all()) else weights / weights.mean()
+
+
+def _theta_of(job: Job, soft: Mapping[str, SoftRounding], hardness: float) -> Theta:
+    """Rounding variables between where they are and their nearest rounding."""
+    weights = float_layers(job.full_precision, list(soft))
+    found = []
+    for name, rounding in soft.items():
+        h = rounding.h().detach()
+        start = h + hardness * ((rounding.alpha.detach() >= 0).to(h) - h)
+        found.append(SoftRounding(rounding.quantizer, weights[name], start).alpha.detach())
+    return tuple(found)
+
+
+def _unit_losses(
+    job: Job,
+    unit: Unit,
+    cache: _Cache,
+    soft: Mapping[str, SoftRounding],
+    theta: Theta,
+    validation: Sequence[Tensor],
+) -> UnitLosses:
+    """A unit's losses as functions of its rounding variables; the unit itself stays as it is."""
+    module, clock = job.denoiser.get_submodule(unit.name), clocked(job.denoiser)
+    name_of = {id(parameter): name for name, parameter in module.named_parameters()}
+    names = [name_of[id(rounding.alpha)] for rounding in soft.values()]
+
+    def losses(theta: Theta, chosen: Tensor) -> Tensor:
+        args, kwargs, wanted, at = cache.batch(chosen)
+        clock.bin = at
+        output = functional_call(module, dict(zip(names, theta, strict=True)), args, kwargs)
+        return sample_losses(_first_tensor(output), wanted)
+
+    def of_group(chosen: Tensor) -> GroupLoss:
+        return lambda theta: losses(theta, chosen).mean()
+
+    return UnitLosses(theta, losses, tuple(of_group(chosen) for chosen in validation))
 
 
 @dataclass(frozen=True)
@@ -340,7 +472,7 @@ class ScaleBlocks:
         with job.run.progress.track("Fitting activation scales, block by block", len(units)) as advance:
             for first in range(0, len(units), self.together):
                 group = units[first : first + self.together]
-                losses |= self._group(job, group, layers, batches, bins, first, fit)
+                losses |= self._group(job, group, layers, batches, bins, first, fit, _fixed_weights(chosen))
                 advance(len(group))
         evaluations = _evaluations(fit, len(chosen), len(units), self.together, 1)
         return {"losses": losses, "evaluations": evaluations}
@@ -354,6 +486,7 @@ class ScaleBlocks:
         bins: Tensor,
         first: int,
         fit: Fit,
+        weights: Tensor | None,
     ) -> Figures:
         scales = {unit.name: input_scales({name: layers[name] for name in unit.layers}) for unit in group}
         kept = job.keeper.load(f"units-{first}") if job.keeper else None
@@ -368,7 +501,9 @@ class ScaleBlocks:
         for number, unit in enumerate(group, start=first):
             if scales[unit.name]:
                 cache = caches.pop(unit.name)
-                losses[unit.name] = fit_unit(job, unit, cache, fit, scales=scales[unit.name], stream=("scale", number))
+                losses[unit.name] = fit_unit(
+                    job, unit, cache, fit, scales=scales[unit.name], stream=("scale", number), weights=weights
+                )
         if job.keeper:
             tensors = {name: q.scale.detach() for quantizers in scales.values() for name, q in quantizers.items()}
             job.keeper.save(f"units-{first}", tensors, losses)
@@ -415,8 +550,12 @@ def fit_unit(
     stream: tuple[object, ...],
     soft: Mapping[str, SoftRounding] | None = None,
     scales: Mapping[str, InputQuantizer] | None = None,
+    weights: Tensor | None = None,
 ) -> Figures:
-    """Optimise the rounding variables or the activation scales of one unit; returns its loss before and after."""
+    """Optimise the rounding variables or the activation scales of one unit; returns its loss before and after.
+
+    weights: `[N]` with mean 1, of the cache's first N samples, which alone are fitted; None fits all of them alike.
+    """
     module, clock = job.denoiser.get_submodule(unit.name), clocked(job.denoiser)
     roundings, quantizers = list((soft or {}).values()), dict(scales or {})
     if roundings:
@@ -429,9 +568,10 @@ def fit_unit(
     def loss_of(chosen: Tensor) -> Tensor:
         args, kwargs, wanted, at = cache.batch(chosen)
         clock.bin = at
-        return reconstruction_loss(_first_tensor(module(*args, **kwargs)), wanted, fit.norm)
+        counts = None if weights is None else weights[chosen]
+        return reconstruction_loss(_first_tensor(module(*args, **kwargs)), wanted, fit.norm, counts)
 
-    count = len(cache.bins)
+    count = len(cache.bins) if weights is None else len(weights)
     probe = torch.arange(min(count, fit.batch))
     with torch.no_grad():
         before = float(loss_of(probe))

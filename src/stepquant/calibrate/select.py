@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from stepquant.calibrate.steps import DenoiserCall
 from stepquant.calibrate.trajectory import Trajectory
 from stepquant.errors import CalibrationError, SpecError
 
-__all__ = ["CalibrationSet", "Entry", "inputs", "uniform"]
+__all__ = ["CalibrationSet", "Entry", "HeldOut", "at_steps", "hold_out", "inputs", "uniform"]
 
 Entry = tuple[int, int, int]
 
@@ -64,6 +65,100 @@ def uniform(trajectories: Sequence[Trajectory], *, every: int, samples_per_step:
             entries += [(number, step_index, row) for row in _rows_of(trajectory, step_index, images)]
             left = None if left is None else left - images
     return CalibrationSet(tuple(entries), (1.0,) * len(entries))
+
+
+def at_steps(trajectories: Sequence[Trajectory], picks: Sequence[tuple[int, int]]) -> CalibrationSet:
+    """Chosen (step, image) pairs; one that is picked n times has weight n.
+
+    image: counted over all trajectories, one after the other; each brings both halves of its guidance.
+    Raises CalibrationError for a step or image that is not recorded.
+    """
+    places = [(number, image) for number, trajectory in enumerate(trajectories) for image in range(trajectory.batch)]
+    weights: dict[Entry, float] = {}
+    for step_index, image in picks:
+        if not 0 <= image < len(places) or not 0 <= step_index < len(trajectories[places[image][0]].steps):
+            raise CalibrationError(
+                f"Image {image} at step {step_index} is not recorded: there are {len(places)} images. Record more, or "
+                "pick among these."
+            )
+        number, place = places[image]
+        trajectory = trajectories[number]
+        rows = sum(call.prediction.shape[0] for call in trajectory.steps[step_index].calls)
+        for row in range(place, rows, trajectory.batch):
+            entry = (number, step_index, row)
+            weights[entry] = weights.get(entry, 0.0) + 1.0
+    return CalibrationSet(tuple(weights), tuple(weights.values()))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A calibration set without some images, and inputs of those images to validate on.
+
+    training: the entries of all other images, with the weights that they had.
+    groups: validation entries of each timestep group, noise first; none of their images is in `training`.
+    steps: the step indices of each group.
+    """
+
+    training: CalibrationSet
+    groups: tuple[CalibrationSet, ...]
+    steps: tuple[tuple[int, ...], ...]
+
+
+def hold_out(trajectories: Sequence[Trajectory], chosen: CalibrationSet, *, share: float, groups: int) -> HeldOut:
+    """Split off a timestep-balanced validation set of about `share` of the calibration set's size.
+
+    The set's steps are cut into `groups` runs of consecutive steps, of equal length up to one, at most one for each
+    step. Every group gets the same number of (step, image) pairs, at least one, spread over its steps; a pair brings
+    both halves of its guidance. Images that are recorded but calibrate nothing are taken first; only where they do
+    not suffice the set's last images are taken out of it. Entries of weight 0 are left out.
+    Raises CalibrationError if no image is left to calibrate on.
+    """
+    steps = _step_groups(sorted({step for _, step, _ in chosen.entries}), groups)
+    every = [(number, image) for number, trajectory in enumerate(trajectories) for image in range(trajectory.batch)]
+    image_of = {entry: (entry[0], entry[2] % trajectories[entry[0]].batch) for entry in chosen.entries}
+    used = set(image_of.values())
+    rows = len(at_steps(trajectories, [(steps[0][0], 0)]))
+    pairs = max(1, math.ceil(share * len(chosen) / (rows * len(steps))))
+    needed = max(math.ceil(pairs / len(group)) for group in steps)
+    held = [position for position, image in enumerate(every) if image not in used][: pairs * len(steps)]
+    if len(held) < needed:
+        in_use = [position for position, image in enumerate(every) if image in used]
+        held += in_use[len(held) - needed :]
+    taken = {every[position] for position in held}
+    kept = [
+        (entry, weight)
+        for entry, weight in zip(chosen.entries, chosen.weights, strict=True)
+        if weight > 0 and image_of[entry] not in taken
+    ]
+    if not kept:
+        raise CalibrationError(
+            f"Holding out {len(taken)} of {len(every)} recorded images for validation leaves none to calibrate on: "
+            "record more samples."
+        )
+    return HeldOut(
+        CalibrationSet(tuple(entry for entry, _ in kept), tuple(weight for _, weight in kept)),
+        tuple(
+            at_steps(trajectories, _spread(group, held, pairs, first=number * pairs))
+            for number, group in enumerate(steps)
+        ),
+        steps,
+    )
+
+
+def _step_groups(steps: Sequence[int], count: int) -> tuple[tuple[int, ...], ...]:
+    """Runs of consecutive steps, of equal length up to one; no more of them than steps."""
+    count = min(count, len(steps))
+    return tuple(tuple(steps[i * len(steps) // count : (i + 1) * len(steps) // count]) for i in range(count))
+
+
+def _spread(steps: Sequence[int], images: Sequence[int], pairs: int, *, first: int) -> list[tuple[int, int]]:
+    """Different pairs of steps and images: the steps in equal numbers, the images in turn from the `first` on."""
+    distinct = min(pairs, len(steps))
+    places = [(2 * place + 1) * len(steps) // (2 * distinct) for place in range(distinct)]  # middles of equal parts
+    return [
+        (steps[places[pair % distinct]], images[(first + pair // distinct + pair % distinct) % len(images)])
+        for pair in range(pairs)
+    ]
 
 
 def _rows_of(trajectory: Trajectory, step_index: int, images: int) -> list[int]:

@@ -114,6 +114,9 @@ class LayerRule:
     activations: int | None
     group_size: int | None = None
 
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    """A nested dataclass ignores unknown keys otherwise."""
+
     def scheme(self) -> LayerScheme:
         scheme = scheme_for(self.weights, self.activations)
         if self.group_size is None or self.weights is None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -46,18 +46,25 @@ from stepquant.model.schedule import ScheduleFingerprint
 from stepquant.run import Run
 
 __all__ = [
+    "Correct",
     "DenoiserCall",
     "State",
     "Step",
     "Trajectory",
     "advance",
+    "follow",
+    "predict",
     "quiet",
     "record",
     "replay",
+    "scheduler_output",
     "seal",
     "state_at",
     "steps_where_nothing_happens",
 ]
+
+Correct = Callable[[Tensor, Any, Tensor], Tensor]
+"""Guided prediction, timestep and sample -> the prediction that the scheduler is given. A `Corrector` is one."""
 
 
 @dataclass(frozen=True)
@@ -261,33 +268,87 @@ def _recorded_history(step: Step) -> dict[str, Tensor]:
     return cached_tensors(step.scheduler, step.sample.shape)
 
 
-def advance(denoiser: nn.Module, trajectory: Trajectory, index: int, state: State) -> State:
+def advance(
+    denoiser: nn.Module, trajectory: Trajectory, index: int, state: State, correct: Correct | None = None
+) -> State:
     """The state after step `index`, with `denoiser` in the recorded denoiser's place.
+
+    correct: changes the prediction before the scheduler sees it.
 
     A pure function of the state and the denoiser's parameters: nothing that was recorded is written to. Gradients
     flow from the new sample and history to the old ones and to the parameters; under `torch.no_grad` none are kept.
     Raises CalibrationError for a trajectory that is not sealed or a state that does not belong to the step.
     """
-    step, form = _step(trajectory, index), _form(trajectory)
-    scheduler = _scheduler_with(step, state.history)
-    before = form.carried(state.sample)
-    scaled = scaled_sample(scheduler, before, step.timestep, scaled=form.scaled)
-    predictions = [prediction_of(denoiser(*args, **kwargs)) for args, kwargs in form.inputs(scaled, step)]
-    guided = form.combine(step, predictions)
-    sample = run_scheduler(scheduler, step, guided=guided, sample=before)
-    if index + 1 < len(trajectory.steps):
-        sample = form.carried(sample)
-    return State(sample, _history_after(trajectory, index, scheduler))
+    begun = _begin(trajectory, index, state)
+    guided = begun.predict(denoiser)
+    if correct is not None:
+        guided = correct(guided, begun.step.timestep, begun.sample)
+    return begun.follow(trajectory, guided)
+
+
+def predict(denoiser: nn.Module, trajectory: Trajectory, index: int, state: State) -> Tensor:
+    """The first half of `advance`: what the scheduler would be given in step `index`, `[B, C, ...]`, guided."""
+    return _begin(trajectory, index, state).predict(denoiser)
+
+
+def follow(trajectory: Trajectory, index: int, state: State, guided: Tensor) -> State:
+    """The second half of `advance`: the state after step `index` if the scheduler is given `guided`."""
+    return _begin(trajectory, index, state).follow(trajectory, guided)
+
+
+def scheduler_output(trajectory: Trajectory, index: int, state: State, guided: Tensor) -> Tensor:
+    """What the scheduler returns in step `index` if it is given `guided`, `[B, C, ...]`; to compare with the recorded
+    `next_sample`. A pipeline that carries doubled latents overwrites half of it before the next step.
+    """
+    begun = _begin(trajectory, index, state)
+    return run_scheduler(begun.scheduler, begun.step, guided=guided, sample=begun.sample)
 
 
 def replay(
-    denoiser: nn.Module, trajectory: Trajectory, start: int, stop: int, state: State | None = None
+    denoiser: nn.Module,
+    trajectory: Trajectory,
+    start: int,
+    stop: int,
+    state: State | None = None,
+    correct: Correct | None = None,
 ) -> Iterator[State]:
-    """The states after steps start .. stop - 1, from `state`, or from the recorded state before step `start`."""
+    """The states after steps start .. stop - 1, from `state`, or from the recorded state before step `start`.
+
+    correct: as for `advance`; a correction that remembers predictions must be a new one for every replay.
+    """
     state = state_at(trajectory, start) if state is None else state
     for index in range(start, stop):
-        state = advance(denoiser, trajectory, index, state)
+        state = advance(denoiser, trajectory, index, state, correct)
         yield state
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A step whose scheduler has been prepared for a state, and may be stepped once."""
+
+    step: Step
+    form: Form
+    scheduler: Any
+    sample: Tensor
+    scaled: Tensor
+
+    def predict(self, denoiser: nn.Module) -> Tensor:
+        inputs = self.form.inputs(self.scaled, self.step)
+        return self.form.combine(self.step, [prediction_of(denoiser(*args, **kwargs)) for args, kwargs in inputs])
+
+    def follow(self, trajectory: Trajectory, guided: Tensor) -> State:
+        sample = run_scheduler(self.scheduler, self.step, guided=guided, sample=self.sample)
+        if self.step.index + 1 < len(trajectory.steps):
+            sample = self.form.carried(sample)
+        return State(sample, _history_after(trajectory, self.step.index, self.scheduler))
+
+
+def _begin(trajectory: Trajectory, index: int, state: State) -> _Begun:
+    step, form = _step(trajectory, index), _form(trajectory)
+    scheduler = _scheduler_with(step, state.history)
+    sample = form.carried(state.sample)
+    scaled = scaled_sample(scheduler, sample, step.timestep, scaled=form.scaled)
+    return _Begun(step, form, scheduler, sample, scaled)
 
 
 def steps_where_nothing_happens(trajectory: Trajectory) -> tuple[int, ...]:

@@ -187,6 +187,48 @@ def evaluate(
 
 
 @app.command()
+def compensate(
+    ctx: typer.Context,
+    candidate: Annotated[Path, typer.Argument(help="A checkpoint that `quantize` wrote; it stays as it is.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder to make for the new checkpoint.")],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The full-precision model.  [default: the one that was quantized]"),
+    ] = None,
+    estimator: Annotated[
+        str,
+        typer.Option(
+            help="How to fit: auto tries several and takes the best on images held out, or nothing if nothing helps. "
+            "Or one of bias, scale, free_run, closed_loop, trajectory, regression."
+        ),
+    ] = "auto",
+    calibration_samples: Annotated[int, typer.Option(min=2, help="Images sampled to fit on.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Root of all random numbers.")] = 0,
+    device: Device = "auto",
+    batch_size: Batch = 16,
+    argument: Arguments = None,
+    overwrite: Overwrite = False,
+    json_: Json = None,
+) -> None:
+    """Correct what quantization does to every sampling step of a finished checkpoint; no weight changes.
+
+    The full-precision model is sampled once more, and a few numbers for each step and channel are fitted so that the
+    quantized model follows it. They are kept in the new checkpoint and cost next to nothing when sampling. They hold
+    for the checkpoint's own number of steps. Fit again after any change of the model.
+
+    Models that other software has quantized go through Python: stepquant.api.compensate(pipe, full_precision_pipe).
+
+    Example: stepquant compensate digits-w4a8 -o digits-w4a8-cec
+    """
+    from stepquant.cli import work
+
+    request = work.CompensateRequest(
+        candidate, out, against, estimator, calibration_samples, seed, device, batch_size, tuple(argument or ())
+    )
+    work.compensate(request, _settings(ctx), json_, overwrite=overwrite)
+
+
+@app.command()
 def report(
     ctx: typer.Context,
     checkpoints: Annotated[

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "plan_of",
+    "show_compensated",
     "show_inspection",
     "show_methods",
     "show_plan",
@@ -152,6 +153,27 @@ def show_quantized(
         console.print("The preset was quick: --preset standard takes longer and loses less.")
 
 
+def show_compensated(candidate: Path, out: Path, figures: Sequence[Mapping[str, Any]]) -> None:
+    """What `compensate` tried, what it took, and what to type next."""
+    console = stdout_console()
+    fitted = figures[-1]
+    table = Table(_names("candidate"), "final error on held-out images", "of that without correction")
+    for row in fitted["candidates"]:
+        error, relative = row["held_out_rms"], row["relative"]
+        table.add_row(
+            row["candidate"],
+            "diverged" if error is None else f"{error:.4g}",
+            "" if relative is None else f"{100 * relative:.1f} %",
+        )
+    console.print(table)
+    seconds = sum(float(figure["seconds"]) for figure in figures)
+    if fitted["chosen"] == "none":
+        console.print(f"Nothing was better than no correction, so {out} is {candidate} without one.")
+    else:
+        console.print(f"{out} is {candidate} with the correction {fitted['chosen']}, made in {duration(seconds)}.")
+    console.print(f"Next: stepquant evaluate {out}    and compare with: stepquant evaluate {candidate}")
+
+
 def _bytes_text(count: int) -> str:
     """1_230_000 -> "1.23 MB"."""
     number = float(count)
@@ -211,7 +233,7 @@ def show_inspection(description: Mapping[str, Any]) -> None:
 
 def show_methods(name: str | None, json_target: str | None) -> None:
     """The list of methods, or everything about one."""
-    from stepquant.methods import METHODS
+    from stepquant.methods import ADD_ONS, METHODS
 
     if name is not None and name not in METHODS:
         raise SpecError(f"There is no method {name!r}.{nearest(name, METHODS)} `stepquant methods` lists them.")
@@ -229,6 +251,8 @@ def show_methods(name: str | None, json_target: str | None) -> None:
     console = stdout_console()
     console.print(table)
     console.print("`stepquant methods NAME` explains one.")
+    extras = ", ".join(ADD_ONS)
+    console.print(f"Can follow any other, as in --method q_diffusion+{next(iter(ADD_ONS))}: {extras}.")
 
 
 def _method(name: str) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from stepquant import api
 from stepquant.allocator import tune_allocator
+from stepquant.calibrate.compensation import EstimatorChoice
 from stepquant.cli import views
 from stepquant.cli.console import Interrupted, Settings, interruptible, progress_for, stdout_console, write_json
 from stepquant.cli.outputs import (
@@ -26,15 +27,17 @@ from stepquant.cli.outputs import (
     work_folder,
 )
 from stepquant.config import Resolved, apply_overrides, dump, load_config, parse_yaml, resolve
-from stepquant.errors import CheckpointError, SpecError
+from stepquant.errors import CheckpointError, SpecError, nearest
 from stepquant.evaluate.compare import evaluate as compare
 from stepquant.evaluate.images import save_png, to_grid
 from stepquant.inspection import inspect_checkpoint
 from stepquant.run import Run
 
 __all__ = [
+    "CompensateRequest",
     "QuantizeRequest",
     "Sampling",
+    "compensate",
     "device_named",
     "evaluate",
     "evaluate_and_keep",
@@ -87,14 +90,34 @@ class Sampling:
     schedule: Literal["strict", "nearest"] = "strict"
 
     def pipeline_arguments(self) -> dict[str, Any]:
-        """The `--argument KEY=VALUE` of the command line as keyword arguments; values are read as YAML."""
-        found: dict[str, Any] = {}
-        for text in self.arguments:
-            key, equals, value = text.partition("=")
-            if not equals or not key.isidentifier():
-                raise SpecError(f"--argument takes key=value, such as prompt='a cat', found {text!r}.")
-            found[key] = parse_yaml(value, source=f"--argument {key}")
-        return found
+        """The `--argument KEY=VALUE` of the command line as keyword arguments."""
+        return _pipeline_arguments(self.arguments)
+
+
+@dataclass(frozen=True)
+class CompensateRequest:
+    """What the user asked `compensate` for. against None: the model that the checkpoint was made from."""
+
+    candidate: Path
+    out: Path
+    against: str | None
+    estimator: str
+    samples: int
+    seed: int
+    device: str
+    batch_size: int
+    arguments: tuple[str, ...] = ()
+
+
+def _pipeline_arguments(texts: Iterable[str]) -> dict[str, Any]:
+    """KEY=VALUE as keyword arguments; values are read as YAML."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise SpecError(f"--argument takes key=value, such as prompt='a cat', found {text!r}.")
+        found[key] = parse_yaml(value, source=f"--argument {key}")
+    return found
 
 
 def prepare(settings: Settings) -> None:
@@ -286,6 +309,42 @@ def _keep(results: Mapping[str, Any], checkpoint: Path) -> bool:
     return True
 
 
+def compensate(
+    request: CompensateRequest, settings: Settings, json_target: str | None, *, overwrite: bool = False
+) -> None:
+    """Fit a correction for a checkpoint, write the corrected one, and say what it gained."""
+    refuse_existing(request.out, overwrite=overwrite)
+    refuse_no_checkpoint(request.out)
+    if request.out.resolve() == request.candidate.resolve():
+        raise SpecError(f"OUT is the candidate itself, {request.out}: choose another folder.")
+    if request.estimator not in get_args(EstimatorChoice):
+        known = get_args(EstimatorChoice)
+        raise SpecError(f"--estimator: there is none named {request.estimator!r}.{nearest(request.estimator, known)}")
+    arguments = _pipeline_arguments(request.arguments)
+    description = inspect_checkpoint(request.candidate)
+    base = request.against or _base_model(request.candidate, description)
+    prepare(settings)
+    device = device_named(request.device)
+    with interruptible(f"Nothing was written; {request.candidate} is as it was."):
+        made = api.compensate(
+            request.candidate,
+            api.open_model(base, device=device),
+            steps=_steps_of(description),
+            samples=request.samples,
+            batch=request.batch_size,
+            estimator=cast(EstimatorChoice, request.estimator),
+            arguments=arguments,
+            run=Run(seed=request.seed, progress=progress_for(settings)),
+        )
+        made.save(request.out, overwrite=overwrite)
+    evaluation_path(request.out).unlink(missing_ok=True)
+    figures = list(made.figures)
+    if json_target is not None:
+        write_json({"checkpoint": str(request.out), "against": base, "figures": figures}, json_target)
+    if json_target != "-" and not settings.quiet:
+        views.show_compensated(request.candidate, request.out, figures)
+
+
 def report(
     checkpoints: Sequence[Path],
     out: Path,
@@ -317,7 +376,7 @@ def write_page(
     device_and_batch: tuple[str, int],
 ) -> dict[str, Any]:
     """Sample the images to show, write the page, and return the images (see `report.page.Images`)."""
-    from stepquant.report.page import write_report
+    from stepquant.report.page import write_report  # matplotlib is slow to import
 
     descriptions = [inspect_checkpoint(checkpoint) for checkpoint in checkpoints]
     images = _images_for(checkpoints, results, settings, device_and_batch)
@@ -331,7 +390,9 @@ def _images_for(
     settings: Settings,
     device_and_batch: tuple[str, int],
 ) -> dict[str, Any]:
-    """The same few seeds of the full-precision model and of every checkpoint."""
+    """The same few seeds of the full-precision model and of every checkpoint, and the checkpoints' rows over time."""
+    from stepquant.report.groups import rows_over_time  # matplotlib is slow to import
+
     name, batch_size = device_and_batch
     prepare(settings)
     device = device_named(name)
@@ -340,13 +401,14 @@ def _images_for(
     common: dict[str, Any] = {"seeds": seeds, "steps": int(first["steps"]), "batch_size": batch_size}
     progress = progress_for(settings)
     reference = api.open_model(str(first["against"]), device=device)
-    pipes: Iterable[Any] = (api.load(checkpoint, device=device, schedule="nearest") for checkpoint in checkpoints)
+    found: dict[str, Any] = {"seeds": seeds, "candidates": [], "rows": []}
     with interruptible("The report was not written; evaluations that were finished are kept."):
-        return {
-            "seeds": seeds,
-            "reference": api.sample(reference, progress=progress, **common),
-            "candidates": [api.sample(pipe, progress=progress, **common) for pipe in pipes],
-        }
+        found["reference"] = api.sample(reference, progress=progress, **common)
+        for checkpoint in checkpoints:
+            pipe = api.load(checkpoint, device=device, schedule="nearest")
+            found["candidates"].append(api.sample(pipe, progress=progress, **common))
+            found["rows"].append(rows_over_time(pipe))
+    return found
 
 
 def _base_model(checkpoint: Path, description: Mapping[str, Any]) -> str:

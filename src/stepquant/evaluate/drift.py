@@ -14,6 +14,9 @@ over images:
     cosine[k]        = cos(y_{k+1}, x_{k+1})
     consecutive_cosine[k] = cos(e_k, e_{k+1})                near 1: errors add up coherently; one entry less than steps
 
+A correction of the candidate's predictions belongs to G_k. One that remembers the prediction before remembers, for
+e_k, the one made at x_{k-1}.
+
 Where `accumulated` lies between the two running sums says whether to correct a bias (coherent) or to fight noise
 (incoherent). The cosine with an error that is exactly 0 is given as 0.
 """
@@ -28,6 +31,7 @@ from torch import Tensor, nn
 
 from stepquant.calibrate.trajectory import Trajectory, advance, state_at
 from stepquant.errors import EvaluationError
+from stepquant.model.correction import Corrector, StepCorrection
 
 __all__ = ["Drift", "measure_drift"]
 
@@ -49,9 +53,12 @@ class Drift:
 
 
 @torch.no_grad()
-def measure_drift(candidate_denoiser: nn.Module, trajectories: Sequence[Trajectory]) -> Drift:
+def measure_drift(
+    candidate_denoiser: nn.Module, trajectories: Sequence[Trajectory], correction: StepCorrection | None = None
+) -> Drift:
     """Drift of the candidate from sealed full-precision trajectories of one schedule, computed in float64.
 
+    correction: what the candidate's scheduler applies to predictions (`CorrectedScheduler.correction`), if anything.
     Takes two denoiser calls for each call that was recorded. Raises EvaluationError without trajectories or if they
     have different numbers of steps.
     """
@@ -60,7 +67,7 @@ def measure_drift(candidate_denoiser: nn.Module, trajectories: Sequence[Trajecto
         raise EvaluationError(
             f"Drift is measured over trajectories of one length; got {len(trajectories)} with {sorted(counts)} steps."
         )
-    curves = [_curves(candidate_denoiser, trajectory) for trajectory in trajectories]
+    curves = [_curves(candidate_denoiser, trajectory, correction) for trajectory in trajectories]
     one_step, accumulated, cosine, consecutive = (torch.cat(rows, dim=1) for rows in zip(*curves, strict=True))
     return Drift(
         one_step=_means(one_step),
@@ -72,15 +79,19 @@ def measure_drift(candidate_denoiser: nn.Module, trajectories: Sequence[Trajecto
     )
 
 
-def _curves(denoiser: nn.Module, trajectory: Trajectory) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _curves(
+    denoiser: nn.Module, trajectory: Trajectory, correction: StepCorrection | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """|e|, |y - x|, cos(y, x) as [steps, B] and cos(e_k, e_{k+1}) as [steps - 1, B], float64 on the CPU."""
     free = state_at(trajectory, 0)
     before: Tensor | None = None
+    # One for each run: they remember predictions.
+    forced, running = (None if correction is None else Corrector(correction) for _ in range(2))
     one_step, accumulated, cosine, consecutive = [], [], [], []
     for index in range(len(trajectory.steps)):
         exact = _flat(state_at(trajectory, index + 1).sample)
-        error = _flat(advance(denoiser, trajectory, index, state_at(trajectory, index)).sample) - exact
-        free = advance(denoiser, trajectory, index, free)
+        error = _flat(advance(denoiser, trajectory, index, state_at(trajectory, index), forced).sample) - exact
+        free = advance(denoiser, trajectory, index, free, running)
         one_step.append(_rms(error))
         accumulated.append(_rms(_flat(free.sample) - exact))
         cosine.append(_cosine(_flat(free.sample), exact))

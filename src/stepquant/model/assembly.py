@@ -21,7 +21,7 @@ from stepquant.model.surgery import operand_specs, quantizable, quantized_layers
 from stepquant.numerics.affine import QParams, grouped
 from stepquant.numerics.spec import LayerScheme, QuantSpec
 
-__all__ = ["ClockStructure", "LayerStructure", "Structure", "assemble_", "describe", "empty_input_quantizer"]
+__all__ = ["ClockStructure", "LayerStructure", "Structure", "assemble_", "channel_axis", "describe"]
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,24 @@ def describe(denoiser: nn.Module) -> Structure:
     return Structure(ClockStructure(clock.bins, clock.argument, clock.position), layers, explicit)
 
 
-def empty_input_quantizer(spec: QuantSpec, clock: StepClock, rows: int) -> nn.Module:
+def channel_axis(layer: QuantizedLayer) -> int:
+    """Axis of a layer's input channels, counted from the end so that it holds for every number of leading axes."""
+    return {"linear": -1, "conv1d": -2, "conv2d": -3}[layer.geometry.kind]
+
+
+def _empty_input_quantizer(
+    spec: QuantSpec, clock: StepClock, rows: int, layer: QuantizedLayer | QuantizedMatmul, name: str
+) -> nn.Module:
     """A quantizer of the right shape whose values are still to be loaded."""
     if spec.dynamic:
         return DynamicQuantizer(spec)
-    return InputQuantizer(spec, clock, QParams(torch.ones(rows), torch.zeros(rows)))
+    if spec.granularity != "channel":
+        return InputQuantizer(spec, clock, QParams(torch.ones(rows), torch.zeros(rows)))
+    if isinstance(layer, QuantizedMatmul):
+        raise ModelError(f"{name} is a matmul, whose operands have one scale per tensor, found one per channel.")
+    shape = (rows, layer.in_features)
+    params = QParams(torch.ones(shape), torch.zeros(shape))
+    return InputQuantizer(spec, clock, params, channel_axis=channel_axis(layer))
 
 
 def _empty_weight_quantizer(spec: QuantSpec, weight: torch.Tensor) -> WeightQuantizer:
@@ -114,4 +127,5 @@ def assemble_(denoiser: nn.Module, structure: Structure) -> None:
         if isinstance(layer, QuantizedLayer) and described.scheme.weight is not None:
             layer.weight_quantizer = _empty_weight_quantizer(described.scheme.weight, layer.weight)
         for attribute, spec in operand_specs(described.scheme):
-            setattr(layer, attribute, empty_input_quantizer(spec, clock, described.rows.get(attribute, 1)))
+            rows = described.rows.get(attribute, 1)
+            setattr(layer, attribute, _empty_input_quantizer(spec, clock, rows, layer, name))

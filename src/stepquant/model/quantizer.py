@@ -60,30 +60,48 @@ class WeightQuantizer(nn.Module):
 
 
 class InputQuantizer(nn.Module):
-    """Static per-tensor quantizer of an activation, with a table over time.
+    """Static quantizer of an activation, per tensor or per channel, with a table over time.
 
-    scale, zero_point `[R]`: one row per parameter set.
+    scale, zero_point `[R]` (spec.granularity "tensor") or `[R, C]` ("channel"): one row per parameter set.
     row_of_bin `[N]`: which row each timestep bin of the clock uses. One layer may use one row, another eight, another
         one per step.
+    channel_axis: where the C channels are in the activation; ignored per tensor.
+
+    Raises SpecError for a spec of another granularity, and for tables of another shape.
     """
 
     scale: Tensor
     zero_point: Tensor
     row_of_bin: Tensor
 
-    def __init__(self, spec: QuantSpec, clock: StepClock, params: QParams, row_of_bin: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        spec: QuantSpec,
+        clock: StepClock,
+        params: QParams,
+        row_of_bin: Tensor | None = None,
+        *,
+        channel_axis: int = -1,
+    ) -> None:
         super().__init__()
-        if spec.granularity != "tensor" or spec.dynamic:
-            raise SpecError(f"A static activation quantizer has one scale per tensor, found {spec}.")
+        if spec.granularity not in ("tensor", "channel") or spec.dynamic:
+            raise SpecError(f"A static activation quantizer has one scale per tensor or per channel, found {spec}.")
+        if spec.granularity == "channel" and (params.scale.ndim != 2 or params.scale.shape != params.zero_point.shape):
+            raise SpecError(
+                "A quantizer per channel needs scales and zero points [rows, channels], found shapes "
+                f"{list(params.scale.shape)} and {list(params.zero_point.shape)}."
+            )
         if row_of_bin is None:
             row_of_bin = torch.zeros(clock.bins, dtype=torch.int64)
         if len(row_of_bin) != clock.bins:
             raise SpecError(f"row_of_bin must name a row for each of the {clock.bins} bins, found {len(row_of_bin)}.")
         self.spec = spec
+        self.channel_axis = channel_axis
         # Not registered: the clock is the denoiser's submodule; a second path would double it in every state dict.
         object.__setattr__(self, "clock", clock)
-        self.register_buffer("scale", params.scale.detach().float().reshape(-1).clone())
-        self.register_buffer("zero_point", params.zero_point.detach().float().reshape(-1).clone())
+        shape = params.scale.shape if spec.granularity == "channel" else (-1,)
+        self.register_buffer("scale", params.scale.detach().float().reshape(shape).clone())
+        self.register_buffer("zero_point", params.zero_point.detach().float().reshape(shape).clone())
         self.register_buffer("row_of_bin", row_of_bin.detach().to(torch.int64).clone())
 
     clock: StepClock
@@ -96,17 +114,25 @@ class InputQuantizer(nn.Module):
     def current(self, x: Tensor) -> QParams:
         """Parameters at the clock's present bin(s), broadcastable against x."""
         if self.rows == 1:
-            return QParams(self.scale, self.zero_point)
+            return QParams(self._beside(self.scale, x), self._beside(self.zero_point, x))
         row = self.row_of_bin.index_select(0, self.clock.bin)
         scale, zero_point = self.scale.index_select(0, row), self.zero_point.index_select(0, row)
-        if len(row) == 1:
-            return QParams(scale, zero_point)
-        # Heads or frames may have been folded into the batch: each sample's parameters repeat for its parts.
-        repeat = x.shape[0] // len(row)
-        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-        return QParams(
-            scale.repeat_interleave(repeat).reshape(shape), zero_point.repeat_interleave(repeat).reshape(shape)
-        )
+        if len(row) > 1:
+            # Heads or frames may have been folded into the batch: each sample's parameters repeat for its parts.
+            repeat = x.shape[0] // len(row)
+            scale, zero_point = scale.repeat_interleave(repeat, 0), zero_point.repeat_interleave(repeat, 0)
+        return QParams(self._beside(scale, x), self._beside(zero_point, x))
+
+    def _beside(self, values: Tensor, x: Tensor) -> Tensor:
+        """`[K]` or `[K, C]` with axes of length 1 put in, so that it broadcasts against x; K is 1 or the batch."""
+        if len(values) == 1 and values.ndim == 1:
+            return values
+        shape = [1] * x.ndim
+        if len(values) > 1:
+            shape[0] = len(values)
+        if values.ndim == 2:
+            shape[self.channel_axis] = values.shape[1]
+        return values.reshape(shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return fake_quantize(x, self.current(x), self.spec)

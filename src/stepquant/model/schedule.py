@@ -44,7 +44,7 @@ class ScheduleFingerprint:
         corrected.
         """
         return cls(
-            scheduler=type(getattr(scheduler, "uncorrected", scheduler)).__name__,
+            scheduler=_name(scheduler),
             config=_json_config(scheduler),
             steps=steps,
             timesteps=_timesteps(scheduler),
@@ -119,12 +119,17 @@ def _guarded_set_timesteps(
     if not _same(found, fingerprint.timesteps):
         raise SpecError(
             f"The checkpoint is calibrated for {fingerprint.steps} steps of {fingerprint.scheduler} with timesteps "
-            f"{_shown(fingerprint.timesteps)}, but {type(scheduler).__name__} was set to {_shown(found)}. "
+            f"{_shown(fingerprint.timesteps)}, but {_name(scheduler)} was set to {_shown(found)}. "
             f"Sample with num_inference_steps={fingerprint.steps}, calibrate for the new schedule, or load the "
             "checkpoint with "
             'schedule="nearest" to use what was fitted on the nearest timestep.'
         )
     return result
+
+
+def _name(scheduler: Any) -> str:
+    """The scheduler's class, of the one inside if it is corrected."""
+    return type(getattr(scheduler, "uncorrected", scheduler)).__name__
 
 
 def _timesteps(scheduler: Any) -> tuple[float, ...]:

@@ -121,23 +121,35 @@ def fake_quantize(x: Tensor, params: QParams, spec: QuantSpec) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Saves x, the result and a bool mask: less memory and a third of the time of the same thing in autograd ops."""
+    """Saves x and the result only, which the layers on both sides keep anyway.
+
+    Which elements are inside the range is computed again for the gradient, as floats: on CPUs, comparing into a bool
+    mask and multiplying by one take several times as long as the same with floats.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        shifted = torch.round(wide / scale).add_(zero_point)
-        inside = (shifted >= qmin) & (shifted <= qmax)
-        y = shifted.clamp_(qmin, qmax).sub_(zero_point).mul_(scale)
-        ctx.save_for_backward(x, scale, y, inside)
+        y = _shifted(x, scale, zero_point).clamp_(qmin, qmax).sub_(zero_point).mul_(scale)
+        ctx.save_for_backward(x, scale, zero_point, y)
+        ctx.bounds = qmin, qmax
         return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        x, scale, y, inside = ctx.saved_tensors
-        grad_x = grad * inside
+        x, scale, zero_point, y = ctx.saved_tensors
+        shifted = _shifted(x, scale, zero_point)
+        clipped = shifted.clamp(*ctx.bounds)
+        inside = torch.eq(clipped, shifted, out=clipped).to(grad.dtype)
+        grad_x = inside.mul_(grad)
         grad_scale = None
         if ctx.needs_input_grad[1]:
             # (q - z) is y / scale everywhere, and x / scale only counts inside the range.
-            grad_scale = ((grad * y - grad_x * x) / scale).sum_to_size(scale.shape).to(scale.dtype)
+            terms = (grad * y).sub_(grad_x * x)
+            grad_scale = terms.div_(scale).sum_to_size(scale.shape).to(scale.dtype)
         return (grad_x if ctx.needs_input_grad[0] else None), grad_scale, None, None, None
+
+
+def _shifted(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """round(x / scale) + zero_point before it is clipped, in float32 or wider."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return torch.round(wide / scale).add_(zero_point)

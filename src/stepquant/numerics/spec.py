@@ -18,8 +18,9 @@ class QuantSpec:
     """How one tensor is quantized.
 
     bits: 2 to 8.
-    granularity: which elements share a scale: the whole tensor, one output channel (axis 0), `group_size` consecutive
-        weights of one output channel, or one token (activations only: everything but the last axis).
+    granularity: which elements share a scale: the whole tensor, one output channel (axis 0; for an
+        activation, one of its own channels), `group_size` consecutive weights of one output channel, or one token
+        (activations only: everything but the last axis).
     symmetric: zero point fixed at level 0 and levels from -2^(bits-1); otherwise levels start at 0 and the zero point
         is fitted.
     nonnegative: the tensor is never below zero (softmax output): the zero point is `qmin` and all levels are spent

@@ -1,6 +1,6 @@
 """Pictures of the report: curves as SVG, images as PNG, all as text that goes into the page.
 
-Figures are drawn on objects of their own; nothing touches matplotlib's global state.
+Figures are drawn on objects of their own; nothing changes matplotlib's global state.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -19,7 +20,18 @@ from PIL import Image
 
 from stepquant.errors import EvaluationError
 
-__all__ = ["Curve", "comparison_picture", "curves_svg", "difference", "image_data_uri", "levels"]
+__all__ = [
+    "INK",
+    "Curve",
+    "as_svg",
+    "comparison_picture",
+    "curves_svg",
+    "difference",
+    "image_data_uri",
+    "levels",
+    "literal",
+    "unobtrusive",
+]
 
 Curve = tuple[str, Sequence[float], Sequence[float]]
 """Label, values across (timesteps) and values up."""
@@ -28,7 +40,9 @@ COLOURS = ("#3b7dd8", "#d8663b", "#2f9e6e", "#a04fc4", "#b8901f", "#5a6b7b")
 """Of the checkpoints, in the order in which they were given; readable on white and on near-black."""
 
 _DIFFERENCE_GAIN = 4.0
-_INK = "#888888"
+INK = "#888888"
+"""Of lines and text: readable on a light and a dark page."""
+
 _LEGEND_LETTERS = 100
 """About as many letters fit side by side below a plot."""
 
@@ -44,43 +58,46 @@ def curves_svg(title: str, unit: str, curves: Sequence[tuple[Curve, str, str]], 
         values = np.asarray(up, dtype=float)
         if logarithmic:
             values = np.where(values > 0, values, np.nan)
-        axes.plot(np.asarray(across, dtype=float), values, style, color=colour, label=_literal(label), linewidth=1.6)
-    axes.set_title(_literal(title), fontsize=11, color=_INK)
-    axes.set_xlabel("timestep (noise on the left, image on the right)", fontsize=9, color=_INK)
-    axes.set_ylabel(_literal(unit), fontsize=9, color=_INK)
+        axes.plot(np.asarray(across, dtype=float), values, style, color=colour, label=literal(label), linewidth=1.6)
+    axes.set_title(literal(title), fontsize=11, color=INK)
+    axes.set_xlabel("timestep (noise on the left, image on the right)", fontsize=9, color=INK)
+    axes.set_ylabel(literal(unit), fontsize=9, color=INK)
     axes.invert_xaxis()
     if logarithmic and any(np.nanmax(np.asarray(up, dtype=float), initial=0.0) > 0 for (_, _, up), _, _ in curves):
         axes.set_yscale("log")
-    _unobtrusive(axes)
+    unobtrusive(axes)
     # Below the plot, where it hides no curve.
     longest = max((len(label) for (label, _, _), _, _ in curves), default=0)
     columns = max(1, min(len(curves), 3, _LEGEND_LETTERS // (longest + 8)))
-    figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False, labelcolor=_INK)
-    return _as_svg(figure, title)
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False, labelcolor=INK)
+    return as_svg(figure, title)
 
 
-def _unobtrusive(axes: Any) -> None:
+def unobtrusive(axes: Any) -> None:
     """Grey lines on no background: fits a light and a dark page."""
     axes.patch.set_alpha(0.0)
-    axes.grid(visible=True, color=_INK, alpha=0.25, linewidth=0.6)
-    axes.tick_params(which="both", colors=_INK, labelsize=8)
+    axes.grid(visible=True, color=INK, alpha=0.25, linewidth=0.6)
+    axes.tick_params(which="both", colors=INK, labelsize=8)
     for name, spine in axes.spines.items():
-        spine.set_color(_INK)
+        spine.set_color(INK)
         spine.set_visible(name in ("left", "bottom"))
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """Text that matplotlib does not take for a formula, nor a legend for a label to leave out."""
     escaped = text.replace("$", r"\$")
     return f" {escaped}" if escaped.startswith("_") else escaped
 
 
-def _as_svg(figure: Figure, title: str) -> str:
+def as_svg(figure: Figure, title: str) -> str:
+    """The figure as an `<svg>` element whose ids begin with the title, so that several fit into one page."""
     figure.patch.set_alpha(0.0)
     stream = io.StringIO()
-    # Empty metadata: no date and no address in the page, and the same bytes for the same numbers.
+    # Empty metadata and ids that follow from the title: no date and no address in the page, and the same bytes for the
+    # same numbers.
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    FigureCanvasSVG(figure).print_svg(stream, metadata=nothing)
+    with rc_context({"svg.hashsalt": title}):
+        FigureCanvasSVG(figure).print_svg(stream, metadata=nothing)
     text = stream.getvalue()
     body = text[text.index("<svg") :]
     body = re.sub(r"\s*<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
@@ -138,7 +155,7 @@ def comparison_picture(rows: Mapping[str, Any], seeds: Sequence[int]) -> bytes:
             if row == 0:
                 axes.set_title(f"seed {seeds[column]}", fontsize=8, pad=3)
             if column == 0:
-                axes.set_ylabel(_literal(label), fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
+                axes.set_ylabel(literal(label), fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
     stream = io.BytesIO()
     FigureCanvasAgg(figure).print_png(stream)
     return stream.getvalue()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -12,6 +12,7 @@ from markupsafe import Markup
 from stepquant._version import __version__
 from stepquant.errors import EvaluationError
 from stepquant.report.figures import COLOURS, Curve, curves_svg, difference, image_data_uri, levels
+from stepquant.report.groups import Rows, groups_svg
 
 __all__ = ["Images", "render_report", "write_report"]
 
@@ -20,11 +21,13 @@ class Images(TypedDict):
     """What the page shows: the same seeds of every pipeline, floats `[N, C, H, W]` in [0, 1], arrays or tensors.
 
     candidates: in the order of the results.
+    rows: of each candidate, what `rows_over_time` says; may be left out.
     """
 
     seeds: Sequence[int]
     reference: Any
     candidates: Sequence[Any]
+    rows: NotRequired[Sequence[Rows]]
 
 
 _METRICS = (
@@ -106,7 +109,7 @@ def render_report(
         verdict=_verdict(names, results),
         candidates=candidates,
         metrics=_metric_rows(results),
-        plots=_plots(names, results),
+        plots=[*_plots(names, results), *_row_plots(names, images.get("rows", ()))],
         columns=_image_columns(names, images),
         against=results[0]["against"],
         notes=sorted({str(note) for result in results for note in result.get("notes", [])}),
@@ -195,6 +198,15 @@ def _plots(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[M
             # The text in the figure was escaped by matplotlib's SVG writer.
             drawn.append(Markup(curves_svg(title, unit, curves, logarithmic=logarithmic)))
     return drawn
+
+
+def _row_plots(names: Sequence[str], rows: Sequence[Rows]) -> list[Markup]:
+    """Which parameter set each layer uses at each timestep, of the candidates that have several."""
+    return [
+        Markup(groups_svg(f"Activation parameters over time: {name}", layers, table, timesteps))
+        for name, (layers, table, timesteps) in zip(names, rows, strict=False)
+        if bool((table > 0).any())
+    ]
 
 
 def _image_columns(names: Sequence[str], images: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from stepquant.calibrate.trajectory import Trajectory, record, seal
 from stepquant.errors import EvaluationError
 from stepquant.evaluate.drift import measure_drift
+from stepquant.model.correction import StepCorrection
 from stepquant.model.pipeline import DenoiserPipeline
 from stepquant.run import Run
 
@@ -89,3 +91,17 @@ def test_trajectories_of_different_lengths_are_refused() -> None:
         measure_drift(Constant(0.0), [*trajectories(3), *trajectories(2)])
     with pytest.raises(EvaluationError, match="got 0"):
         measure_drift(Constant(0.0), [])
+
+
+def test_a_correction_is_part_of_the_candidate() -> None:
+    recorded = trajectories()
+    timesteps = torch.tensor([float(step.timestep) for step in recorded[0].steps])
+    identity = StepCorrection.identity(timesteps, 1)
+    exact = replace(identity, offset=torch.full((5, 1), -0.1))
+    # Takes the last prediction, which is 0.3 too, away again and puts back what is missing. At the first step there
+    # is none: what stands there must not count.
+    remembering = replace(identity, previous=torch.full((5, 1), -1.0), offset=torch.tensor([[-0.1], *[[0.2]] * 4]))
+    for correction in (exact, remembering):
+        assert measure_drift(Constant(0.1), recorded, correction).accumulated == pytest.approx([0.0] * 5, abs=1e-5)
+        assert measure_drift(Constant(0.1), recorded, correction).one_step == pytest.approx([0.0] * 5, abs=1e-5)
+    assert measure_drift(Constant(0.1), recorded).accumulated[-1] > 0.1

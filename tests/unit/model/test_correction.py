@@ -13,7 +13,8 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, PNDMScheduler
 
 from stepquant.errors import SpecError
-from stepquant.model.correction import CorrectedScheduler, StepCorrection
+from stepquant.model.correction import CorrectedScheduler, Corrector, StepCorrection
+from stepquant.model.schedule import ScheduleFingerprint, guard_schedule
 from tiny import sampled, tiny_pipe
 
 
@@ -130,3 +131,127 @@ def test_a_pipeline_runs_with_it() -> None:
     before = sampled(pipe, 4)
     pipe.scheduler = CorrectedScheduler(pipe.scheduler, StepCorrection.identity(torch.tensor([750.0, 0.0]), 1))
     assert np.array_equal(before, sampled(pipe, 4))
+
+
+def remembering(scheduler: type = DDIMScheduler, steps: int = 4) -> CorrectedScheduler:
+    """Of every step only what was predicted at the timestep before is left."""
+    inner = scheduler(num_train_timesteps=1000)
+    inner.set_timesteps(steps)
+    timesteps = torch.unique(inner.timesteps.float()).flip(0)
+    identity = StepCorrection.identity(timesteps, 1)
+    zero = torch.zeros_like(identity.gain)
+    return CorrectedScheduler(inner, replace(identity, gain=zero, previous=zero + 1.0))
+
+
+def given_to(standing: CorrectedScheduler, predictions: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What the inner scheduler is given when the steps of a run come to these predictions."""
+    seen: list[torch.Tensor] = []
+    inner_step = standing.uncorrected.step
+
+    def spying(model_output: torch.Tensor, *args: object, **kwargs: object) -> object:
+        seen.append(model_output)
+        return inner_step(model_output, *args, **kwargs)
+
+    standing.uncorrected.step = spying
+    sample = torch.ones_like(predictions[0])
+    for timestep, prediction in zip(standing.timesteps, predictions, strict=True):
+        sample = standing.step(prediction, timestep, sample).prev_sample
+    del standing.uncorrected.step
+    return seen
+
+
+def numbered(count: int, batch: int = 1) -> list[torch.Tensor]:
+    return [torch.full((batch, 1, 2, 2), float(number + 1)) for number in range(count)]
+
+
+def values(seen: list[torch.Tensor]) -> list[float]:
+    return [float(tensor.unique()) for tensor in seen]
+
+
+def test_the_prediction_before_by_hand() -> None:
+    identity = StepCorrection.identity(torch.tensor([900.0, 100.0]), 2)
+    correction = replace(identity, previous=torch.tensor([[0.0, 0.0], [0.5, -1.0]]))
+    guided, before = torch.full((1, 2, 1, 1), 2.0), torch.full((1, 2, 1, 1), 4.0)
+    assert correction.apply(guided, 100, guided, before).flatten().tolist() == [4.0, -2.0]
+    assert correction.apply(guided, 100, guided, None).flatten().tolist() == [2.0, 2.0], "nothing at the first step"
+    half = correction.apply(guided.half(), 100, guided.half(), before.half())
+    assert half.dtype == torch.float16
+    assert set(correction.tables()) == {"timesteps", "gain", "carry", "offset", "variance", "previous"}
+    assert "previous" not in identity.tables()
+    with pytest.raises(SpecError, match=r"previous of a correction has shape \[2, 1\], expected \[2, 2\]"):
+        replace(identity, previous=torch.zeros(2, 1))
+
+
+def test_it_is_the_raw_prediction_before_and_forgotten_when_sampling_starts_anew() -> None:
+    standing = remembering()
+    assert values(given_to(standing, numbered(4))) == [0.0, 1.0, 2.0, 3.0]
+    standing.set_timesteps(4)
+    assert values(given_to(standing, numbered(4))) == [0.0, 1.0, 2.0, 3.0], "a second run"
+    standing.set_timesteps(4)
+    assert values(given_to(standing, numbered(4, batch=3))) == [0.0, 1.0, 2.0, 3.0], "another batch size"
+    # A run that was broken off, the next one begins with the same timesteps.
+    standing.set_timesteps(4)
+    for number in range(2):
+        standing.step(numbered(4)[number], standing.timesteps[number], torch.ones(1, 1, 2, 2))
+    standing.set_timesteps(4)
+    assert values(given_to(standing, numbered(4))) == [0.0, 1.0, 2.0, 3.0]
+    # Even where nobody sets the timesteps again.
+    assert values(given_to(standing, numbered(4))) == [0.0, 1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, PNDMScheduler])
+def test_both_visits_of_a_timestep_see_the_same_prediction_before(scheduler: type) -> None:
+    standing = remembering(scheduler)
+    timesteps = standing.timesteps.tolist()
+    assert len(set(timesteps)) < len(timesteps)
+    expected, before, latest = [], 0.0, 0.0
+    for number, timestep in enumerate(timesteps):
+        if number > 0 and timestep != timesteps[number - 1]:
+            before = latest
+        latest = number + 1.0
+        expected.append(before)
+    assert values(given_to(standing, numbered(len(timesteps)))) == expected
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_copy_in_the_middle_of_a_run_goes_on_by_itself(copied: object) -> None:
+    standing = remembering()
+    first, second, third, _ = numbered(4)
+    sample = torch.ones_like(first)
+    standing.step(first, standing.timesteps[0], sample)
+    other = copied(standing)  # type: ignore[operator]
+    standing.step(third, standing.timesteps[1], sample)
+    # The copy still has the first prediction before it; a row of zeros would be what a forgetful copy is given.
+    found = other.step(second, other.timesteps[1], sample).prev_sample
+    assert torch.equal(found, standing.uncorrected.step(first, standing.timesteps[1], sample).prev_sample)
+
+
+def test_a_corrector_does_what_the_stand_in_does() -> None:
+    standing = remembering(PNDMScheduler)
+    predictions = [torch.randn(2, 1, 2, 2) for _ in standing.timesteps]
+    corrector = Corrector(standing.correction)
+    found = [
+        corrector(prediction, timestep, prediction)
+        for timestep, prediction in zip(standing.timesteps, predictions, strict=True)
+    ]
+    assert all(torch.equal(*pair) for pair in zip(found, given_to(standing, predictions), strict=True))
+
+
+def test_a_guard_holds_around_the_stand_in_and_its_copies() -> None:
+    standing = remembering()
+    guard_schedule(standing, ScheduleFingerprint.of(standing, steps=4, guidance="none"))
+    other = copy.deepcopy(standing)
+    for guarded in (standing, other):
+        guarded.set_timesteps(4)
+        assert values(given_to(guarded, numbered(4))) == [0.0, 1.0, 2.0, 3.0]
+        with pytest.raises(SpecError, match="calibrated for 4 steps"):
+            guarded.set_timesteps(5)
+    assert other.uncorrected is not standing.uncorrected
+    guard_schedule(standing, ScheduleFingerprint.of(_set(standing.uncorrected, 5), steps=5, guidance="none"))
+    standing.set_timesteps(5)
+
+
+def _set(scheduler: DDIMScheduler, steps: int) -> DDIMScheduler:
+    free = DDIMScheduler.from_config(scheduler.config)
+    free.set_timesteps(steps)
+    return free

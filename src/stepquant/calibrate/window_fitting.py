@@ -1,0 +1,260 @@
+"""Fitting the whole network through windows of simulated denoising steps: rounding and activation scales together.
+
+Source: Lee et al. 2025 (AccuQuant); what is ours is listed in `stepquant.methods.accuquant`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from stepquant.calibrate.reconstruct import (
+    adam_state,
+    clamp_scales_,
+    load_adam_state_,
+    soft_roundings,
+    soften_all_,
+)
+from stepquant.calibrate.rounding import (
+    SoftRounding,
+    annealed_beta,
+    cosine,
+    harden_soft_,
+    input_scales,
+    materialised,
+    relative_groups,
+)
+from stepquant.calibrate.trajectory import State, Trajectory, replay
+from stepquant.calibrate.windows import GradientMode, equal_windows, window_gradient, windows_of
+from stepquant.errors import SpecError, nearest
+from stepquant.model.layer import QuantizedLayer
+from stepquant.model.quantizer import InputQuantizer
+from stepquant.model.surgery import quantized_layers
+from stepquant.recipe import Figures, Job
+
+__all__ = ["FitWindows"]
+
+KEEP_EVERY = 20
+"""Iterations between two states written for resuming."""
+
+
+@dataclass(frozen=True)
+class FitWindows:
+    """Learn rounding and activation scales of the whole network through windows of simulated steps.
+
+    window: steps per window, M, at most all of them; ignored if `windows` gives the length of each window, noise first.
+    gradient: identity (the paper), exact, or per_step.
+    iterations: windows drawn, each on one recorded mini-batch.
+    lr_weights, lr_scales: Adam's rates; that of scales is relative to each scale and decays to 0 by a cosine.
+    learn_weights: False keeps the rounding and learns scales only.
+    keep_rounding: where rounding starts, from 0 (the full-precision fraction) to 1 (the present rounding).
+    settle: share of the iterations at the end that learns scales only, behind hard weights.
+    free_run: share of windows that start from the quantized model's own state.
+    """
+
+    window: int = 5
+    windows: tuple[int, ...] | None = None
+    gradient: GradientMode = "identity"
+    iterations: int = 3_000
+    lr_weights: float = 1e-3
+    lr_scales: float = 4e-3
+    learn_weights: bool = True
+    keep_rounding: float = 0.6
+    round_weight: float = 0.01
+    warmup: float = 0.2
+    settle: float = 0.2
+    free_run: float = 0.0
+
+    needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "plan", "model"})
+    gives: ClassVar[frozenset[str]] = frozenset({"model"})
+
+    def __post_init__(self) -> None:
+        modes = ("identity", "exact", "per_step")
+        if self.gradient not in modes:
+            raise SpecError(
+                f"gradient must be one of {', '.join(modes)}, found {self.gradient!r}."
+                f"{nearest(str(self.gradient), modes)}"
+            )
+        if self.window < 1 or self.iterations < 0 or any(length < 1 for length in self.windows or ()):
+            raise SpecError(
+                "window and every length in windows must be at least 1 and iterations at least 0, found "
+                f"{self.window}, {self.windows} and {self.iterations}."
+            )
+        for name, value in (
+            ("keep_rounding", self.keep_rounding),
+            ("settle", self.settle),
+            ("free_run", self.free_run),
+        ):
+            if not 0 <= value <= 1:
+                raise SpecError(f"{name} must lie in [0, 1], found {value}.")
+
+    def check(self, job: Job) -> None:
+        """Window lengths that cover fewer steps than are sampled. Some schedulers make more calls than steps."""
+        if self.windows is not None and sum(self.windows) < job.steps:
+            raise SpecError(
+                f"windows {list(self.windows)} cover {sum(self.windows)} steps, but {job.steps} are sampled: their "
+                "lengths must add up to the scheduler's steps."
+            )
+
+    def run(self, job: Job) -> Figures:
+        trajectories: list[Trajectory] = job.handed["trajectories"]
+        steps = len(trajectories[0].steps)
+        windows = windows_of(self.windows or equal_windows(steps, min(self.window, steps)), steps)
+        fitting = _Fitting.begin(self, job)
+        if not fitting.soft and not fitting.scales:
+            raise SpecError(
+                "FitWindows has nothing to learn: neither weights nor activations are quantized by learnable "
+                "parameters. Give it weights or activations of 2 to 8 bits, or set learn_weights."
+            )
+        first = fitting.resume()
+        history: list[list[float]] = fitting.history
+        with job.run.progress.track(f"Fitting windows, {self.gradient} gradient", self.iterations) as advance:
+            advance(first)
+            for iteration in range(first, self.iterations):
+                generator = job.run.generator("accuquant", iteration)
+                number = int(torch.randint(len(windows), (1,), generator=generator))
+                trajectory = trajectories[int(torch.randint(len(trajectories), (1,), generator=generator))]
+                free = bool(torch.rand(1, generator=generator) < self.free_run)
+                loss = fitting.iterate(iteration, trajectory, windows[number], free)
+                history.append([number, loss])
+                if (iteration + 1) % KEEP_EVERY == 0:
+                    fitting.keep(iteration + 1)
+                advance(1)
+        fitting.finish()
+        # A forward and a backward pass (worth two) of each step; identity and exact run all but the last once before.
+        before, passes = (0, 3) if self.gradient == "per_step" else (len(history), 4)
+        images = trajectories[0].batch
+        drawn = sum(windows[int(number)][1] - windows[int(number)][0] for number, _ in history)
+        # A free-run start walks from the noise to the window, forward only.
+        walked = self.free_run * sum(windows[int(number)][0] for number, _ in history)
+        return {
+            "windows": [list(window) for window in windows],
+            "losses": history,
+            "evaluations": round(images * (passes * drawn - before + walked)),
+        }
+
+
+@dataclass
+class _Fitting:
+    """The variables and optimizers of one run of the stage."""
+
+    stage: FitWindows
+    job: Job
+    layers: Mapping[str, QuantizedLayer]
+    soft: dict[str, SoftRounding]
+    scales: dict[str, InputQuantizer]
+    least: dict[str, torch.Tensor]
+    weight_optimizer: torch.optim.Adam | None
+    scale_optimizer: torch.optim.Adam | None
+    history: list[list[float]]
+
+    @classmethod
+    def begin(cls, stage: FitWindows, job: Job) -> _Fitting:
+        every = quantized_layers(job.denoiser)
+        layers = {name: layer for name, layer in every.items() if isinstance(layer, QuantizedLayer)}
+        if stage.learn_weights:
+            soften_all_(job, layers, keep=stage.keep_rounding)
+        soft, scales = soft_roundings(layers), input_scales(every)
+        return cls(
+            stage=stage,
+            job=job,
+            layers=layers,
+            soft=soft,
+            scales=scales,
+            least={name: quantizer.scale.detach() / 10 for name, quantizer in scales.items()},
+            weight_optimizer=torch.optim.Adam([s.alpha for s in soft.values()], lr=stage.lr_weights) if soft else None,
+            scale_optimizer=torch.optim.Adam(relative_groups(scales, stage.lr_scales)) if scales else None,
+            history=[],
+        )
+
+    @property
+    def soft_iterations(self) -> int:
+        if not self.scales:
+            return self.stage.iterations  # behind hard weights there would be nothing left to learn
+        return round(self.stage.iterations * (1 - self.stage.settle))
+
+    def iterate(self, iteration: int, trajectory: Trajectory, window: tuple[int, int], free: bool) -> float:
+        """One window: gradients, then one step of both optimizers."""
+        if iteration >= self.soft_iterations:
+            self._harden()
+        start, stop = window
+        state = self._free_run(trajectory, start) if free else None
+        optimizers = [o for o in (self.weight_optimizer, self.scale_optimizer) if o is not None]
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        with materialised(self.layers):
+            loss = window_gradient(self.job.denoiser, trajectory, start, stop, mode=self.stage.gradient, state=state)
+        self._regularise(iteration)
+        if self.scale_optimizer is not None:
+            for group in self.scale_optimizer.param_groups:
+                group["lr"] = group["base_lr"] * cosine(iteration / self.stage.iterations)
+        for optimizer in optimizers:
+            optimizer.step()
+        clamp_scales_(self.scales, self.least)
+        return loss
+
+    def _free_run(self, trajectory: Trajectory, start: int) -> State | None:
+        with torch.no_grad(), materialised(self.layers):
+            states = list(replay(self.job.denoiser, trajectory, 0, start))
+        return states[-1] if states else None
+
+    def _regularise(self, iteration: int) -> None:
+        beta = annealed_beta(iteration / max(1, self.soft_iterations), self.stage.warmup)
+        if beta is None or not self.soft:
+            return
+        for rounding in self.soft.values():
+            (self.stage.round_weight * rounding.regulariser(beta)).backward()  # type: ignore[no-untyped-call]
+
+    def _harden(self) -> None:
+        for name in self.soft:
+            harden_soft_(self.layers[name])
+        self.soft = {}
+        self.weight_optimizer = None
+
+    def finish(self) -> None:
+        """Round for good and stop asking for gradients."""
+        self._harden()
+        for quantizer in self.scales.values():
+            quantizer.scale.requires_grad_(False)
+            quantizer.scale.grad = None
+
+    def keep(self, iteration: int) -> None:
+        """Write everything that the rest of the stage depends on."""
+        if self.job.keeper is None:
+            return
+        tensors = {f"alpha.{name}": rounding.alpha.detach() for name, rounding in self.soft.items()}
+        tensors |= {f"scale.{name}": quantizer.scale.detach() for name, quantizer in self.scales.items()}
+        if not self.soft and self.stage.learn_weights:
+            tensors |= {f"weight.{name}": layer.weight.detach() for name, layer in self.layers.items()}
+        for prefix, optimizer in (("weights", self.weight_optimizer), ("scales", self.scale_optimizer)):
+            if optimizer is not None:
+                tensors |= {f"{prefix}.{name}": value for name, value in adam_state(optimizer).items()}
+        self.job.keeper.save("windows", tensors, {"iteration": iteration, "history": self.history})
+
+    def resume(self) -> int:
+        """Continue from the last kept state; returns the iteration to begin with."""
+        kept = self.job.keeper.load("windows") if self.job.keeper else None
+        if kept is None:
+            return 0
+        tensors, meta = kept
+        self.history.extend(meta["history"])
+        iteration = int(meta["iteration"])
+        with torch.no_grad():
+            for name, quantizer in self.scales.items():
+                quantizer.scale.copy_(tensors[f"scale.{name}"])
+            for name, rounding in self.soft.items():
+                if f"alpha.{name}" in tensors:
+                    rounding.alpha.copy_(tensors[f"alpha.{name}"])
+        if any(name.startswith("weight.") for name in tensors):
+            self._harden()
+            for name, layer in self.layers.items():
+                layer.weight.data.copy_(tensors[f"weight.{name}"])
+        for prefix, optimizer in (("weights.", self.weight_optimizer), ("scales.", self.scale_optimizer)):
+            if optimizer is not None:
+                load_adam_state_(
+                    optimizer, {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+                )
+        return iteration

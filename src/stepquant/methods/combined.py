@@ -1,0 +1,159 @@
+"""The parts of the literature that go together, in one recipe. Each part can be left out.
+
+1. Weights: block-wise AdaRound (Li et al. 2021, Q-Diffusion), on samples with learnt weights if `sample_weights`
+   (GAC, Hoang et al. 2026).
+2. Activation parameters over time (`rows`): one row for all timesteps ("shared"), one for each window of steps
+   ("window"), or groups of timesteps found by search ("groups", ADP-DM, Wang et al. 2024).
+3. Block-wise activation scales (`scale_iterations`, Q-Diffusion).
+4. Windows of simulated steps for rounding and scales of the whole network (AccuQuant, Lee et al. 2025).
+5. Correction of every step's prediction, fitted last, on the finished model (`compensation`, CEC, Liu et al. 2025).
+
+The order follows from what each part leaves alone: rounding needs no activation ranges, ranges are observed behind
+rounded weights, windows start from both, and a correction holds only for the model that it was fitted on.
+
+Differs from the papers: see each part's own method (`q_diffusion`, `gac`, `adp_dm`, `accuquant`, `cec`); their
+combination is ours, and its defaults come from the ablation in docs/results.md.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from stepquant.calibrate.compensation import Compensate, EstimatorChoice
+from stepquant.calibrate.group_search import SearchGroups
+from stepquant.calibrate.ranges import RangeRule
+from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
+from stepquant.calibrate.stages import FitInputRanges, LayerRule
+from stepquant.calibrate.weighting import SampleWeighting
+from stepquant.calibrate.window_fitting import FitWindows
+from stepquant.calibrate.windows import GradientMode
+from stepquant.errors import SpecError, nearest
+from stepquant.methods.baseline import start
+from stepquant.model.surgery import Ends
+from stepquant.recipe import Recipe, Stage
+
+__all__ = ["BIBTEX", "PRESETS", "combined"]
+
+BIBTEX = ""
+"""No paper of its own: cite those of the parts (`stepquant methods NAME`)."""
+
+PRESETS: dict[str, dict[str, object]] = {
+    "quick": {
+        "samples": 32,
+        "batch": 8,
+        "samples_per_step": 8,
+        "block_iterations": 200,
+        "block_lr": 2e-2,
+        "scale_iterations": 100,
+        "scale_lr": 1e-2,
+        "meta_iterations": 5,
+        "search_rounds": 8,
+        "window_iterations": 40,
+        "lr_weights": 1e-2,
+        "lr_scales": 1e-2,
+        "together": 4,
+    },
+    "standard": {
+        "samples": 64,
+        "samples_per_step": 16,
+        "block_iterations": 800,
+        "block_lr": 1e-2,
+        "scale_iterations": 400,
+        "scale_lr": 5e-3,
+        "meta_iterations": 10,
+        "search_rounds": 24,
+        "window_iterations": 400,
+        "lr_weights": 5e-3,
+        "lr_scales": 5e-3,
+        "together": 4,
+    },
+    "full": {"samples": 256},
+}
+
+ROWS = ("shared", "window", "groups")
+
+
+def combined(
+    *,
+    weights: int | None = 4,
+    activations: int | None = 8,
+    samples: int = 256,
+    batch: int = 16,
+    every: int = 1,
+    samples_per_step: int | None = None,
+    sample_weights: bool = True,
+    meta_iterations: int = 20,
+    block_iterations: int = 2_000,
+    block_lr: float = 1e-3,
+    rows: Literal["shared", "window", "groups"] = "shared",
+    row_windows: tuple[int, ...] | None = None,
+    search_rounds: int = 64,
+    scale_iterations: int = 1_000,
+    scale_lr: float = 4e-3,
+    window: int = 5,
+    gradient: GradientMode = "identity",
+    window_iterations: int = 3_000,
+    learn_weights: bool = True,
+    lr_weights: float = 1e-3,
+    lr_scales: float = 4e-3,
+    compensation: bool = True,
+    estimator: EstimatorChoice = "auto",
+    together: int = 1,
+    ends: Ends = "8bit",
+    softmax_bits: int | None = 8,
+    group_size: int | None = None,
+    ranges: RangeRule = "mse",
+    rules: tuple[LayerRule, ...] = (),
+) -> Recipe:
+    """Weighted block-wise rounding, activation parameters over time, windows of simulated steps, step corrections.
+
+    row_windows: with rows="window", the lengths of the windows that get a row each, noise first; they must add up to
+        the scheduler's steps.
+    block_iterations, scale_iterations, window_iterations: 0 leaves the part out.
+    """
+    if rows not in ROWS:
+        raise SpecError(f"rows must be one of {', '.join(ROWS)}, found {rows!r}.{nearest(str(rows), ROWS)}")
+    if (rows == "window") != (row_windows is not None):
+        raise SpecError(
+            'rows="window" and row_windows go together: pass both, such as row_windows=(5, 5, 5, 5), or neither; '
+            f"found rows={rows!r} and row_windows={row_windows!r}."
+        )
+    stages: list[Stage] = list(
+        start(
+            weights=weights,
+            activations=activations,
+            samples=samples,
+            batch=batch,
+            every=every,
+            samples_per_step=samples_per_step,
+            ends=ends,
+            softmax_bits=softmax_bits,
+            group_size=group_size,
+            ranges=ranges,
+            rules=rules,
+        )
+    )
+    if block_iterations and weights is not None:
+        weighting = SampleWeighting(iterations=meta_iterations, batch=batch) if sample_weights else None
+        stages.append(
+            RoundBlocks(iterations=block_iterations, batch=batch, lr=block_lr, together=together, weighting=weighting)
+        )
+    stages.append(FitInputRanges(ranges, windows=row_windows))
+    if rows == "groups":
+        stages.append(SearchGroups(rounds=search_rounds, ranges=ranges))
+    if scale_iterations and activations is not None:
+        stages.append(ScaleBlocks(iterations=scale_iterations, batch=batch, lr=scale_lr))
+    if window_iterations:
+        stages.append(
+            FitWindows(
+                window=window,
+                gradient=gradient,
+                iterations=window_iterations,
+                lr_weights=lr_weights,
+                lr_scales=lr_scales,
+                learn_weights=learn_weights,
+            )
+        )
+    if compensation:
+        stages.append(Compensate(estimator=estimator))
+    return Recipe("combined", tuple(stages))

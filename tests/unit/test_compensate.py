@@ -1,0 +1,333 @@
+"""Corrections from recipe to checkpoint and back, for models of others, and from the command line."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor, nn
+
+import tiny
+from stepquant.api import Compensated, Quantized, compensate, load, quantize
+from stepquant.calibrate.compensation import Compensate
+from stepquant.calibrate.stages import Record
+from stepquant.checkpoint import load_checkpoint
+from stepquant.cli.main import main
+from stepquant.errors import CheckpointError, ModelError, SpecError
+from stepquant.inspection import inspect_checkpoint
+from stepquant.methods.baseline import rtn
+from stepquant.methods.cec import PRESETS, add_on, cec
+from stepquant.model.correction import CorrectedScheduler
+from stepquant.model.pipeline import DenoiserPipeline
+from stepquant.recipe import Recipe
+from stepquant.run import Run
+
+STEPS = 4
+SETTINGS: dict[str, Any] = {"samples": 4, "batch": 2, "weights": 3, "activations": 6}
+EVERYTHING = ("prediction", "sample", "one", "previous")
+
+
+def net_of() -> tiny.TinyNet:
+    torch.manual_seed(0)
+    return tiny.TinyNet().eval()
+
+
+def pipe_of() -> DenoiserPipeline:
+    return DenoiserPipeline(net_of(), DDIMScheduler(clip_sample=False), (2, 4, 4))
+
+
+def images(pipe: Any, steps: int = STEPS) -> Tensor:
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)]
+    output = pipe(batch_size=3, generator=generators, num_inference_steps=steps, output_type="latent")
+    found: Tensor = output.images
+    return found
+
+
+def opened(folder: Path, **options: Any) -> Any:
+    return load(folder, denoiser=net_of(), **options)
+
+
+@pytest.fixture(scope="module")
+def quantized() -> Quantized:
+    torch.set_num_threads(1)
+    recipe = cec(**SETTINGS, estimator="regression", regressors=EVERYTHING, ridge=1e-2)
+    return quantize(pipe_of(), recipe, steps=STEPS, base_model="tiny")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint without a correction."""
+    torch.set_num_threads(1)
+    made = tmp_path_factory.mktemp("rtn") / "q"
+    quantize(pipe_of(), rtn(**SETTINGS), steps=STEPS, base_model="tiny").save(made)
+    return made
+
+
+def test_a_recipe_ends_in_a_corrected_pipeline(quantized: Quantized) -> None:
+    scheduler = quantized.pipe.scheduler
+    assert isinstance(scheduler, CorrectedScheduler)
+    assert scheduler.correction.previous is not None
+    assert scheduler.correction.timesteps.tolist() == [750.0, 500.0, 250.0, 0.0]
+    figures = quantized.figures[-1]
+    assert figures["stage"] == "Compensate"
+    assert figures["evaluations"] == 2 * 4 * STEPS
+    json.dumps(quantized.figures)
+    bare = copy.copy(quantized.pipe)
+    bare.scheduler = DDIMScheduler(clip_sample=False)
+    corrected = images(quantized.pipe)
+    assert not torch.equal(corrected, images(bare))
+    assert torch.equal(corrected, images(quantized.pipe)), "a second run"
+
+
+def test_saved_and_loaded_it_makes_the_same_images_and_refuses_other_steps(
+    quantized: Quantized, tmp_path: Path
+) -> None:
+    quantized.save(tmp_path / "q")
+    loaded = opened(tmp_path / "q")
+    before, after = quantized.pipe.scheduler.correction.tables(), loaded.scheduler.correction.tables()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(images(loaded), images(quantized.pipe))
+    for pipe in (loaded, quantized.pipe, copy.deepcopy(loaded)):
+        with pytest.raises(SpecError, match="calibrated for 4 steps"):
+            images(pipe, 5)
+    nearest = opened(tmp_path / "q", schedule="nearest")
+    assert bool(torch.isfinite(images(nearest, 7)).all())
+    assert inspect_checkpoint(tmp_path / "q")["bytes_by_kind"]["corrections"] == 4 * (4 + 5 * 4 * 2)
+    # A loaded checkpoint with its correction can be saved again, to the same bytes.
+    name = "denoiser/stepquant.safetensors"
+    again, manifest = load_checkpoint(tmp_path / "q", denoiser=net_of())
+    Quantized(again, "denoiser", quantized.schedule, quantized.recipe, 0, "tiny", quantized.figures).save(
+        tmp_path / "r"
+    )
+    assert manifest.correction == (4, 2)
+    assert (tmp_path / "q" / name).read_bytes() == (tmp_path / "r" / name).read_bytes()
+
+
+def test_a_table_of_another_name_is_damage(quantized: Quantized, tmp_path: Path) -> None:
+    quantized.save(tmp_path / "q")
+    path = tmp_path / "q" / "stepquant.json"
+    manifest = json.loads(path.read_text())
+    manifest["correction"] = None
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"declares correction None, found .*previous"):
+        opened(tmp_path / "q")
+
+
+def test_no_correction_where_nothing_is_better(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("stepquant.calibrate.compensation._Moments.share_to_keep", lambda *_: 0.0)
+    made = quantize(pipe_of(), cec(**SETTINGS), steps=STEPS, run=Run(work=tmp_path / "work"))
+    assert made.figures[-1]["chosen"] == "none"
+    assert type(made.pipe.scheduler) is DDIMScheduler
+    again = quantize(pipe_of(), cec(**SETTINGS), steps=STEPS, run=Run(work=tmp_path / "work"), resume=True)
+    assert again.figures == made.figures
+    assert type(again.pipe.scheduler) is DDIMScheduler
+    made.save(tmp_path / "q")
+    assert load_checkpoint(tmp_path / "q", denoiser=net_of())[1].correction is None
+
+
+def test_a_finished_correction_comes_back_from_the_work_folder(quantized: Quantized, tmp_path: Path) -> None:
+    recipe = Recipe("cec", quantized.recipe.stages)
+    first = quantize(pipe_of(), recipe, steps=STEPS, run=Run(work=tmp_path))
+    resumed = quantize(pipe_of(), recipe, steps=STEPS, run=Run(work=tmp_path), resume=True)
+    for other in (first, resumed):
+        tables = other.pipe.scheduler.correction.tables()
+        for name, table in quantized.pipe.scheduler.correction.tables().items():
+            assert torch.equal(tables[name], table)
+
+
+def test_it_goes_behind_another_method() -> None:
+    recipe = rtn(**SETTINGS).then(*add_on(estimator="trajectory"), name="rtn+cec")
+    made = quantize(pipe_of(), recipe, steps=STEPS)
+    assert isinstance(made.pipe.scheduler, CorrectedScheduler)
+    assert made.pipe.scheduler.correction.previous is None
+    assert recipe.stages[-1] == Compensate("trajectory")
+    assert set(PRESETS) == {"quick", "standard", "full"}
+    for preset in PRESETS.values():
+        assert cec(**preset).stages[-1] == Compensate()  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="trajectories"):
+        Recipe("alone", add_on())
+
+
+# Models that are quantized already
+
+
+class Rounded(nn.Module):
+    """Somebody else's quantized network: rounded weights, in a wrapper that stepquant knows nothing about."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = copy.deepcopy(inside)
+        for parameter in self.inside.parameters():
+            parameter.data = (parameter.data * 4).round() / 4
+
+    def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+        found: Tensor = self.inside(sample, timestep)
+        return found
+
+
+def foreign() -> tuple[DenoiserPipeline, DenoiserPipeline]:
+    full = pipe_of()
+    return DenoiserPipeline(Rounded(full.denoiser), DDIMScheduler(clip_sample=False), (2, 4, 4)), full
+
+
+def test_a_foreign_model_is_corrected_and_left_alone(tmp_path: Path) -> None:
+    candidate, full = foreign()
+    before = images(candidate)
+    made = compensate(candidate, full, steps=STEPS, samples=8, batch=4, estimator="regression")
+    assert isinstance(made, Compensated)
+    assert made.pipe.denoiser is candidate.denoiser
+    assert type(candidate.scheduler) is DDIMScheduler
+    assert torch.equal(images(candidate), before)
+    wanted = images(full)
+    assert float((images(made.pipe) - wanted).abs().mean()) < float((before - wanted).abs().mean())
+    with pytest.raises(SpecError, match="calibrated for 4 steps"):
+        images(made.pipe, 5)
+    with pytest.raises(ModelError, match="has not been quantized"):
+        made.save(tmp_path / "q")
+    # Once more: the correction that is there is replaced, not doubled.
+    again = compensate(made.pipe, full, steps=STEPS, samples=8, batch=4, estimator="regression")
+    assert torch.equal(again.pipe.scheduler.correction.gain, made.pipe.scheduler.correction.gain)
+    assert not isinstance(again.pipe.scheduler.uncorrected, CorrectedScheduler)
+
+
+def test_another_schedule_is_refused() -> None:
+    candidate, full = foreign()
+    candidate.scheduler = DPMSolverMultistepScheduler()
+    with pytest.raises(SpecError, match=r"The scheduler is DPMSolverMultistepScheduler instead of DDIMScheduler"):
+        compensate(candidate, full, steps=STEPS, samples=2)
+
+
+def test_a_checkpoint_is_corrected_and_saved(folder: Path, tmp_path: Path) -> None:
+    made = compensate(folder, pipe_of(), steps=STEPS, samples=4, batch=2, estimator="trajectory", run=Run(seed=3))
+    made.save(tmp_path / "one")
+    loaded, manifest = load_checkpoint(tmp_path / "one", denoiser=net_of())
+    assert torch.equal(images(loaded), images(made.pipe))
+    assert manifest.base_model == "tiny"
+    assert manifest.recipe["name"] == "rtn+cec"
+    assert [stage["stage"] for stage in manifest.recipe["stages"]][-2:] == ["FitInputRanges", "Compensate"]
+    assert manifest.run["seed"] == 0
+    assert manifest.run["compensation"]["seed"] == 3
+    assert manifest.run["compensation"]["stages"][1]["chosen"].startswith("trajectory")
+    original = load_checkpoint(folder, denoiser=net_of())[0]
+    for name, tensor in original.denoiser.state_dict().items():
+        assert torch.equal(loaded.denoiser.state_dict()[name], tensor), name
+    with pytest.raises(SpecError, match="calibrated for 4 steps"):
+        images(opened(tmp_path / "one"), 3)
+    # Corrected once more: one correction, one stage.
+    twice = compensate(
+        tmp_path / "one", pipe_of(), steps=STEPS, samples=4, batch=2, estimator="trajectory", run=Run(seed=3)
+    )
+    twice.save(tmp_path / "two")
+    assert load_checkpoint(tmp_path / "two", denoiser=net_of())[1].recipe == manifest.recipe
+    assert torch.equal(images(twice.pipe), images(made.pipe))
+    with pytest.raises(SpecError, match="calibrated for 4 steps"):
+        compensate(folder, pipe_of(), steps=STEPS + 1, samples=2, batch=2)
+
+
+def test_it_fits_what_the_recipe_fits(folder: Path) -> None:
+    """The checkpoint corrected afterwards is the model corrected in its recipe."""
+    after = compensate(folder, pipe_of(), steps=STEPS, samples=4, batch=2, estimator="trajectory")
+    within = quantize(pipe_of(), cec(**SETTINGS, estimator="trajectory"), steps=STEPS)
+    found, expected = (made.pipe.scheduler.correction.tables() for made in (after, within))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# The command
+
+
+RunCommand = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> RunCommand:
+    monkeypatch.setattr("stepquant.cli.work.tune_allocator", lambda: True)
+
+    def once(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        code = exit_.value.code
+        return (code if isinstance(code, int) else 0), out, err
+
+    return once
+
+
+def test_the_command_makes_a_corrected_checkpoint(run: RunCommand, tmp_path: Path) -> None:
+    base, quantized, out = tmp_path / "base", tmp_path / "q", tmp_path / "out"
+    pipe = DDIMPipeline(tiny.tiny_unet(), DDIMScheduler(clip_sample=False))
+    pipe.save_pretrained(base)
+    made = quantize(pipe, rtn(**{**SETTINGS, "samples": 2, "ranges": "minmax"}), steps=STEPS, base_model=str(base))
+    made.save(quantized)
+    command = ["compensate", quantized, "-o", out, "--calibration-samples", "2", "--batch-size", "2", "--seed", "2"]
+    command += ["--estimator", "regression"]
+    status, text, err = run(*command, "--quiet", "--json", tmp_path / "figures.json")
+    assert (status, text) == (0, ""), err
+    told = json.loads((tmp_path / "figures.json").read_text())
+    assert told["checkpoint"] == str(out)
+    assert [figures["stage"] for figures in told["figures"]] == ["Record", "Compensate"]
+    _, manifest = load_checkpoint(out)
+    assert manifest.run["compensation"]["seed"] == 2
+    # There already: refused before any work, replaced when asked; a named estimator; a table for people.
+    status, _, err = run(*command)
+    assert status == 1
+    assert "--overwrite" in err
+    status, text, err = run(*command, "--overwrite", "--estimator", "trajectory", "--against", base)
+    assert status == 0, err
+    assert "none" in text
+    assert "trajectory; ridge 0.001" in text
+    assert "Next: stepquant evaluate" in text
+    assert load_checkpoint(out)[1].correction == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--estimator", "trajektory"], "Did you mean 'trajectory'?"),
+        (["--against", "digits-unte"], "Did you mean 'digits-unet'?"),
+        (["--argument", "prompt"], "--argument takes key=value"),
+        (["--device", "tpu9"], "no device"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(
+    run: RunCommand, folder: Path, tmp_path: Path, change: list[str], message: str
+) -> None:
+    status, _, err = run("compensate", folder, "-o", tmp_path / "out", "--against", "digits-unet", *change)
+    assert status == 1
+    assert message in err.replace("\n", " ")
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_wants_a_checkpoint_and_another_folder(run: RunCommand, folder: Path, tmp_path: Path) -> None:
+    status, _, err = run("compensate", tmp_path / "nothing", "-o", tmp_path / "out")
+    assert status == 1
+    assert "nothing" in err
+    status, _, err = run("compensate", folder, "-o", folder, "--overwrite")
+    assert status == 1
+    assert "candidate itself" in err
+    assert run("compensate", folder)[0] == 2
+    assert run("compensate", folder, "-o", tmp_path / "out", "--calibration-samples", "1")[0] == 2
+
+
+def test_the_command_explains_itself(run: RunCommand) -> None:
+    status, text, _ = run("compensate", "--help")
+    assert status == 0
+    for wanted in ("--against", "--estimator", "--calibration-samples", "Python", "digits-w4a8-cec"):
+        assert wanted in text
+
+
+def test_recording_is_that_of_quantize() -> None:
+    # Calibration seeds are apart from those of evaluations, here as there.
+    candidate, full = foreign()
+    made = compensate(candidate, full, steps=STEPS, samples=2, batch=2, estimator="bias", run=Run(seed=1))
+    within = quantize(
+        pipe_of(), Recipe("one", (Record(2, 2), *rtn(**SETTINGS).stages[1:])), steps=STEPS, run=Run(seed=1)
+    )
+    assert made.figures[0]["seeds"] == within.figures[0]["seeds"]
