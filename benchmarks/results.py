@@ -2,6 +2,7 @@
 
     python benchmarks/results.py run --json runs/results.jsonl [--bits W4A8,W4A4] [--methods rtn,...] [--part 1/2]
     python benchmarks/results.py table --json runs/results.jsonl --into docs/results.md
+    python benchmarks/results.py memory [--methods rtn,...]
 
 `run` appends one line per (bits, method, calibration seed) and skips what is there, so it can be killed and started
 again, and several parts can run side by side. Lines of other weights, budgets or numbers of images stay in the file;
@@ -15,21 +16,25 @@ import argparse
 import datetime
 import json
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stepquant.allocator import tune_allocator
-from stepquant.api import open_model, quantize, sample
+from stepquant.api import compensate, open_model, quantize, sample
 from stepquant.calibrate.trajectory import record, seal
 from stepquant.evaluate.drift import measure_drift
 from stepquant.evaluate.features import DigitFeatures, weights_identity
 from stepquant.evaluate.frechet import FeatureStatistics, frechet_distance
 from stepquant.evaluate.paired import PairedMetrics
-from stepquant.methods import METHODS
+from stepquant.methods import ADD_ONS, METHODS
 from stepquant.model.correction import CorrectedScheduler
 from stepquant.model.families import find_denoiser
 from stepquant.numerics.spec import parse_bits
@@ -45,54 +50,95 @@ BITS = ("W8A8", "W4A8", "W6A6", "W4A4", "W3A6")
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
     "q_diffusion": ("q_diffusion", {}),
+    "gac": ("gac", {}),
+    "adp_dm": ("adp_dm", {}),
     **{
         f"accuquant {gradient} M={window}": ("accuquant", {"gradient": gradient, "window": window})
         for gradient in ("identity", "exact", "per_step")
         for window in (5, 2, 10, 20, 1)
     },
+    "combined": ("combined", {}),
+    "combined without sample weights": ("combined", {"sample_weights": False}),
+    "combined without block scales": ("combined", {"scale_iterations": 0}),
+    "combined without windows": ("combined", {"window_iterations": 0}),
+    "combined with a row per window": ("combined", {"rows": "window", "row_windows": (5, 5, 5, 5)}),
+    "combined with row groups": ("combined", {"rows": "groups"}),
 }
+DEFAULT = ("rtn", "q_diffusion", *(f"accuquant {gradient} M=5" for gradient in ("identity", "exact", "per_step")))
+CORRECTION: dict[str, Any] = {"estimator": "regression", "regressors": ("prediction", "sample", "one")}
+"""What "+cec" fits, after any variant: the name of a variant followed by it is a variant too."""
 
 LR_WEIGHTS = 1e-2
 """Adam's rate for rounding variables, the same for all methods: few iterations need a higher one than the papers'."""
 
 
 def settings(variant: str, evaluations: int) -> dict[str, Any]:
-    """Keyword arguments of a variant that spends `evaluations` on learning."""
+    """Keyword arguments of a variant that spends `evaluations` on learning.
+
+    A block-wise iteration costs 3 * batch (forward 1, backward 2, once through all units), and so does an iteration
+    over one denoising step; the window gradients that recompute cost 4 * batch a step. Passes that capture the inputs
+    of blocks come on top, and are in the table.
+    """
     method, options = VARIANTS[variant]
     common = {"samples": SAMPLES, "batch": BATCH, "samples_per_step": 8}
+    iterations = evaluations // (3 * BATCH)
     if method == "rtn":
         return common
-    if method == "q_diffusion":
-        # Two thirds for rounding, one third for scales; an iteration is 3 * batch evaluations. The passes that capture
-        # inputs come on top and are reported.
-        iterations = evaluations // (3 * BATCH)
-        return common | {
+    if method in ("q_diffusion", "gac"):
+        # Two thirds for rounding, one third for scales.
+        own = {
             "iterations_weights": iterations * 2 // 3,
             "iterations_activations": iterations // 3,
             "lr_weights": LR_WEIGHTS,
             "lr_activations": 5e-3,
             "together": 4,
         }
+        return common | own | ({"meta_iterations": 5, "lr_samples": 5e-2} if method == "gac" else {})
+    if method == "adp_dm":
+        # A third for rounding; a round of the search walks along all steps and 4 times along one.
+        rounds = max(1, evaluations * 2 // 3 // (3 * BATCH * (STEPS + 4)))
+        return common | {
+            "block_iterations": iterations // 3,
+            "block_lr": LR_WEIGHTS,
+            "together": 4,
+            "rounds": rounds,
+            "lr_logits": 0.2,
+            "prior": 2.0,
+            "target": "full_precision",
+        }
+    if method == "combined":
+        return common | _combined(options, iterations, evaluations)
     # A third for block-wise rounding, two thirds for windows.
     passes = 3 if options["gradient"] == "per_step" else 4
-    return (
-        common
-        | options
-        | {
-            "block_iterations": evaluations // 3 // (3 * BATCH),
-            "block_lr": LR_WEIGHTS,
-            "iterations": evaluations * 2 // 3 // (passes * BATCH * options["window"]),
-            "lr_weights": LR_WEIGHTS,
-            "lr_scales": 1e-2,
-            "together": 4,
-        }
-    )
+    own = {
+        "block_iterations": iterations // 3,
+        "block_lr": LR_WEIGHTS,
+        "iterations": evaluations * 2 // 3 // (passes * BATCH * options["window"]),
+        "lr_weights": LR_WEIGHTS,
+        "lr_scales": 1e-2,
+        "together": 4,
+    }
+    return common | options | own
+
+
+def _combined(options: dict[str, Any], iterations: int, evaluations: int) -> dict[str, Any]:
+    """A third for rounding, a sixth for block scales, half for windows; what is left out goes to the others."""
+    parts = {"block_iterations": 1 / 3, "scale_iterations": 1 / 6, "window_iterations": 1 / 2}
+    parts = {name: share for name, share in parts.items() if options.get(name) != 0}
+    total = sum(parts.values())
+    spent = {name: round(iterations * share / total) for name, share in parts.items()}
+    if "window_iterations" in spent:
+        spent["window_iterations"] = round(evaluations * parts["window_iterations"] / total / (4 * BATCH * 5))
+    own = {"block_lr": LR_WEIGHTS, "scale_lr": 5e-3, "meta_iterations": 5, "window": 5, "search_rounds": 4}
+    learning = {"lr_weights": LR_WEIGHTS, "lr_scales": 1e-2, "together": 4, "compensation": False}
+    return own | learning | spent | options
 
 
 class Reference:
     """The full-precision side, computed once."""
 
     def __init__(self, model: str, images: int) -> None:
+        self.seconds = 0.0
         self.pipe = open_model(model)
         self.seeds = list(range(EVALUATION_SEED, EVALUATION_SEED + images))
         self.features = DigitFeatures()
@@ -134,48 +180,69 @@ def run(args: argparse.Namespace) -> None:
     tune_allocator()
     args.json.parent.mkdir(parents=True, exist_ok=True)
     part, parts = map(int, args.part.split("/"))
+    asked = args.methods.split(",")
+    bases = list(dict.fromkeys(variant.removesuffix("+cec") for variant in asked))
     wanted = [
-        (bits, variant, seed)
-        for bits in args.bits.split(",")
+        (bits, base, seed)
         for seed in map(int, args.seeds.split(","))
-        for variant in args.methods.split(",")
+        for bits in args.bits.split(",")
+        for base in bases
     ]
+    began = time.perf_counter()
     reference = Reference(args.model, args.images)
-    for number, (bits, variant, seed) in enumerate(wanted):
-        if number % parts != part - 1 or done(args, reference, bits, variant, seed):
+    reference.seconds = time.perf_counter() - began
+    for number, (bits, base, seed) in enumerate(wanted):
+        variants = [name for name in (base, f"{base}+cec") if name in asked]
+        if number % parts != part - 1 or all(done(args, reference, bits, name, seed) for name in variants):
             continue
         began = time.perf_counter()
         weights, activations = parse_bits(bits)
-        options = settings(variant, args.evaluations)
-        recipe = METHODS[VARIANTS[variant][0]](weights=weights, activations=activations, **options)
+        options = settings(base, args.evaluations)
+        recipe = METHODS[VARIANTS[base][0]](weights=weights, activations=activations, **options)
         quantized = quantize(reference.pipe, recipe, steps=STEPS, run=Run(seed=seed))
-        row = {
-            "bits": bits,
-            "method": variant,
-            "seed": seed,
-            "budget": args.evaluations,
-            "model": args.model,
-            "weights": reference.weights,
-            "steps": STEPS,
-            "n": args.images,
-            "evaluation_seeds": [reference.seeds[0], reference.seeds[-1]],
-            "evaluations": sum(figures.get("evaluations", 0) for figures in quantized.figures),
-            "options": options,
-            "seconds": round(time.perf_counter() - began, 1),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
-            "torch": torch.__version__,
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            **reference.compare(quantized.pipe),
-        }
-        with args.json.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(
-            bits,
-            variant,
-            seed,
-            {key: round(row[key], 4) for key in ("psnr", "frechet_to_fp", "drift_final")},
-            flush=True,
-        )
+        spent, pipe = _evaluations(quantized.figures), quantized.pipe
+        for name in variants:
+            if name.endswith("+cec"):
+                fitted = compensate(
+                    pipe,
+                    reference.pipe,
+                    steps=STEPS,
+                    samples=SAMPLES,
+                    batch=16,
+                    run=Run(seed=seed),
+                    **CORRECTION,
+                )
+                spent, pipe = spent + _evaluations(fitted.figures), fitted.pipe
+                options = options | {"cec": CORRECTION}
+            seconds = time.perf_counter() - began
+            if not done(args, reference, bits, name, seed):
+                place = {"bits": bits, "method": name, "seed": seed, "budget": args.evaluations}
+                cost = {"evaluations": spent, "seconds": round(seconds, 1), "options": options}
+                _keep(args, reference, place | cost, pipe)
+
+
+def _evaluations(figures: Sequence[Mapping[str, Any]]) -> int:
+    return sum(entry.get("evaluations", 0) for entry in figures)
+
+
+def _keep(args: argparse.Namespace, reference: Reference, row: dict[str, Any], pipe: Any) -> None:
+    """Measure a pipeline and append its line."""
+    row = row | {
+        "model": args.model,
+        "weights": reference.weights,
+        "steps": STEPS,
+        "n": args.images,
+        "evaluation_seeds": [reference.seeds[0], reference.seeds[-1]],
+        "reference_seconds": round(reference.seconds, 1),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **reference.compare(pipe),
+    }
+    with args.json.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    shown = {key: round(row[key], 4) for key in ("psnr", "frechet_to_fp", "drift_final")}
+    print(row["bits"], row["method"], row["seed"], shown, flush=True)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -193,14 +260,16 @@ def table(args: argparse.Namespace) -> None:
     rows = rows_of(args.json)
     rows = [row for row in rows if all(row[name] == rows[-1][name] for name in ("weights", "budget", "n", "model"))]
     lines = [
-        "| bits | method | seeds | PSNR dB | Frechet to full precision | final drift | evaluations |",
-        "|---|---|---|---|---|---|---|",
+        "| bits | method | seeds | PSNR dB | SSIM | Fréchet to full precision | final drift | evaluations |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for bits in BITS:
-        for variant in VARIANTS:
+        for variant in (name + extra for name in VARIANTS for extra in ("", "+cec")):
             group = [row for row in rows if row["bits"] == bits and row["method"] == variant]
             if group:
-                cells = [spread([row[key] for row in group]) for key in ("psnr", "frechet_to_fp", "drift_final")]
+                cells = [
+                    spread([row[key] for row in group]) for key in ("psnr", "ssim", "frechet_to_fp", "drift_final")
+                ]
                 cost = round(statistics.mean(row["evaluations"] for row in group))
                 lines.append(f"| {bits} | {variant} | {len(group)} | {' | '.join(cells)} | {cost} |")
     first = rows[0]
@@ -216,6 +285,26 @@ def table(args: argparse.Namespace) -> None:
     args.into.write_text(head + begin + "\n" + note + "\n\n" + "\n".join(lines) + "\n" + end + tail)
 
 
+def memory(args: argparse.Namespace) -> None:
+    """Largest resident set of a short calibration, above that with the model opened and sampled, in MiB."""
+    for variant in args.methods.split(","):
+        command = [sys.executable, __file__, "memory-of", "--methods", variant, "--model", args.model]
+        finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        print(variant, finished.stdout.split()[-1], flush=True)
+
+
+def memory_of(args: argparse.Namespace) -> None:
+    pipe, variant = open_model(args.model), args.methods
+    sample(pipe, seeds=list(range(BATCH)), steps=2, batch_size=BATCH)
+    base = variant.removesuffix("+cec")
+    # Long enough for every stage to reach its peak; iterations after the first do not add to it.
+    recipe = METHODS[VARIANTS[base][0]](weights=4, activations=8, **settings(base, 1500))
+    recipe = recipe if base == variant else recipe.then(*ADD_ONS["cec"](**CORRECTION))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    quantize(pipe, recipe, steps=STEPS, run=Run())
+    print(round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+
+
 def spread(values: list[float]) -> str:
     """`mean ± half the range`, or the value where there is one."""
     if len(values) == 1:
@@ -229,17 +318,21 @@ def main() -> None:
     first = commands.add_parser("run")
     first.add_argument("--model", default="digits-unet")
     first.add_argument("--bits", default=",".join(BITS))
-    first.add_argument("--methods", default=",".join(VARIANTS))
+    first.add_argument("--methods", default=",".join(DEFAULT))
     first.add_argument("--seeds", default="0,1,2")
-    first.add_argument("--evaluations", type=int, default=8000)
+    first.add_argument("--evaluations", type=int, default=16000)
     first.add_argument("--images", type=int, default=128)
     first.add_argument("--part", default="1/1")
     first.add_argument("--json", type=Path, default=Path("runs/results.jsonl"))
     second = commands.add_parser("table")
     second.add_argument("--json", type=Path, default=Path("runs/results.jsonl"))
     second.add_argument("--into", type=Path, default=Path("docs/results.md"))
+    for name in ("memory", "memory-of"):
+        third = commands.add_parser(name)
+        third.add_argument("--model", default="digits-unet")
+        third.add_argument("--methods", default=",".join((*DEFAULT, "gac", "adp_dm", "rtn+cec", "combined+cec")))
     args = parser.parse_args()
-    run(args) if args.command == "run" else table(args)
+    {"run": run, "table": table, "memory": memory, "memory-of": memory_of}[args.command](args)
 
 
 if __name__ == "__main__":
