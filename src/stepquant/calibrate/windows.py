@@ -5,7 +5,7 @@ the loss compares the quantized chain's sample at the end with the recorded one:
 
     L = mean over images of  || x~_stop - x_stop ||^2
 
-Gradient modes (derived in docs/methods.md):
+Gradient modes (derived in docs/methods/accuquant.md):
 
 - `exact`: the adjoint recursion  lambda_j = (dF_j/dx)^T lambda_{j+1}, each step's graph recomputed when its turn comes.
   Solvers that remember earlier predictions (DPM-Solver++, PNDM, UniPC) pass the adjoints of their cached tensors along
