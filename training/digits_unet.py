@@ -24,7 +24,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 TRAIN_TIMESTEPS = 1000
 
-# Weight of the squared error of the predicted image: the signal-to-noise ratio between these two bounds, which are ours.
+# Weight of the squared error of the predicted image: the signal-to-noise ratio between these bounds, which are ours.
 # Samples that start at t = 300 from real noisy digits are nearly perfect and those from t = 600 are not, so errors at
 # low noise count less than under Min-SNR (Hang et al. 2023, upper bound 5), those at high noise more (no lower bound).
 # `HIGHEST_WEIGHT` bounds what the lower bound does to the noise error that is trained on.

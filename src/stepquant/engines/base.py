@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from stepquant.engines.int_mm import IntMmEngine
+from stepquant.engines.onednn import OneDnnEngine
 from stepquant.engines.reference import ReferenceEngine
 from stepquant.errors import EngineError, nearest
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
@@ -61,12 +63,12 @@ class SimulatedEngine:
 
 def engines() -> dict[str, Engine]:
     """Every engine by name."""
-    known: tuple[Engine, ...] = (SimulatedEngine(), ReferenceEngine())
+    known: tuple[Engine, ...] = (SimulatedEngine(), ReferenceEngine(), OneDnnEngine(), IntMmEngine())
     return {engine.name: engine for engine in known}
 
 
 # The engines that `auto` asks, in order: the fastest that does not refuse. `reference` trades time for memory and is
-# only used by name: it unpacks every weight on every call.
+# only used by name: it unpacks every weight on every call. So is `int_mm`, until it has been run on a GPU.
 AUTO_ORDER = ("simulated",)
 
 

@@ -44,7 +44,7 @@ def test_reference_with_other_schemes(scheme: LayerScheme) -> None:
     sample = torch.randn(2, 2, 4, 4)
     assert torch.equal(simulated(sample, 5), packed(sample, 5))
     if scheme.weight is None:
-        assert placed["conv"].refusals == {"reference": "Its weight is not quantized."}
+        assert placed["conv"].refusals["reference"] == "Its weight is not quantized."
         assert placed["conv"].engine == "simulated"
     else:
         assert isinstance(packed.conv, PackedLayer)
@@ -86,15 +86,14 @@ def test_auto_leaves_layers_simulated_and_says_what_else_could_run_them() -> Non
     assert quantized_layers(denoiser) == before
     assert set(placed) == set(before)
     assert {placement.engine for placement in placed.values()} == {"simulated"}
-    assert placed["conv_in"].refusals == {}
-    assert placed["mid_block.attentions.0.processor.scores"].refusals == {
-        "reference": "It is a matmul and has no weight to pack."
-    }
+    assert "reference" not in placed["conv_in"].refusals
+    told = placed["mid_block.attentions.0.processor.scores"].refusals
+    assert told["reference"] == "It is a matmul and has no weight to pack."
 
 
 def test_unknown_engines_are_refused_with_the_nearest_name() -> None:
-    assert set(engines()) == {"simulated", "reference"}
-    with pytest.raises(EngineError, match=r"no engine 'referense', only auto, simulated, reference. Did you mean 'ref"):
+    assert {"simulated", "reference", "onednn", "int_mm"} <= set(engines())
+    with pytest.raises(EngineError, match=r"no engine 'referense', only auto, simulated, reference,.* Did you mean 'r"):
         pack_(nn.Linear(2, 2), "referense")
 
 
