@@ -28,7 +28,7 @@ from stepquant.calibrate.compensation import Compensate, EstimatorChoice, Regres
 from stepquant.calibrate.stages import Record
 from stepquant.calibrate.trajectory import Trajectory, quiet
 from stepquant.checkpoint import load_checkpoint, save_checkpoint
-from stepquant.engines.base import pack_
+from stepquant.engines.base import GraphEngine, place
 from stepquant.errors import CheckpointError, ModelError, SpecError, nearest
 from stepquant.manifest import MANIFEST_NAME, Manifest, read_manifest
 from stepquant.model.correction import CorrectedScheduler, StepCorrection
@@ -392,14 +392,15 @@ def _run_stages(job: Job, recipe: Recipe, work: WorkFolder | None) -> list[dict[
 def load(
     folder: Path | str,
     *,
-    engine: str = "auto",
+    engine: str | GraphEngine = "auto",
     device: torch.device | str | None = None,
     denoiser: nn.Module | None = None,
     schedule: Literal["strict", "nearest"] = "strict",
 ) -> Any:
     """Open a checkpoint as an ordinary pipeline whose denoiser is quantized.
 
-    engine: what runs the layers; "auto" chooses.
+    engine: what runs the layers; "auto" chooses. "openvino" runs the whole denoiser as one int8 graph, and so does an
+        OpenVINOEngine with other settings.
     denoiser: the float module, for a checkpoint of a plain torch denoiser.
     schedule: "strict" refuses to sample with other timesteps than those of the calibration; "nearest" lets every
         timestep use the parameters of the nearest calibrated one.
@@ -410,7 +411,8 @@ def load(
     pipe, manifest = load_checkpoint(folder, denoiser=denoiser)
     if device is not None:
         pipe.to(device)
-    pack_(getattr(pipe, manifest.denoiser.name), engine)
+    placed, _ = place(getattr(pipe, manifest.denoiser.name), engine)
+    setattr(pipe, manifest.denoiser.name, placed)
     if schedule == "strict" and manifest.schedule is not None:
         guard_schedule(pipe.scheduler, ScheduleFingerprint.from_dict(manifest.schedule))
     return pipe

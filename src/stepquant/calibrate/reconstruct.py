@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,8 @@ __all__ = [
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of one forward call of the denoiser."""
+
+Compute = Literal["float32", "bfloat16"]
 
 Captured = tuple[tuple[Any, ...], dict[str, Any], Tensor]
 """Arguments and first output of one call of a unit."""
@@ -129,6 +131,10 @@ def load_adam_state_(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
             state.setdefault(int(number), {})[key] = value
     packed["state"] = state
     optimizer.load_state_dict(packed)
+
+
+MOST_BITS_SHORT = 4
+"""Weights of more bits are not fitted in bfloat16, whose eight bits are too near to theirs."""
 
 
 class _Reached(Exception):  # noqa: N818 - control flow: leaves a forward call once the unit's values are known
@@ -232,6 +238,7 @@ class Fit:
     """How one unit is optimised: Adam for `iterations` mini-batches of `batch` calibration samples.
 
     norm: the power p of the reconstruction loss. round_weight, warmup: AdaRound's regulariser.
+    compute: what the unit's operators compute in while it is fitted; parameters, loss and optimizer stay in float32.
     """
 
     iterations: int
@@ -240,6 +247,7 @@ class Fit:
     norm: float
     round_weight: float = 0.0
     warmup: float = 0.0
+    compute: Compute = "float32"
 
 
 @dataclass(frozen=True)
@@ -252,6 +260,10 @@ class RoundBlocks:
         ones is rounded only up to the first; passes, which dominate the time of short runs, become fewer.
     weighting: learn how much each calibration sample counts, anew before each unit, on images that are held out of
         the calibration set; None takes the calibration set's own weights.
+    keep_rounding: where rounding starts, from 0 (the full-precision fraction) to 1 (the present rounding); above 0.5
+        it keeps the directions that an earlier stage such as `RoundLayers` has found.
+    compute: "bfloat16" runs the unit's operators in it; parameters, loss and optimizer stay in float32. Units with a
+        weight of more than 4 bits are always fitted in float32: what bfloat16 loses is not small beside their error.
     """
 
     iterations: int = 20_000
@@ -262,21 +274,27 @@ class RoundBlocks:
     quantized_prefix: bool = True
     together: int = 1
     weighting: SampleWeighting | None = None
+    keep_rounding: float = 0.0
+    compute: Compute = "float32"
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
 
     def __post_init__(self) -> None:
         _check_loop(self.iterations, self.batch, self.together)
+        if not 0 <= self.keep_rounding <= 1:
+            raise SpecError(f"keep_rounding must be from 0 to 1, found {self.keep_rounding}.")
+        if self.compute not in ("float32", "bfloat16"):
+            raise SpecError(f"compute must be 'float32' or 'bfloat16', found {self.compute!r}.")
 
     def run(self, job: Job) -> Figures:
         layers = {n: x for n, x in quantized_layers(job.denoiser).items() if isinstance(x, QuantizedLayer)}
-        soften_all_(job, layers, keep=0.0)
+        soften_all_(job, layers, keep=self.keep_rounding)
         units = units_of(job.denoiser, list(job.handed["plan"]))
         samples = _Samples.of(job, self.weighting)
         batches = list(_batches(job.handed["trajectories"], samples.captured, self.batch))
         bins = _bins_of(job.denoiser, batches)
-        fit = Fit(self.iterations, self.batch, self.lr, 2.0, self.round_weight, self.warmup)
+        fit = Fit(self.iterations, self.batch, self.lr, 2.0, self.round_weight, self.warmup, self.compute)
         losses: dict[str, Any] = {}
         with (
             job.run.progress.track("Rounding weights, block by block", len(units)) as advance,
@@ -565,11 +583,15 @@ def fit_unit(
     least = {name: quantizer.scale.detach() / 10 for name, quantizer in quantizers.items()}
     generator = job.run.generator("blocks", *stream)
 
-    def loss_of(chosen: Tensor) -> Tensor:
+    short = fit.compute == "bfloat16" and all(rounding.quantizer.spec.bits <= MOST_BITS_SHORT for rounding in roundings)
+
+    def loss_of(chosen: Tensor, *, short: bool = False) -> Tensor:
         args, kwargs, wanted, at = cache.batch(chosen)
         clock.bin = at
         counts = None if weights is None else weights[chosen]
-        return reconstruction_loss(_first_tensor(module(*args, **kwargs)), wanted, fit.norm, counts)
+        with torch.autocast(wanted.device.type, torch.bfloat16) if short else nullcontext():
+            found = _first_tensor(module(*args, **kwargs))
+        return reconstruction_loss(found.float() if short else found, wanted, fit.norm, counts)
 
     count = len(cache.bins) if weights is None else len(weights)
     probe = torch.arange(min(count, fit.batch))
@@ -577,7 +599,7 @@ def fit_unit(
         before = float(loss_of(probe))
     for iteration in range(fit.iterations):
         progress = iteration / fit.iterations
-        loss = loss_of(torch.randint(count, (min(fit.batch, count),), generator=generator))
+        loss = loss_of(torch.randint(count, (min(fit.batch, count),), generator=generator), short=short)
         beta = annealed_beta(progress, fit.warmup)
         if beta is not None:
             for rounding in roundings:

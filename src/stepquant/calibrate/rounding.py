@@ -64,6 +64,10 @@ class SoftRounding(nn.Module):
         """The weight after hard rounding: up where alpha >= 0."""
         return self._values((self.alpha.detach() >= 0).to(self.floor.dtype)).reshape(weight.shape).to(weight.dtype)
 
+    def candidates(self) -> tuple[Tensor, Tensor]:
+        """Every weight rounded down and rounded up, both in the shape of `alpha`."""
+        return self._values(torch.zeros_like(self.floor)), self._values(torch.ones_like(self.floor))
+
     def regulariser(self, beta: float) -> Tensor:
         """R(alpha): 0 when every h is 0 or 1."""
         return (1 - (2 * self.h() - 1).abs().pow(beta)).sum()

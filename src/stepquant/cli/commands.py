@@ -28,7 +28,13 @@ Json = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
-Engine = Annotated[str, typer.Option(help="What computes the quantized layers; auto takes the fastest that can.")]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="What computes the quantized layers. auto: simulated, the arithmetic of the calibration; openvino: the "
+        "whole denoiser as one int8 graph; onednn: int8 layers."
+    ),
+]
 Arguments = Annotated[
     list[str] | None,
     typer.Option(

@@ -1,26 +1,28 @@
 """Engines: ways to run a quantized layer. An engine says which layers it refuses, and packs the others.
 
 Engines are chosen per layer, so a model may run on several. `simulated` refuses nothing and is what remains where every
-other engine has refused.
+other engine has refused. Graph engines take the whole denoiser instead; layers that they refuse run as simulated
+arithmetic inside the graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from stepquant.engines.int_mm import IntMmEngine
 from stepquant.engines.onednn import OneDnnEngine
+from stepquant.engines.openvino import OpenVINOEngine
 from stepquant.engines.reference import ReferenceEngine
 from stepquant.errors import EngineError, nearest
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.surgery import quantized_layers
 
-__all__ = ["Engine", "Placement", "SimulatedEngine", "choose", "engines", "pack_"]
+__all__ = ["Engine", "GraphEngine", "Placement", "SimulatedEngine", "choose", "engines", "pack_", "place"]
 
 Layer = QuantizedLayer | QuantizedMatmul
 
@@ -37,6 +39,22 @@ class Engine(Protocol):
 
     def pack(self, layer: Layer) -> nn.Module:
         """A module that runs the layer. Only called for layers that are not refused."""
+        ...
+
+
+@runtime_checkable
+class GraphEngine(Protocol):
+    """A way to run a whole denoiser."""
+
+    @property
+    def name(self) -> str: ...
+
+    def refuses(self, layer: Layer, device: torch.device) -> str | None:
+        """Why the layer does not run on integers in the graph, as a sentence, or None if it does."""
+        ...
+
+    def compile(self, denoiser: nn.Module) -> nn.Module:
+        """A module that is called as the denoiser is."""
         ...
 
 
@@ -61,9 +79,15 @@ class SimulatedEngine:
         return layer
 
 
-def engines() -> dict[str, Engine]:
+def engines() -> dict[str, Engine | GraphEngine]:
     """Every engine by name."""
-    known: tuple[Engine, ...] = (SimulatedEngine(), ReferenceEngine(), OneDnnEngine(), IntMmEngine())
+    known: tuple[Engine | GraphEngine, ...] = (
+        SimulatedEngine(),
+        ReferenceEngine(),
+        OpenVINOEngine(),
+        OneDnnEngine(),
+        IntMmEngine(),
+    )
     return {engine.name: engine for engine in known}
 
 
@@ -95,7 +119,13 @@ def pack_(denoiser: nn.Module, engine: str = "auto") -> dict[str, Placement]:
         _known(engine)
     layers = quantized_layers(denoiser)
     placed = {name: choose(layer, _device_of(layer), engine) for name, layer in layers.items()}
-    packed = {id(layer): _known(placed[name].engine).pack(layer) for name, layer in layers.items()}
+    found = engines()
+    packed: dict[int, nn.Module] = {}
+    for name, layer in layers.items():
+        runs = found[placed[name].engine]
+        if isinstance(runs, GraphEngine):
+            raise EngineError(f"Engine {runs.name!r} runs whole denoisers, not layers: use place() or load().")
+        packed[id(layer)] = runs.pack(layer)
     for parent in list(denoiser.modules()):
         for key, child in list(parent._modules.items()):
             if child is not None and id(child) in packed:
@@ -103,7 +133,20 @@ def pack_(denoiser: nn.Module, engine: str = "auto") -> dict[str, Placement]:
     return placed
 
 
-def _known(name: str) -> Engine:
+def place(denoiser: nn.Module, engine: str | GraphEngine = "auto") -> tuple[nn.Module, dict[str, Placement]]:
+    """The module that runs the denoiser, and where each of its layers runs.
+
+    engine: as for `pack_`, which changes the denoiser itself; or a graph engine, by name or with its settings, which
+        returns another module.
+    """
+    runs = _known(engine) if isinstance(engine, str) and engine != "auto" else engine
+    if not isinstance(runs, GraphEngine):
+        return denoiser, pack_(denoiser, runs if isinstance(runs, str) else runs.name)
+    placed = {name: choose(layer, _device_of(layer), runs.name) for name, layer in quantized_layers(denoiser).items()}
+    return runs.compile(denoiser), placed
+
+
+def _known(name: str) -> Engine | GraphEngine:
     found = engines()
     if name not in found:
         names = ("auto", *found)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stepquant.calibrate.compensation import Compensate
+from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.group_search import SearchGroups
 from stepquant.calibrate.informative import SelectInformative
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
@@ -49,6 +50,7 @@ STAGES: dict[str, type[Any]] = {
         Place,
         FitWeightRanges,
         FitInputRanges,
+        RoundLayers,
         RoundBlocks,
         ScaleBlocks,
         FitWindows,

@@ -22,6 +22,7 @@ Differs from the paper (which does not publish M per model, learning rates, iter
 - `gradient="exact"` and `"per_step"` are further modes: the true gradient by recomputation, at the same cost and
   memory, and a truncated one that pulls every step to its full-precision state.
 - No coefficient on the dashed arrows: the figure shows none (c = 1).
+- `layer_rounding` (off by default) rounds every layer for its own output before anything else.
 - Blocks are rounded first as in Q-Diffusion; the window stage then reopens all roundings from a point between the
   full-precision fraction and the present rounding (`keep_rounding`), and learns weights and scales together.
 - For the last fifth of the iterations (`settle`) weights are rounded for good and only scales go on learning, so that
@@ -38,6 +39,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
 from stepquant.calibrate.stages import FitInputRanges, LayerRule
@@ -100,6 +102,7 @@ def accuquant(
     lr_scales: float = 4e-3,
     learn_weights: bool = True,
     free_run: float = 0.0,
+    layer_rounding: bool = False,
     block_iterations: int = 2_000,
     block_lr: float = 1e-3,
     scale_iterations: int = 0,
@@ -127,9 +130,13 @@ def accuquant(
     lengths = None if windows is None else tuple(windows)
     if rows == "window" and lengths is None:
         raise SpecError('rows="window" needs the window lengths: pass windows=(5, 5, 5, 5), or whatever adds up.')
+    layers = (RoundLayers(batch=batch, together=together),) if layer_rounding else ()
     blocks: tuple[RoundBlocks, ...] = ()
     if block_iterations:
-        blocks = (RoundBlocks(iterations=block_iterations, batch=batch, lr=block_lr, together=together),)
+        keep = 0.6 if layer_rounding else 0.0
+        blocks = (
+            RoundBlocks(iterations=block_iterations, batch=batch, lr=block_lr, together=together, keep_rounding=keep),
+        )
     scales = (ScaleBlocks(iterations=scale_iterations, batch=batch),) if scale_iterations else ()
     ranges_of_inputs = FitInputRanges(ranges, windows=lengths if rows == "window" else None)
     fit = FitWindows(
@@ -142,4 +149,4 @@ def accuquant(
         learn_weights=learn_weights,
         free_run=free_run,
     )
-    return Recipe("accuquant", (*beginning, *blocks, ranges_of_inputs, *scales, fit))
+    return Recipe("accuquant", (*beginning, *layers, *blocks, ranges_of_inputs, *scales, fit))

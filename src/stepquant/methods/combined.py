@@ -1,6 +1,7 @@
 """The parts of the literature that go together, in one recipe. Each part can be left out.
 
-1. Weights: block-wise AdaRound (Li et al. 2021, Q-Diffusion), on samples with learnt weights if `sample_weights`
+1. Weights: every layer rounded for its own output from the Gram matrix of its inputs (`layer_rounding`), then
+   block-wise AdaRound (Li et al. 2021, Q-Diffusion) from there, on samples with learnt weights if `sample_weights`
    (GAC, Hoang et al. 2026).
 2. Activation parameters over time (`rows`): one row for all timesteps ("shared"), one for each window of steps
    ("window"), or groups of timesteps found by search ("groups", ADP-DM, Wang et al. 2024).
@@ -20,6 +21,7 @@ from __future__ import annotations
 from typing import Literal
 
 from stepquant.calibrate.compensation import Compensate, EstimatorChoice
+from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.group_search import SearchGroups
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
@@ -72,6 +74,12 @@ PRESETS: dict[str, dict[str, object]] = {
 
 ROWS = ("shared", "window", "groups")
 
+LAYER_SAMPLES = 128
+"""Calibration samples whose inputs go into the Gram matrices."""
+
+KEEP_ROUNDING = 0.6
+"""Block-wise rounding begins this far from the fraction towards what the layers found: near enough to turn back."""
+
 
 def combined(
     *,
@@ -81,6 +89,7 @@ def combined(
     batch: int = 16,
     every: int = 1,
     samples_per_step: int | None = None,
+    layer_rounding: bool = True,
     sample_weights: bool = True,
     meta_iterations: int = 20,
     block_iterations: int = 2_000,
@@ -133,6 +142,8 @@ def combined(
             rules=rules,
         )
     )
+    if layer_rounding and weights is not None:
+        stages.append(RoundLayers(samples=LAYER_SAMPLES, batch=batch, together=together))
     if block_iterations and weights is not None:
         weighting = SampleWeighting(iterations=meta_iterations, batch=batch) if sample_weights else None
         stages.append(
@@ -140,7 +151,9 @@ def combined(
         )
     stages.append(FitInputRanges(ranges, windows=row_windows))
     if rows == "groups":
-        stages.append(SearchGroups(rounds=search_rounds, ranges=ranges))
+        # A short search: it begins at the range that was observed at each timestep and follows full precision.
+        search = SearchGroups(rounds=search_rounds, ranges=ranges, target="full_precision", prior=2.0, lr_logits=0.2)
+        stages.append(search)
     if scale_iterations and activations is not None:
         stages.append(ScaleBlocks(iterations=scale_iterations, batch=batch, lr=scale_lr))
     if window_iterations:

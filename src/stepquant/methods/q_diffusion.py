@@ -15,6 +15,8 @@ Letters of the paper and our names: V is `SoftRounding.alpha`, s is `InputQuanti
 Differs from the paper:
 - Activation scales learn at a rate relative to their size (`relative_groups`) instead of 4e-4 for all.
 - First and last layer are at 8 bits unless `ends="same"`; the paper quantizes every layer at the nominal bits.
+- `layer_rounding` (off by default) first rounds every layer for its own output from the Gram matrix of its inputs
+  (`RoundLayers`), and blocks start from there instead of the full-precision fraction.
 - Shortcuts are not split here; one quantizer sees the concatenated input.
 - Activation ranges are fitted after the weights are rounded, by range search on all observed samples; the code
   initialises on 64 samples and may overwrite the result by a running mean.
@@ -23,6 +25,7 @@ Differs from the paper:
 
 from __future__ import annotations
 
+from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
 from stepquant.calibrate.stages import FitInputRanges, LayerRule
@@ -78,6 +81,7 @@ def q_diffusion(
     lr_weights: float = 1e-3,
     lr_activations: float = 4e-3,
     quantized_prefix: bool = True,
+    layer_rounding: bool = False,
     together: int = 1,
     ends: Ends = "8bit",
     softmax_bits: int | None = 8,
@@ -106,12 +110,14 @@ def q_diffusion(
         "q_diffusion",
         (
             *beginning,
+            *((RoundLayers(batch=batch, together=together),) if layer_rounding else ()),
             RoundBlocks(
                 iterations=iterations_weights,
                 batch=batch,
                 lr=lr_weights,
                 quantized_prefix=quantized_prefix,
                 together=together,
+                keep_rounding=0.6 if layer_rounding else 0.0,
             ),
             FitInputRanges(ranges),
             *scales,

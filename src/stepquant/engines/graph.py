@@ -1,0 +1,537 @@
+"""A quantized denoiser as one integer graph: its layers in a form that exporters understand, and the export itself.
+
+`lower` copies a denoiser and puts a `GraphLayer` in the place of every layer that can run on integers. A GraphLayer
+holds the layer's own levels as int8 and writes explicit quantize and dequantize operators (Q, DQ) when it is exported;
+run by torch it computes what the layer computes. With one parameter set they carry its scale s and zero point z:
+
+    y = conv(DQ(Q(x; s, z)), w) + b
+
+Graph engines keep integer kernels for constant scales only. With several parameter sets the scale is therefore taken
+out of the operators ("norm form"): g is the row of the present timestep bin, s_g is gathered from a table in the graph.
+
+    y = s_g * conv(DQ(Q(x / s_g; 1, z)), w) + b                    rows with one zero point
+    y = s_g * conv(DQ(Q(x / s_g + (z_g - c); 1, c)), w) + b_g      rows with several
+    b_g = b - (z_g - c) * s_g * sum(w)                             c = 128: the middle of the levels
+
+In the last form what pads a convolution is z_g - c, which stands for 0. Graphs multiply by 1 / s_g where the simulation
+divides by s_g: an input within float32 rounding of the border between two levels may come out on its other side.
+
+Weights are int8: q - z where that fits. Asymmetric weights of 8 bits may need nine bits there; they run as two
+operators, the second with a single output channel, and the sum is exactly the same:
+
+    conv(x, (q - z) * s_w) = conv(x, (q - c) * s_w) + (c - z) * s_w * conv(x, 1)
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stepquant.errors import EngineError
+from stepquant.model.clock import StepClock, clock_of
+from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
+from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
+from stepquant.model.surgery import quantized_layers
+
+__all__ = [
+    "BIN",
+    "GraphInput",
+    "GraphLayer",
+    "GraphMatmul",
+    "Lowered",
+    "Outputs",
+    "export",
+    "filled",
+    "lower",
+    "refusal",
+    "tensors_of",
+]
+
+OPSET = 18
+CENTRE = 128
+BIN = "stepquant_bin"
+"""Name of the graph's input for the timestep bin, where the bin is not computed inside."""
+
+
+def _quantized(x: Tensor, scale: float, zero_point: int, signed: bool) -> Tensor:
+    low, high = (-128, 127) if signed else (0, 255)
+    return torch.div(x, scale).round_().add_(zero_point).clamp_(low, high).sub_(zero_point).mul_(scale)
+
+
+def _dequantized(levels: Tensor, scale: Tensor, axis: int) -> Tensor:
+    shape = [1] * levels.ndim
+    shape[axis] = -1
+    return levels.float() * scale.reshape(shape)
+
+
+# Operators of our own, so that the exporter sees one node where it would see round, clamp and the rest.
+_library: Any = torch.library.Library
+_LIBRARY = _library("stepquant", "DEF")
+_LIBRARY.define("quantized(Tensor x, float scale, int zero_point, bool signed) -> Tensor")
+_LIBRARY.define("dequantized(Tensor levels, Tensor scale, int axis) -> Tensor")
+_LIBRARY.impl("quantized", _quantized, "CompositeExplicitAutograd")
+_LIBRARY.impl("dequantized", _dequantized, "CompositeExplicitAutograd")
+_quantize, _restore = torch.ops.stepquant.quantized, torch.ops.stepquant.dequantized
+
+
+def _register_symbols() -> None:
+    """Tell torch's exporter what our operators are in ONNX."""
+    from torch.onnx import symbolic_helper
+
+    exporter: Any = torch.onnx
+    constant: Any = symbolic_helper._get_const
+
+    def quantized(g: Any, x: Any, scale: Any, zero_point: Any, signed: Any) -> Any:
+        kind = torch.int8 if constant(signed, "b", "signed") else torch.uint8
+        s = g.op("Constant", value_t=torch.tensor(constant(scale, "f", "scale"), dtype=torch.float32))
+        z = g.op("Constant", value_t=torch.tensor(constant(zero_point, "i", "zero_point"), dtype=kind))
+        return g.op("DequantizeLinear", g.op("QuantizeLinear", x, s, z), s, z).setType(x.type())
+
+    def dequantized(g: Any, levels: Any, scale: Any, axis: Any) -> Any:
+        restored = g.op("DequantizeLinear", levels, scale, axis_i=constant(axis, "i", "axis"))
+        return restored.setType(scale.type().with_sizes(levels.type().sizes()))
+
+    exporter.register_custom_op_symbolic("stepquant::quantized", quantized, OPSET)
+    exporter.register_custom_op_symbolic("stepquant::dequantized", dequantized, OPSET)
+
+
+def refusal(layer: QuantizedLayer | QuantizedMatmul) -> str | None:
+    """Why a layer cannot run on integers in a graph, as a sentence, or None. Reads no values."""
+    if isinstance(layer, QuantizedMatmul):
+        operands = {"left operand": layer.input_quantizer, "right operand": layer.second_quantizer}
+    else:
+        operands = {"input": layer.input_quantizer}
+        quantizer = layer.weight_quantizer
+        if quantizer is None:
+            return "Its weight is not quantized, so it runs in floating point inside the graph."
+        if not isinstance(quantizer, WeightQuantizer):
+            return f"Its weight quantizer is a {type(quantizer).__name__}, which only calibration has."
+        if not layer.on_grid:
+            return "Its weight has not been hardened."
+        if quantizer.scale.ndim == 3 and quantizer.scale.shape[1] > 1:
+            return (
+                "Its weight has several scales in an output channel, and integer kernels have one: it runs as "
+                "simulated arithmetic inside the graph."
+            )
+    for name, found in operands.items():
+        if found is None:
+            return f"Its {name} is not quantized, so it runs in floating point inside the graph."
+        if not isinstance(found, InputQuantizer):
+            return (
+                f"The range of its {name} is found at run time ({type(found).__name__}): it runs as simulated "
+                "arithmetic inside the graph."
+            )
+        if found.spec.granularity == "channel":
+            return (
+                f"Its {name} has a scale per channel, and integer kernels have one per tensor: it runs as simulated "
+                "arithmetic inside the graph."
+            )
+    return None
+
+
+class GraphInput(nn.Module):
+    """A static quantizer, per tensor, as a graph has it.
+
+    reciprocal, step, shift `[bins]`: 1 / s, s and z - c of the row that each timestep bin uses; None for constants.
+    shifted: whether the rows' zero points differ.
+    """
+
+    def __init__(self, quantizer: InputQuantizer, clock: StepClock) -> None:
+        super().__init__()
+        object.__setattr__(self, "clock", clock)
+        spec, scale, zero_point = quantizer.spec, quantizer.scale.cpu(), quantizer.zero_point.cpu()
+        self.signed = spec.symmetric
+        self.several = len(scale) > 1
+        self.shifted = bool((zero_point != zero_point[0]).any())
+        self.zero_point = CENTRE if self.shifted else int(zero_point[0])
+        self.scale = 1.0 if self.several else float(scale[0])
+        self.limits = None
+        if spec.bits < 8:
+            self.limits = ((spec.qmin - self.zero_point) * self.scale, (spec.qmax - self.zero_point) * self.scale)
+        row = quantizer.row_of_bin.cpu()
+        self.register_buffer("row_of_bin", row if self.several else None)
+        self.register_buffer("reciprocal", scale.reciprocal()[row] if self.several else None)
+        self.register_buffer("step", scale[row] if self.several else None)
+        self.register_buffer("shift", (zero_point - CENTRE)[row] if self.shifted else None)
+
+    clock: StepClock
+    row_of_bin: Tensor | None
+    reciprocal: Tensor | None
+    step: Tensor | None
+    shift: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x on its grid, divided by `factor`, and moved by z - c if `shifted`."""
+        if self.reciprocal is not None:
+            x = x * self.reciprocal.index_select(0, self.clock.bin)
+        if self.shift is not None:
+            x = x + self.shift.index_select(0, self.clock.bin)
+        if self.limits is not None:
+            x = x.clamp(*self.limits)
+        quantized: Tensor = _quantize(x, self.scale, self.zero_point, self.signed)
+        return quantized
+
+    def factor(self) -> Tensor | None:
+        """The scale of the present row `[1]`, None if it is part of the operators."""
+        return None if self.step is None else self.step.index_select(0, self.clock.bin)
+
+
+class GraphLayer(nn.Module):
+    """A linear or convolution layer on int8 levels.
+
+    levels: int8, `[O, I/groups, *kernel]`, for a linear layer `[I, O]`. scale `[O]`.
+    rest `[O]`: (c - z) * s_w where q - z does not fit into int8; None if it fits everywhere.
+    bias `[O]`, or `[rows, O]` where the rows' zero points differ.
+    """
+
+    levels: Tensor
+    scale: Tensor
+    ones: Tensor | None
+    one: Tensor | None
+    rest: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, layer: QuantizedLayer, clock: StepClock, name: str) -> None:
+        super().__init__()
+        quantizer, source = layer.weight_quantizer, layer.input_quantizer
+        assert isinstance(quantizer, WeightQuantizer)
+        assert isinstance(source, InputQuantizer)
+        self.geometry = layer.geometry
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.in_channels, self.out_channels = layer.in_features, layer.out_features
+        self.input = GraphInput(source, clock)
+        weight = layer.weight.detach()
+        q = quantizer.levels(weight)
+        if not torch.equal(quantizer.restore(q).to(weight.dtype), weight):
+            raise EngineError(
+                f"The weight of {name} does not lie on the grid of its quantizer, so its levels would not restore it. "
+                "Quantize the model again, or load the checkpoint as it was saved."
+            )
+        count = layer.out_features
+        scale = quantizer.scale.reshape(-1).expand(count).cpu().clone()
+        zero_point = quantizer.zero_point.reshape(-1).expand(count).cpu()
+        levels, rest = _int8_levels(q.cpu().reshape(count, -1).float(), zero_point)
+        exact = (q.cpu().reshape(count, -1).double() - zero_point[:, None]) * scale[:, None].double()
+        self.linear = layer.geometry.kind == "linear"
+        levels = levels.T.contiguous() if self.linear else levels.reshape(weight.shape)
+        self.register_buffer("levels", levels)
+        self.register_buffer("scale", scale)
+        ones = None
+        if rest is not None:
+            groups = layer.geometry.groups
+            ones = torch.ones((weight.shape[1], 1) if self.linear else (groups, *weight.shape[1:]), dtype=torch.int8)
+        self.register_buffer("ones", ones)
+        self.register_buffer("one", None if ones is None else torch.ones(ones.shape[1 if self.linear else 0]))
+        self.register_buffer("rest", None if rest is None else rest * scale)
+        self.register_buffer("bias", _bias_table(layer.bias, source, exact.sum(1), self.input.shifted))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, padding = self._padded(x)
+        x = self.input(x)
+        y = self._operate(x, _restore(self.levels, self.scale, self._axis), padding)
+        if self.rest is not None:
+            total = self._operate(x, _restore(self.ones, self.one, self._axis), padding)
+            if self.geometry.groups > 1:
+                total = total.repeat_interleave(self.out_features // self.geometry.groups, 1)
+            y = y + total * self._beside(self.rest)
+        factor = self.input.factor()
+        if factor is not None:
+            y = y * factor
+        if self.bias is None:
+            return y
+        bias = self.bias
+        if bias.ndim == 2:
+            assert self.input.row_of_bin is not None
+            row = self.input.row_of_bin.index_select(0, self.input.clock.bin)
+            bias = bias.index_select(0, row).reshape(-1)
+        return y + self._beside(bias)
+
+    @property
+    def _axis(self) -> int:
+        return 1 if self.linear else 0
+
+    def _beside(self, values: Tensor) -> Tensor:
+        """`[O]` as it broadcasts against the output."""
+        return values.reshape(-1, *[1] * {"linear": 0, "conv1d": 1, "conv2d": 2}[self.geometry.kind])
+
+    def _operate(self, x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> Tensor:
+        if self.linear:
+            return x @ weight
+        conv: Any = F.conv1d if self.geometry.kind == "conv1d" else F.conv2d
+        result: Tensor = conv(
+            x, weight, None, self.geometry.stride, padding, self.geometry.dilation, self.geometry.groups
+        )
+        return result
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """x with the padding that the operator cannot do itself, and what is left for the operator."""
+        geometry = self.geometry
+        if self.linear:
+            return x, ()
+        if isinstance(geometry.padding, str):
+            # As torch: dilation * (kernel - 1) zeros, the odd one at the end.
+            widths = [step * (size - 1) for step, size in zip(geometry.dilation, self.levels.shape[2:], strict=True)]
+            sides = [(width // 2, width - width // 2) for width in widths]
+        else:
+            sides = [(width, width) for width in geometry.padding]
+        symmetric = all(before == after for before, after in sides)
+        if geometry.padding_mode == "zeros" and not self.input.shifted and symmetric:
+            return x, tuple(before for before, _ in sides)
+        pads = [width for pair in reversed(sides) for width in pair]
+        if any(pads):
+            x = F.pad(x, pads, mode="constant" if geometry.padding_mode == "zeros" else geometry.padding_mode)
+        return x, (0,) * len(sides)
+
+
+class GraphMatmul(nn.Module):
+    """A matmul of two quantized operands. Rows whose zero points differ are moved back before the product."""
+
+    def __init__(self, layer: QuantizedMatmul, clock: StepClock) -> None:
+        super().__init__()
+        assert isinstance(layer.input_quantizer, InputQuantizer)
+        assert isinstance(layer.second_quantizer, InputQuantizer)
+        self.role = layer.role
+        self.left = GraphInput(layer.input_quantizer, clock)
+        self.right = GraphInput(layer.second_quantizer, clock)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        product = self._operand(self.left, left) @ self._operand(self.right, right)
+        for factor in (self.left.factor(), self.right.factor()):
+            if factor is not None:
+                product = product * factor
+        return product
+
+    def _operand(self, quantizer: GraphInput, x: Tensor) -> Tensor:
+        x = quantizer(x)
+        return x if quantizer.shift is None else x - quantizer.shift.index_select(0, quantizer.clock.bin)
+
+
+def _int8_levels(q: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`q - c` as int8 `[O, N]`, and `c - z` `[O]` if that is not 0 everywhere. c = z in the channels where it fits."""
+    shifted = q - zero_point[:, None]
+    fits = (shifted.amin(1) >= -128) & (shifted.amax(1) <= 127)
+    if bool(fits.all()):
+        return shifted.to(torch.int8), None
+    centre = torch.where(fits, zero_point, torch.full_like(zero_point, CENTRE))
+    return (q - centre[:, None]).to(torch.int8), centre - zero_point
+
+
+def _bias_table(bias: Tensor | None, source: InputQuantizer, sums: Tensor, shifted: bool) -> Tensor | None:
+    plain = None if bias is None else bias.detach().cpu().float()
+    if not shifted:
+        return plain
+    scale, zero_point = source.scale.cpu().double(), source.zero_point.cpu().double()
+    table = -((zero_point - CENTRE) * scale)[:, None] * sums
+    return (table if plain is None else table + plain).float()
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A denoiser ready for export.
+
+    module: the copy, float32, on the CPU, whose layers are GraphLayers where they can be. Called as the original.
+    clock: its clock, which nothing sets but the caller.
+    refusals: why each of the other quantized layers is not one.
+    """
+
+    module: nn.Module
+    clock: StepClock
+    refusals: Mapping[str, str]
+
+
+def lower(denoiser: nn.Module, refuses: Any = refusal) -> Lowered:
+    """Copy a quantized, hardened denoiser into graph form. Weights that become levels are not copied.
+
+    refuses: layer -> sentence or None. Raises EngineError for a denoiser that is not quantized or is packed.
+    """
+    clock = clock_of(denoiser)
+    layers = quantized_layers(denoiser)
+    if clock is None or not layers:
+        raise EngineError(
+            f"{type(denoiser).__name__} has no quantized layers in simulated form: give the denoiser of `quantize`, or "
+            "of `load` with engine='simulated'."
+        )
+    own = copy.deepcopy(clock).cpu()
+    own.bin = torch.zeros(1, dtype=torch.int64)
+    memo: dict[int, Any] = {id(clock): own}
+    refusals: dict[str, str] = {}
+    for name, layer in layers.items():
+        reason = refuses(layer)
+        if reason is not None:
+            refusals[name] = reason
+        elif isinstance(layer, QuantizedLayer):
+            memo[id(layer)] = GraphLayer(layer, own, name)
+        else:
+            memo[id(layer)] = GraphMatmul(layer, own)
+    module = copy.deepcopy(denoiser, memo)
+    # `nn.Module.to`, not the denoiser's own: diffusers overrides it.
+    nn.Module.to(module, device="cpu", dtype=torch.float32)
+    return Lowered(module.eval().requires_grad_(False), own, refusals)
+
+
+def tensors_of(value: Any, name: str = "") -> tuple[dict[str, Tensor], Any]:
+    """The tensors in nested arguments by dotted name, and the rest as JSON values with the names in their place.
+
+    Raises EngineError for an argument that is neither a tensor nor plain data.
+    """
+    if isinstance(value, Tensor):
+        return {name: value}, {"tensor": name}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {}, {"value": value}
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        kind = "dict" if isinstance(value, dict) else type(value).__name__
+        found: dict[str, Tensor] = {}
+        inside: dict[str, Any] = {}
+        for key, entry in items:
+            tensors, inside[str(key)] = tensors_of(entry, f"{name}.{key}" if name else str(key))
+            found |= tensors
+        return found, {kind: inside}
+    raise EngineError(
+        f"Argument {name} is a {type(value).__name__}: a graph takes tensors, numbers, words and nested lists and "
+        "dicts of these. Use engine='simulated' for such calls."
+    )
+
+
+def filled(form: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Undo `tensors_of`."""
+    (kind, inside), *_ = form.items()
+    if kind == "tensor":
+        return tensors[inside]
+    if kind == "value":
+        return inside
+    if kind == "dict":
+        return {key: filled(entry, tensors) for key, entry in inside.items()}
+    entries = [filled(entry, tensors) for entry in inside.values()]
+    return tuple(entries) if kind == "tuple" else entries
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a denoiser returns.
+
+    kind: "tensor", "tuple", or the class of a diffusers output, "module:Class". fields: of the class, or numbers.
+    """
+
+    kind: str
+    fields: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The graph's outputs. Not the fields alone: an input may have the same name."""
+        return ("output",) if self.kind == "tensor" else tuple(f"output.{field}" for field in self.fields)
+
+    @classmethod
+    def of(cls, value: Any) -> tuple[Outputs, tuple[Tensor, ...]]:
+        """Raises EngineError for values that are not tensors."""
+        if isinstance(value, Tensor):
+            return cls("tensor", ("0",)), (value,)
+        if type(value) in (tuple, list):
+            named = {str(number): entry for number, entry in enumerate(value)}
+            kind = "tuple"
+        elif isinstance(value, dict):
+            named = {key: entry for key, entry in value.items() if entry is not None}
+            kind = f"{type(value).__module__}:{type(value).__qualname__}"
+        else:
+            raise EngineError(f"The denoiser returns a {type(value).__name__}: a graph returns tensors.")
+        for name, entry in named.items():
+            if not isinstance(entry, Tensor):
+                raise EngineError(f"The denoiser's output {name} is a {type(entry).__name__}: a graph returns tensors.")
+        return cls(kind, tuple(named)), tuple(named.values())
+
+    def build(self, tensors: tuple[Tensor, ...]) -> Any:
+        if self.kind == "tensor":
+            return tensors[0]
+        if self.kind == "tuple":
+            return tensors
+        # Looked up, never imported: the name may come from a file.
+        module, _, name = self.kind.partition(":")
+        found = getattr(sys.modules.get(module), name, None)
+        if not (isinstance(found, type) and issubclass(found, dict)):
+            raise EngineError(f"The graph returns a {self.kind}, which this process does not know: clear the cache.")
+        return found(**dict(zip(self.fields, tensors, strict=True)))
+
+
+class _Call(nn.Module):
+    """The denoiser as a function of tensors only, as exporters want it."""
+
+    def __init__(self, lowered: Lowered, form: Any, names: tuple[str, ...], bin_inside: bool) -> None:
+        super().__init__()
+        self.denoiser = lowered.module
+        self.clock, self.form, self.names, self.bin_inside = lowered.clock, form, names, bin_inside
+        self.outputs: Outputs | None = None
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        tensors = dict(zip(self.names, values, strict=True))
+        if self.bin_inside:
+            timestep = tensors[self.clock.argument].reshape(-1)[:1].float()
+            self.clock.bin = (timestep > self.clock.edges).sum(0, keepdim=True)
+        else:
+            self.clock.bin = tensors[BIN]
+        # Not called: the original's hook would set the clock in a way that has no graph.
+        self.outputs, results = Outputs.of(self.denoiser.forward(**filled(self.form, tensors)))
+        return results
+
+
+def export(
+    lowered: Lowered, arguments: Mapping[str, Any], path: Path, *, bin_inside: bool, batched: tuple[str, ...] = ()
+) -> Outputs:
+    """Write the graph of one call as ONNX.
+
+    arguments: by name, with example tensors. The graph has their shapes, but for the first axis of those in `batched`.
+    bin_inside: compute the timestep bin from the timestep argument (of the first image), else it is the input `BIN`,
+        int64 `[1]`; an input that nothing needs is left out.
+
+    Raises EngineError if the denoiser has an operation that cannot be exported, naming it.
+    """
+    tensors, form = tensors_of(dict(arguments))
+    if not bin_inside:
+        tensors[BIN] = torch.zeros(1, dtype=torch.int64)
+    # One tensor passed twice would be traced as one input.
+    tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    call = _Call(lowered, form, tuple(tensors), bin_inside).eval()
+    with torch.no_grad():
+        outputs, _ = Outputs.of(lowered.module.forward(**filled(form, tensors)))
+    _register_symbols()
+    named = (*batched, *(name for name in outputs.names if batched))
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            # The exporter warns of shapes that it takes as constants: those are the ones that we fix.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                call,
+                tuple(tensors.values()),
+                str(path),
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=list(tensors),
+                output_names=list(outputs.names),
+                dynamic_axes={name: {0: "batch"} for name in named},
+            )
+    except EngineError:
+        raise
+    except ImportError as error:
+        raise EngineError(f"Exporting a graph needs onnx: pip install onnx ({error})") from error
+    except Exception as error:  # tracing runs the denoiser's own code, which can raise anything
+        raise EngineError(
+            f"{type(lowered.module).__name__} cannot be exported as a graph: {_first_lines(error)} Write that "
+            "operation in other terms, or run the layers in torch: engine='simulated'."
+        ) from error
+    finally:
+        lowered.clock.bin = torch.zeros(1, dtype=torch.int64)
+    return outputs
+
+
+def _first_lines(error: BaseException) -> str:
+    """What an exporter says, without its dump of the graph."""
+    text = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
+    return text if text.endswith(".") else text + "."

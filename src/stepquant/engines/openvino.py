@@ -1,0 +1,495 @@
+"""The OpenVINO engine: the whole denoiser as one int8 graph, compiled for the processor at hand.
+
+Layers run on the checkpoint's own levels, scales and zero points (see `engines.graph`), and everything between them in
+float32 or bfloat16. A graph is made at the first call, from what the denoiser is called with, and kept on disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import logging
+import os
+import shutil
+import tempfile
+import weakref
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepquant._version import __version__
+from stepquant.engines import graph
+from stepquant.engines.graph import BIN, Lowered, Outputs, export, lower, tensors_of
+from stepquant.errors import EngineError, SpecError
+from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
+from stepquant.model.surgery import quantized_layers
+
+__all__ = ["GraphDenoiser", "OpenVINOEngine", "cache_folder"]
+
+logger = logging.getLogger(__name__)
+
+# Each compiled shape holds its own copy of the weights.
+KEPT_SHAPES = 4
+
+NO_VNNI = (
+    "This processor has no VNNI instructions, without which int8 sums overflow at 16 bits: it runs as simulated "
+    "arithmetic inside the graph."
+)
+FLOAT_MATMUL = "OpenVINO multiplies attention's operands, rounded to their levels, in floating point inside the graph."
+
+
+def cache_folder() -> Path:
+    """Where graphs are kept: `$XDG_CACHE_HOME/stepquant`, or `~/.cache/stepquant`."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if Path(root).is_absolute() else Path.home() / ".cache") / "stepquant"
+
+
+@dataclass(frozen=True)
+class OpenVINOEngine:
+    """Runs a denoiser as one int8 graph on the CPU.
+
+    precision: of what is not int8. "bf16" is faster on processors that have it, but rounds activations to 8 bits of
+        mantissa before they are quantized, and scales as well: its results differ from simulated ones by more than
+        float32 rounding.
+    cache: folder for graphs, None for `cache_folder()`. Denoisers that diffusers does not know are not kept there:
+        nothing says when their code changes.
+    """
+
+    precision: Literal["f32", "bf16"] = "f32"
+    cache: Path | None = None
+    name: str = "openvino"
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("f32", "bf16"):
+            raise SpecError(f"precision must be 'f32' or 'bf16', found {self.precision!r}.")
+
+    def refuses(self, layer: QuantizedLayer | QuantizedMatmul, device: torch.device) -> str | None:
+        """Why the layer does not run on integers. It runs inside the graph all the same."""
+        if device.type not in ("cpu", "meta"):
+            return f"OpenVINO runs on the CPU, and the layer is on {device}."
+        reason = graph.refusal(layer)
+        if reason is not None:
+            return reason
+        if isinstance(layer, QuantizedMatmul):
+            return FLOAT_MATMUL
+        return None if has_vnni() else NO_VNNI
+
+    def compile(self, denoiser: nn.Module) -> GraphDenoiser:
+        """A module that is called as the denoiser is. The graph is made at its first call.
+
+        Raises EngineError if OpenVINO is missing, the processor lacks the precision, or the denoiser is not quantized.
+        """
+        core = _core()
+        if self.precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise EngineError("This processor has no bfloat16 arithmetic: use precision='f32'.")
+        if any(tensor.device.type != "cpu" for tensor in denoiser.parameters()):
+            raise EngineError("OpenVINO runs on the CPU, and the denoiser is elsewhere: load it with device='cpu'.")
+        device = torch.device("cpu")
+        reasons = {name: self.refuses(layer, device) for name, layer in quantized_layers(denoiser).items()}
+        lowered = lower(denoiser, graph.refusal if has_vnni() else _simulated_layer)
+        if not has_vnni():
+            logger.warning("%s Expect no gain over engine='simulated'.", NO_VNNI)
+        digest = _digest(denoiser)
+        return GraphDenoiser(
+            denoiser,
+            lowered,
+            {name: reason for name, reason in reasons.items() if reason is not None},
+            self.precision,
+            None if digest is None else (self.cache or cache_folder()) / self.name / digest,
+        )
+
+
+def has_vnni() -> bool:
+    """Whether the processor multiplies int8 into 32-bit sums."""
+    known = getattr(torch.cpu, "_is_vnni_supported", None)
+    if known is not None and known():
+        return True
+    # torch asks for the AVX-512 form only; newer client processors have the AVX form.
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and "avx_vnni" in info.read_text(encoding="utf-8", errors="replace").split()
+
+
+def _simulated_layer(layer: QuantizedLayer | QuantizedMatmul) -> str | None:
+    return NO_VNNI if isinstance(layer, QuantizedLayer) else graph.refusal(layer)
+
+
+@functools.cache
+def _core() -> Any:
+    return _openvino().Core()
+
+
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise EngineError(f"The engine 'openvino' needs OpenVINO: pip install openvino ({error})") from error
+    return openvino
+
+
+def _digest(denoiser: nn.Module) -> str | None:
+    """Hash of everything that decides the graph, or None for a denoiser whose code has no version."""
+    config = getattr(denoiser, "config", None)
+    if not type(denoiser).__module__.startswith("diffusers.") or config is None:
+        return None
+    import openvino
+
+    digest = hashlib.sha256()
+    processors = [type(getattr(module, "processor", None)).__qualname__ for module in denoiser.modules()]
+    facts = [
+        [__version__, torch.__version__, openvino.__version__, _version_of("diffusers"), has_vnni()],
+        [type(denoiser).__qualname__, json.loads(json.dumps(dict(config), default=repr)), processors],
+        [(name, repr(layer), _specs(layer)) for name, layer in quantized_layers(denoiser).items()],
+    ]
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(denoiser.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()[:32]
+
+
+def _specs(layer: nn.Module) -> list[str]:
+    return [repr(getattr(child, "spec", None)) for child in layer.children()]
+
+
+def _version_of(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """request: of OpenVINO. inputs: the names that the graph takes."""
+
+    model: Any
+    request: Any
+    inputs: tuple[str, ...]
+    outputs: Outputs
+
+
+class GraphDenoiser(nn.Module):
+    """A denoiser that runs as a compiled graph: same call, same `config`, `dtype` and other attributes.
+
+    refusals: why layers do not run on integers, by name; the others do.
+
+    A call with other shapes compiles another graph; the last four are kept. The batch may change without a new export.
+    Threads are those that torch is set to when a shape is first called. Images of one batch may be at different
+    timesteps: where these fall into different bins, the batch runs once for every bin.
+    It has no parameters and no gradients, and cannot be saved: keep the checkpoint.
+    """
+
+    def __init__(
+        self, denoiser: nn.Module, lowered: Lowered, refusals: Mapping[str, str], precision: str, cache: Path | None
+    ) -> None:
+        super().__init__()
+        self.refusals = dict(refusals)
+        self.precision = precision
+        # Not registered: casting or moving the pipeline must not reach the graph's source.
+        object.__setattr__(self, "_lowered", lowered)
+        self._cache = cache
+        self._temporary: Path | None = None
+        self._compiled: OrderedDict[str, _Compiled] = OrderedDict()
+        self._static: set[str] = set()
+        self._signature = inspect.signature(denoiser.forward)
+        self._dtype = next((p.dtype for p in denoiser.parameters() if p.is_floating_point()), torch.float32)
+        self._layers = tuple(quantized_layers(denoiser))
+        self._switches = any(isinstance(m, graph.GraphInput) and m.several for m in lowered.module.modules()) or any(
+            getattr(quantizer, "rows", 1) > 1
+            for layer in quantized_layers(lowered.module).values()
+            for quantizer in layer.children()
+        )
+        self.train(False)
+
+    _lowered: Lowered
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def __getattr__(self, name: str) -> Any:
+        """What pipelines read of their denoiser: its configuration, its embeddings' sizes."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            lowered = self.__dict__.get("_lowered")
+            if lowered is None:
+                raise
+            return getattr(lowered.module, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphDenoiser:
+        """A copy that compiles anew: compiled graphs cannot be copied."""
+        other: GraphDenoiser = object.__new__(type(self))
+        memo[id(self)] = other
+        other.__dict__.update(self.__dict__)
+        other._temporary, other._compiled = None, OrderedDict()
+        return other
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = self._arguments(args, kwargs)
+        clock = self._lowered.clock
+        timestep = arguments[clock.argument]
+        bins = torch.bucketize(timestep.detach().reshape(-1).float(), clock.edges)
+        tensors, form = tensors_of(arguments)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
+            raise EngineError("A graph has no gradients: call it under torch.no_grad(), or use engine='simulated'.")
+        compiled = self._compiled_for(tensors, form)
+        distinct = torch.unique(bins).tolist() if self._switches else [0]
+        results = [_infer(compiled, tensors, number) for number in distinct]
+        merged = results[0]
+        for number, result in zip(distinct[1:], results[1:], strict=True):
+            merged = tuple(
+                torch.where((bins == number).reshape(-1, *[1] * (new.ndim - 1)), new, old)
+                for old, new in zip(merged, result, strict=True)
+            )
+        return compiled.outputs.build(tuple(self._cast(result) for result in merged))
+
+    def _cast(self, result: Tensor) -> Tensor:
+        return result.to(self._dtype) if result.is_floating_point() else result
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        bound = self._signature.bind(*args, **kwargs)
+        arguments: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            kind = self._signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                raise EngineError(f"The denoiser takes *{name}, which a graph cannot name: use engine='simulated'.")
+            arguments |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+        clock = self._lowered.clock
+        if clock.argument not in arguments:
+            raise EngineError(f"The denoiser was called without its timestep argument {clock.argument!r}.")
+        arguments[clock.argument] = torch.as_tensor(arguments[clock.argument])
+        return arguments
+
+    def _compiled_for(self, tensors: Mapping[str, Tensor], form: Any) -> _Compiled:
+        for name, tensor in tensors.items():
+            if tensor.device.type != "cpu":
+                raise EngineError(f"OpenVINO runs on the CPU, and argument {name} is on {tensor.device}.")
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        threads = torch.get_num_threads()
+        key = json.dumps([form, shapes, [str(tensor.dtype) for tensor in tensors.values()], threads])
+        if key in self._compiled:
+            self._compiled.move_to_end(key)
+            return self._compiled[key]
+        batch = next((tensor.shape[0] for tensor in tensors.values() if tensor.ndim), 1)
+        batched = tuple(name for name, tensor in tensors.items() if tensor.ndim and tensor.shape[0] == batch)
+        found: tuple[Any, Outputs] | None = None
+        if key not in self._static:
+            found = self._reshaped(*self._graph(tensors, form, batched), shapes, batch)
+        if found is None:
+            logger.info("The graph holds on to a batch size, so it is exported for %d images.", batch)
+            self._static.add(key)
+            found = self._reshaped(*self._graph(tensors, form, ()), shapes, None)
+        assert found is not None
+        model, outputs = found
+        compiled, request = self._compile(model, threads)
+        inputs = tuple(_name_of(port, {*shapes, BIN}) for port in compiled.inputs)
+        self._compiled[key] = _Compiled(compiled, request, inputs, outputs)
+        while len(self._compiled) > KEPT_SHAPES:
+            self._compiled.popitem(last=False)
+        return self._compiled[key]
+
+    def _folder(self) -> Path:
+        if self._cache is not None:
+            return self._cache
+        if self._temporary is None:
+            self._temporary = Path(tempfile.mkdtemp(prefix="stepquant-"))
+            weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
+        return self._temporary
+
+    def _graph(self, tensors: Mapping[str, Tensor], form: Any, batched: tuple[str, ...]) -> tuple[Path, Outputs]:
+        """The graph's file, from the cache if it is there and whole."""
+        shapes = {
+            name: [str(tensor.dtype), *(["batch"] if name in batched else tensor.shape[:1]), *tensor.shape[1:]]
+            for name, tensor in tensors.items()
+        }
+        name = hashlib.sha256(json.dumps([form, shapes]).encode()).hexdigest()[:32]
+        folder = self._folder()
+        known = _kept(folder, name)
+        if known is not None:
+            return folder / f"{name}.xml", known
+        # With two images nothing is taken for a broadcast axis.
+        example = {
+            key: tensor[:1].expand(2, *tensor.shape[1:]) if key in batched and len(tensor) < 2 else tensor
+            for key, tensor in tensors.items()
+        }
+        example = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in example.items()}
+        arguments = graph.filled(form, example)
+        try:
+            return folder / f"{name}.xml", _write(self._lowered, arguments, batched, folder, name)
+        except OSError as error:
+            raise EngineError(
+                f"The graph could not be written to {folder}: {error}. Choose another folder: "
+                "OpenVINOEngine(cache=...)."
+            ) from error
+
+    def _reshaped(
+        self, path: Path, outputs: Outputs, shapes: dict[str, Any], batch: int | None
+    ) -> tuple[Any, Outputs] | None:
+        """The graph with these shapes, None if it does not follow the batch."""
+        core = _core()
+        model = core.read_model(str(path))
+        wanted = {**shapes, BIN: [1]}
+        try:
+            model.reshape({port: wanted[_name_of(port, wanted)] for port in model.inputs})
+        except RuntimeError as error:
+            if batch is None:
+                raise EngineError(f"OpenVINO does not take the graph in {path}: {_brief(error)}") from error
+            return None
+        for port in model.outputs:
+            shape = port.partial_shape
+            if batch is not None and not (shape.is_static and len(shape) and shape[0].get_length() == batch):
+                return None
+        return model, outputs
+
+    def _compile(self, model: Any, threads: int) -> tuple[Any, Any]:
+        """The compiled graph and a request to run it."""
+        settings: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": self.precision,
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            # Threads tied to cores would wait for whoever else is tied to them.
+            "ENABLE_CPU_PINNING": False,
+            # Otherwise float linear layers get int8 inputs of OpenVINO's own choice.
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        }
+        if self._cache is not None:
+            settings["CACHE_DIR"] = str(self._folder() / "compiled")
+        try:
+            compiled = _core().compile_model(model, "CPU", settings)
+            return compiled, compiled.create_infer_request()
+        except (RuntimeError, MemoryError) as error:
+            raise EngineError(
+                f"OpenVINO could not compile the denoiser: {_brief(error)} Free memory, use a smaller batch, or run "
+                "the layers in torch: engine='simulated'."
+            ) from error
+
+    def runtime_precisions(self) -> dict[str, str]:
+        """In what each layer's operator runs in the graph last used, as OpenVINO reports it: "u8", "i8", "f32", "bf16".
+
+        A layer with several operators gets the widest. Layers that OpenVINO has folded into others and does not name
+        are missing. Empty before the first call.
+        """
+        if not self._compiled:
+            return {}
+        latest = next(reversed(self._compiled.values()))
+        found: dict[str, str] = {}
+        for node in latest.model.get_runtime_model().get_ordered_ops():
+            info = {key: str(value.astype(str)) for key, value in node.get_rt_info().items() if key in _RUNTIME_KEYS}
+            if info.get("layerType") not in ("Convolution", "FullyConnected", "MatMul", "Subgraph"):
+                continue
+            for original in info.get("originalLayersNames", "").split(","):
+                path, _, operator = original.rpartition("/")
+                layer = _layer_at(path, self._layers)
+                if layer is None or operator.split("_")[0] not in ("Conv", "MatMul"):
+                    continue
+                precision = info.get("runtimePrecision", "unknown")
+                if found.get(layer, "u8") in ("u8", "i8"):
+                    found[layer] = precision
+        return found
+
+    def extra_repr(self) -> str:
+        return (
+            f"precision={self.precision}, {len(self._layers) - len(self.refusals)} of {len(self._layers)} layers int8"
+        )
+
+
+_RUNTIME_KEYS = ("layerType", "originalLayersNames", "runtimePrecision")
+
+
+def _layer_at(path: str, layers: Collection[str]) -> str | None:
+    """The layer that an operator's path in the graph belongs to.
+
+    The path has the modules that were being called, `/mid_block/attentions.0/processor/to_q` for
+    `mid_block.attentions.0.to_q`: the layer's name is in it, in order, and its last part ends it.
+    """
+    called = path.strip("/").replace("/", ".").split(".")
+
+    def runs(layer: str) -> bool:
+        parts, rest = layer.split("."), iter(called)
+        return parts[-1] == called[-1] and all(part in rest for part in parts)
+
+    return max((layer for layer in layers if runs(layer)), key=len, default=None)
+
+
+def _name_of(port: Any, names: Collection[str]) -> str:
+    """The argument that an input of the graph is for. OpenVINO adds names of what it has simplified away."""
+    own: set[str] = set(port.names)
+    return next(name for name in names if name in own)
+
+
+def _infer(compiled: _Compiled, tensors: Mapping[str, Tensor], number: int) -> tuple[Tensor, ...]:
+    values: dict[str, Any] = {}
+    for name in compiled.inputs:
+        if name == BIN:
+            values[name] = torch.tensor([number]).numpy()
+        else:
+            tensor = tensors[name].detach()
+            values[name] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy()
+    try:
+        found = compiled.request.infer(values, share_inputs=True)
+    except (RuntimeError, MemoryError) as error:
+        raise EngineError(f"OpenVINO could not run the denoiser: {_brief(error)}") from error
+    return tuple(torch.from_numpy(found[port].copy()) for port in compiled.model.outputs)
+
+
+def _kept(folder: Path, name: str) -> Outputs | None:
+    """What a kept graph returns, None if there is none or it is not what was written."""
+    try:
+        about = json.loads((folder / f"{name}.json").read_bytes())
+        for suffix, expected in about["sums"].items():
+            if _sum(folder / f"{name}{suffix}") != expected:
+                logger.warning("The graph %s in the cache is damaged and is made again.", folder / name)
+                return None
+        return Outputs(about["outputs"]["kind"], tuple(about["outputs"]["fields"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _write(
+    lowered: Lowered, arguments: Mapping[str, Any], batched: tuple[str, ...], folder: Path, name: str
+) -> Outputs:
+    """Export, turn into OpenVINO's own format, and put into the folder, the description last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    try:
+        source = partial / "graph.onnx"
+        outputs = export(lowered, arguments, source, bin_inside=False, batched=batched)
+        try:
+            model = _core().read_model(str(source))
+        except RuntimeError as error:
+            raise EngineError(
+                f"OpenVINO cannot read the denoiser's graph: {_brief(error)} Run the layers in torch: "
+                "engine='simulated'."
+            ) from error
+        _openvino().save_model(model, str(partial / f"{name}.xml"), compress_to_fp16=False)
+        sums = {suffix: _sum(partial / f"{name}{suffix}") for suffix in (".bin", ".xml")}
+        about = {"sums": sums, "outputs": asdict(outputs)}
+        (partial / f"{name}.json").write_text(json.dumps(about), encoding="utf-8")
+        for suffix in (".bin", ".xml", ".json"):
+            (partial / f"{name}{suffix}").replace(folder / f"{name}{suffix}")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return outputs
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _brief(error: BaseException) -> str:
+    """The last line of OpenVINO's message, which says what is wrong; the others say where in its source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[-1] if lines else type(error).__name__
+    return text if text.endswith(".") else text + "."

@@ -1,0 +1,287 @@
+"""Rounding from Gram matrices: the loss is the layer's, the descent finds what brute force finds."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stepquant.api import Quantized, quantize
+from stepquant.calibrate import gram
+from stepquant.calibrate.gram import RoundLayers, columns, descended, layer_losses, round_layer_
+from stepquant.calibrate.reconstruct import RoundBlocks
+from stepquant.calibrate.rounding import SoftRounding
+from stepquant.errors import CalibrationError, SpecError
+from stepquant.methods.baseline import start
+from stepquant.model.layer import QuantizedLayer, geometry_of
+from stepquant.model.quantizer import WeightQuantizer
+from stepquant.model.surgery import quantized_layers
+from stepquant.numerics.affine import choose_qparams, range_of
+from stepquant.numerics.spec import QuantSpec
+from stepquant.recipe import Recipe, recipe_from_dict
+from stepquant.run import Run
+from tiny import tiny_pipe
+
+LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 4), (5, 3, 6)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, padding=1), (3, 4, 5, 6)),
+    "strided": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(0, 2), dilation=(1, 2)), (3, 4, 7, 6)),
+    "grouped": (lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), (3, 4, 5, 6)),
+    "same": (lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2), (3, 4, 5, 6)),
+    "reflected": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (3, 4, 5, 6)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, groups=2, stride=2), (3, 4, 9)),
+}
+
+
+def hardened(layer: Any, spec: QuantSpec) -> tuple[QuantizedLayer, Tensor]:
+    """A layer rounded to nearest, and its full-precision weight."""
+    weight = layer.weight.detach().clone()
+    made = QuantizedLayer(geometry_of(layer), weight.clone(), None)
+    params = choose_qparams(*range_of(weight, spec), spec)
+    made.weight_quantizer = WeightQuantizer(spec, params)
+    made.harden_()
+    return made, weight
+
+
+def gram_of(layer: QuantizedLayer, x: Tensor, weights: Tensor | None = None) -> Tensor:
+    found = gram._Gram(layer)
+    found.add(x, weights)
+    assert found.total is not None
+    return found.total
+
+
+def brute_force(layer: QuantizedLayer, error: Tensor, x: Tensor) -> Tensor:
+    """The squared output of the layer with `error` for a weight, summed over all but the outputs: `[O]`."""
+    y = layer.geometry.apply(x, error, None)
+    y = y.movedim(-1, 1) if layer.geometry.kind == "linear" else y
+    return y.square().transpose(0, 1).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("chunk", [1, 1 << 24])
+def test_the_gram_loss_is_the_layer_loss(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram, "CHUNK", chunk)
+    make, shape = LAYERS[name]
+    layer, _ = hardened(make(), QuantSpec(4, "channel"))
+    x, error = torch.randn(shape, dtype=torch.float64), torch.randn(layer.weight.shape, dtype=torch.float64)
+    if layer.geometry.kind == "linear":
+        expected = (x @ error.T).square().flatten(0, 1).sum(0)
+    else:
+        expected = brute_force(layer, error, x)
+    found = layer_losses(gram_of(layer, x), error.flatten(1))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_sample_weights_weigh_the_loss() -> None:
+    layer, _ = hardened(nn.Conv2d(4, 6, 3, padding=1), QuantSpec(4, "channel"))
+    x, error = torch.randn(3, 4, 5, 6, dtype=torch.float64), torch.randn(6, 4, 3, 3, dtype=torch.float64)
+    weights = torch.tensor([0.0, 0.5, 2.5])
+    expected = sum(float(w) * brute_force(layer, error, x[i : i + 1]) for i, w in enumerate(weights))
+    found = layer_losses(gram_of(layer, x, weights), error.flatten(1))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    doubled = gram_of(layer, x.repeat_interleave(2, 0), weights)  # two parts of each sample
+    torch.testing.assert_close(layer_losses(doubled, error.flatten(1)), 2 * found, rtol=1e-12, atol=0)
+
+
+def test_columns_multiply_to_the_layers_output() -> None:
+    make, shape = LAYERS["grouped"]
+    layer, _ = hardened(make(), QuantSpec(4, "channel"))
+    x = torch.randn(shape, dtype=torch.float64)
+    weight = layer.weight.double()
+    product = torch.bmm(weight.reshape(2, 3, -1), columns(layer.geometry, (3, 3), x)).reshape(6, 3, 5, 6)
+    torch.testing.assert_close(product.transpose(0, 1), layer.geometry.apply(x, weight, None))
+
+
+def problem(groups: int = 1, inputs: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Strongly correlated inputs, for which rounding to nearest is far from best."""
+    u = torch.randn(groups, inputs, 40, dtype=torch.float64) + 3 * torch.randn(groups, 1, 40, dtype=torch.float64)
+    weight = torch.randn(4 * groups, inputs, dtype=torch.float64)
+    now = weight.round()
+    return u @ u.mT, weight, now, torch.where(now > weight, now - 1, now + 1)
+
+
+def test_no_single_turn_is_left_and_the_best_of_all_is_near() -> None:
+    matrix, weight, now, other = problem()
+    turned = descended(matrix, weight, now, other)
+    found = layer_losses(matrix, torch.where(turned, other, now) - weight)
+    for place in range(6):
+        flipped = turned.clone()
+        flipped[:, place] = ~flipped[:, place]
+        losses = layer_losses(matrix, torch.where(flipped, other, now) - weight)
+        assert bool((losses >= found * (1 - 2e-6)).all())
+    everything = torch.stack(
+        [
+            layer_losses(matrix, torch.where(torch.tensor(choice), other, now) - weight)
+            for choice in itertools.product((False, True), repeat=6)
+        ]
+    )
+    nearest, best = everything[0], everything.min(0).values
+    assert bool((found >= best - 1e-12).all())
+    assert float(found.sum()) < 0.5 * float(nearest.sum())
+    # Most of what can be gained is.
+    assert float((found - best).sum()) < 0.3 * float((nearest - best).sum())
+
+
+def test_groups_are_descended_on_their_own() -> None:
+    matrix, weight, now, other = problem(groups=3)
+    together = descended(matrix, weight, now, other)
+    for group in range(3):
+        rows = slice(4 * group, 4 * group + 4)
+        alone = descended(matrix[group : group + 1], weight[rows], now[rows], other[rows])
+        assert torch.equal(together[rows], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_output_is_ever_worse_than_nearest(dtype: torch.dtype) -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        matrix, weight, now, other = (tensor.to(dtype) for tensor in problem(inputs=50))
+        turned = descended(matrix, weight, now, other)
+        before, after = (layer_losses(matrix, w - weight) for w in (now, torch.where(turned, other, now)))
+        assert bool((after <= before).all())
+        assert float(after.sum()) < 0.5 * float(before.sum())
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(3, "channel"), QuantSpec(2, "group", group_size=3), QuantSpec(4, "tensor")])
+def test_a_rounded_layer_stays_on_its_grid(spec: QuantSpec) -> None:
+    layer, weight = hardened(nn.Conv2d(4, 6, 3, padding=1), spec)
+    nearest = layer.weight.detach().clone()
+    x = torch.randn(8, 4, 5, 5) + 2 * torch.randn(8, 1, 5, 5)
+    before, after = round_layer_(layer, weight, gram_of(layer, x))
+    assert not torch.equal(layer.weight, nearest)
+    for found, rounded in ((before, nearest), (after, layer.weight)):
+        expected = float(
+            (layer.geometry.apply(x, rounded, None) - layer.geometry.apply(x, weight, None)).square().sum()
+        )
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert after < 0.9 * before
+    quantizer = layer.weight_quantizer
+    assert isinstance(quantizer, WeightQuantizer)
+    assert torch.equal(quantizer.restore(quantizer.levels(layer.weight)), layer.weight)
+    low, high = SoftRounding(quantizer, weight).candidates()
+    flat = layer.weight.reshape(low.shape)
+    assert bool(((flat == low) | (flat == high)).all())
+
+
+def test_open_layers_are_an_error() -> None:
+    layer, weight = hardened(nn.Linear(6, 4), QuantSpec(4, "channel"))
+    layer.on_grid = False
+    with pytest.raises(CalibrationError, match="FitWeightRanges before"):
+        round_layer_(layer, weight, torch.eye(6)[None])
+
+
+def recipe(*stages: Any, weights: int = 3) -> Recipe:
+    common: dict[str, Any] = {"activations": None, "samples": 4, "batch": 2, "every": 1, "samples_per_step": None}
+    rest: dict[str, Any] = {"ends": "8bit", "softmax_bits": 8, "group_size": None, "ranges": "minmax", "rules": ()}
+    return Recipe("gram", (*start(weights=weights, **common, **rest), *stages))
+
+
+@functools.cache
+def done(*stages: Any) -> Quantized:
+    """A run; the same stages run once for all tests."""
+    return quantize(tiny_pipe()[0], recipe(*stages), steps=3)
+
+
+def weights_of(quantized: Quantized) -> dict[str, Tensor]:
+    layers = quantized_layers(quantized.pipe.unet)
+    return {name: layer.weight for name, layer in layers.items() if isinstance(layer, QuantizedLayer)}
+
+
+def test_the_stage_rounds_every_layer_and_never_worse() -> None:
+    rounded, nearest = done(RoundLayers(samples=8, batch=3, together=2)), weights_of(done())
+    figures = rounded.figures[-1]
+    assert set(figures["losses"]) == set(nearest)
+    assert figures["too_large"] == []
+    assert figures["evaluations"] > 0
+    assert all(entry["after"] <= entry["before"] for entry in figures["losses"].values())
+    before, after = (sum(entry[when] for entry in figures["losses"].values()) for when in ("before", "after"))
+    assert after < 0.8 * before
+    changed = [name for name, weight in weights_of(rounded).items() if not torch.equal(weight, nearest[name])]
+    assert len(changed) > 0.8 * len(nearest)
+
+
+def test_large_layers_stay_as_they_are() -> None:
+    nearest, rounded = weights_of(done()), done(RoundLayers(samples=4, most_inputs=100))
+    large = {name for name, weight in nearest.items() if weight[0].numel() > 100}
+    assert set(rounded.figures[-1]["too_large"]) == large
+    assert large
+    assert all(torch.equal(weights_of(rounded)[name], nearest[name]) for name in large)
+
+
+class Interrupted:
+    """A progress that stops the run at the given tick of the stage."""
+
+    def __init__(self, tick: int) -> None:
+        self.left = tick
+
+    def track(self, what: str, total: int) -> Any:
+        @contextmanager
+        def tracked() -> Any:
+            def advance(_done: int) -> None:
+                self.left -= "layer by layer" in what
+                if "layer by layer" in what and self.left == 0:
+                    raise KeyboardInterrupt
+
+            yield advance
+
+        return tracked()
+
+
+def test_an_interrupted_stage_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    stage = RoundLayers(samples=4, together=4)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_pipe()[0], recipe(stage), steps=3, run=Run(work=tmp_path, progress=Interrupted(2)))
+    assert list(tmp_path.glob("partial-*"))
+    resumed = quantize(tiny_pipe()[0], recipe(stage), steps=3, run=Run(work=tmp_path), resume=True)
+    undisturbed = done(stage)
+    expected = weights_of(undisturbed)
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights_of(resumed).items())
+    assert resumed.figures[-1]["losses"] == undisturbed.figures[-1]["losses"]
+
+
+def test_blocks_go_on_from_the_rounding_of_layers() -> None:
+    layers = RoundLayers(samples=4, together=4)
+    blocks: dict[str, Any] = {"batch": 4, "together": 4, "lr": 1e-9, "iterations": 1}
+    rounded = weights_of(done(layers))
+    kept = weights_of(done(layers, RoundBlocks(**blocks, keep_rounding=0.6)))
+    forgotten = weights_of(done(layers, RoundBlocks(**blocks)))
+    nearest = weights_of(done())
+    assert all(torch.equal(kept[name], rounded[name]) for name in rounded)
+    assert not all(torch.equal(forgotten[name], rounded[name]) for name in rounded)
+    assert all(torch.equal(forgotten[name], nearest[name]) for name in nearest)
+
+
+def test_blocks_in_bfloat16_learn_about_what_they_learn_in_float32() -> None:
+    blocks: dict[str, Any] = {"batch": 4, "together": 8, "lr": 5e-2, "iterations": 12}
+    wide, short = (done(RoundBlocks(**blocks, compute=compute)) for compute in ("float32", "bfloat16"))
+    losses = [
+        {when: sum(entry[when] for entry in found.figures[-1]["losses"].values()) for when in ("before", "after")}
+        for found in (wide, short)
+    ]
+    assert losses[0]["after"] < 0.9 * losses[0]["before"]
+    assert losses[1]["before"] == pytest.approx(losses[0]["before"], rel=0.3)  # measured in float32
+    assert losses[1]["after"] == pytest.approx(losses[0]["after"], rel=0.1)
+    found, other = weights_of(wide), weights_of(short)
+    # The ends are at 8 bits and are fitted in float32: the first of them on the same inputs.
+    assert torch.equal(found["conv_in"], other["conv_in"])
+    assert not all(torch.equal(found[name], other[name]) for name in found)
+
+
+def test_settings_are_plain_data_and_checked() -> None:
+    made = recipe(RoundLayers(together=2), RoundBlocks(keep_rounding=0.6, compute="bfloat16"))
+    kinds = {type(stage).__name__: type(stage) for stage in made.stages}
+    assert recipe_from_dict(made.to_dict(), kinds) == made
+    for name in ("samples", "batch", "together", "most_inputs"):
+        with pytest.raises(SpecError, match=f"{name} of RoundLayers must be at least 1, found 0"):
+            RoundLayers(**{name: 0})
+    with pytest.raises(SpecError, match="keep_rounding must be from 0 to 1, found 2"):
+        RoundBlocks(keep_rounding=2)
+    with pytest.raises(SpecError, match="compute must be"):
+        RoundBlocks(compute="float16")  # type: ignore[arg-type]

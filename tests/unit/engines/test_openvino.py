@@ -1,0 +1,497 @@
+"""The OpenVINO engine: integers of the checkpoint, layer by layer, and the whole denoiser as a module of a pipeline."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from torch import Tensor, nn
+
+from stepquant.checkpoint import save_checkpoint
+from stepquant.engines import openvino as engine_module
+from stepquant.engines.base import choose, engines, pack_, place
+from stepquant.engines.graph import GraphLayer, lower, refusal, tensors_of
+from stepquant.engines.openvino import FLOAT_MATMUL, GraphDenoiser, OpenVINOEngine, cache_folder
+from stepquant.errors import EngineError, ModelError, SpecError
+from stepquant.model.clock import StepClock, attach_clock
+from stepquant.model.layer import Matmul, QuantizedLayer
+from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
+from stepquant.model.surgery import quantized_layers, swap_layers_
+from stepquant.numerics.affine import QParams, choose_qparams, range_of
+from stepquant.numerics.spec import LayerScheme, QuantSpec, scheme_for
+from tiny import quantize_, sampled, tiny_unet
+
+pytestmark = pytest.mark.skipif(not engine_module.has_vnni(), reason="int8 layers need a processor with VNNI")
+
+WEIGHT = QuantSpec(4, "channel")
+
+
+class OneLayer(nn.Module):
+    """A denoiser of a single layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+        result: Tensor = self.layer(sample)
+        return result
+
+
+class Net(nn.Module):
+    """One convolution, one linear layer, for samples `[B, 2, 4, 4]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.out = nn.Linear(4, 2, bias=False)
+
+    def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+        hidden = torch.tanh(self.conv(sample)).permute(0, 2, 3, 1)
+        result: Tensor = self.out(hidden).permute(0, 3, 1, 2)
+        return result
+
+
+class Product(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = Matmul("scores")
+
+    def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+        result: Tensor = self.scores(sample, sample.transpose(-1, -2))
+        return result
+
+
+def table(spec: QuantSpec, rows: int, *, moving: bool = True) -> QParams:
+    """Different scales, and different zero points if `moving` (and the spec has any)."""
+    top = torch.linspace(1, 3, rows)
+    return choose_qparams(-top * (torch.linspace(0.3, 1.5, rows) if moving else 0.5), top, spec)
+
+
+def one_layer(layer: nn.Module, weight: QuantSpec, source: QuantSpec, rows: int = 1, *, moving: bool = True) -> Any:
+    """A quantized, hardened network of one layer, with a clock of five bins."""
+    net = OneLayer(layer)
+    swap_layers_(net, {"layer": LayerScheme(weight, source)})
+    clock = StepClock(torch.tensor([100.0, 200.0, 300.0, 400.0]))
+    attach_clock(net, clock)
+    quantized = net.layer
+    assert isinstance(quantized, QuantizedLayer)
+    quantized.weight_quantizer = WeightQuantizer(weight, choose_qparams(*range_of(quantized.weight, weight), weight))
+    quantized.input_quantizer = InputQuantizer(
+        source, clock, table(source, rows, moving=moving), torch.arange(5) % rows
+    )
+    quantized.harden_()
+    return net.requires_grad_(False).eval()
+
+
+def integers(net: Any, x: Tensor, row: int) -> tuple[Tensor, Tensor]:
+    """The layer by its definition in float64, from integer levels; and the size of its sum without cancellation."""
+    layer = net.layer
+    quantizer, source = layer.weight_quantizer, layer.input_quantizer
+    q = quantizer.levels(layer.weight).double().reshape(len(layer.weight), -1)
+    weight = ((q - quantizer.zero_point.reshape(-1, 1)) * quantizer.scale.reshape(-1, 1)).reshape(layer.weight.shape)
+    scale, zero_point = source.scale[row].double(), source.zero_point[row].double()
+    levels = (torch.round(x.double() / scale) + zero_point).clamp(source.spec.qmin, source.spec.qmax)
+    grid = (levels - zero_point) * scale
+    bias = None if layer.bias is None else layer.bias.double()
+    size = layer.geometry.apply(grid.abs(), weight.abs(), None if bias is None else bias.abs())
+    return layer.geometry.apply(grid, weight, bias), size
+
+
+def off_borders(shape: tuple[int, ...], source: InputQuantizer, row: int) -> Tensor:
+    """Random inputs, some out of range, none within float32 rounding of the border between two levels."""
+    scale = source.scale[row]
+    levels = torch.randint(-300, 300, shape) if source.spec.bits == 8 else torch.randint(-30, 30, shape)
+    return (levels + (torch.rand(shape) - 0.5) * 0.9) * scale
+
+
+LAYERS = {
+    "conv": (lambda: nn.Conv2d(6, 8, 3, padding=1), (2, 6, 7, 7)),
+    "strided": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=(1, 0), dilation=(1, 2)), (2, 4, 9, 9)),
+    "grouped": (lambda: nn.Conv2d(8, 8, 3, padding="same", groups=2, bias=False), (2, 8, 6, 6)),
+    "even": (lambda: nn.Conv2d(4, 4, 4, padding="same", dilation=2), (2, 4, 9, 9)),
+    "circular": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 6, 6)),
+    "conv1d": (lambda: nn.Conv1d(6, 8, 3, padding=1), (2, 6, 9)),
+    "linear": (lambda: nn.Linear(12, 7), (2, 5, 12)),
+}
+
+
+def check_layer(net: Any, shape: tuple[int, ...], *, int8: bool = True) -> None:
+    compiled = OpenVINOEngine().compile(net)
+    assert compiled.refusals == {}
+    for timestep, bin_ in ((50, 0), (150, 1), (450, 4)):
+        row = int(net.layer.input_quantizer.row_of_bin[bin_])
+        x = off_borders(shape, net.layer.input_quantizer, row)
+        expected, size = integers(net, x, row)
+        with torch.no_grad():
+            found, simulated = compiled(x, timestep), net(x, timestep)
+        # float32 rounding of scales, products and the shift by a zero point; a wrong level would be some 1e-3.
+        assert ((found - expected).abs() <= 4e-6 * size + 1e-6).all()
+        assert ((simulated - expected).abs() <= 4e-6 * size + 1e-6).all()
+    if int8:
+        assert compiled.runtime_precisions()["layer"] in ("u8", "i8")
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_compute_the_checkpoints_integers_and_switch_rows(kind: str) -> None:
+    build, shape = LAYERS[kind]
+    # Rows with their own zero points: the form with most parts.
+    check_layer(one_layer(build(), WEIGHT, QuantSpec(8), rows=3), shape, int8=kind != "grouped")
+
+
+@pytest.mark.parametrize(
+    ("weight", "source", "rows", "moving"),
+    [
+        (QuantSpec(8, "channel"), QuantSpec(8), 1, False),
+        (QuantSpec(8, "channel"), QuantSpec(8), 3, True),
+        (QuantSpec(8, "channel", symmetric=True), QuantSpec(8, symmetric=True), 1, False),
+        (QuantSpec(2, "channel"), QuantSpec(4), 1, False),
+        (QuantSpec(3, "tensor", symmetric=True), QuantSpec(4), 3, True),
+        (QuantSpec(7, "tensor"), QuantSpec(6, symmetric=True), 3, False),
+        (QuantSpec(5, "channel"), QuantSpec(8), 3, False),
+        (QuantSpec(6, "group", group_size=54), QuantSpec(8, nonnegative=True), 2, False),
+    ],
+)
+def test_schemes(weight: QuantSpec, source: QuantSpec, rows: int, moving: bool) -> None:
+    build, shape = LAYERS["conv"]
+    net = one_layer(build(), weight, source, rows, moving=moving)
+    check_layer(net, shape)
+
+
+def test_asymmetric_weights_of_8_bits_take_two_operators_where_they_need_nine_bits() -> None:
+    layer = nn.Linear(6, 4, bias=False)
+    layer.weight.data[:2] = torch.tensor([-0.1, 0.9, 0.3, 0.0, 0.5, 0.7])  # q - z reaches beyond 127
+    layer.weight.data[2:] = torch.tensor([-1.28, 1.27, 0.3, 0.0, 0.5, 0.7])
+    net = one_layer(layer, QuantSpec(8, "channel"), QuantSpec(8))
+    low = lower(net).module.layer
+    assert isinstance(low, GraphLayer)
+    assert low.rest is not None
+    assert (low.rest != 0).tolist() == [True, True, False, False]
+    check_layer(net, (2, 5, 6))
+    symmetric = one_layer(nn.Linear(6, 4), QuantSpec(8, "channel", symmetric=True), QuantSpec(8))
+    assert lower(symmetric).module.layer.rest is None
+
+
+def test_matmuls_run_on_levels_and_say_that_their_product_is_float() -> None:
+    net = Product()
+    swap_layers_(net, {"scores": LayerScheme(None, QuantSpec(8), QuantSpec(8))})
+    clock = StepClock(torch.tensor([100.0, 200.0]))
+    attach_clock(net, clock)
+    for attribute in ("input_quantizer", "second_quantizer"):
+        quantizer = InputQuantizer(QuantSpec(8), clock, table(QuantSpec(8), 3), torch.arange(3))
+        setattr(net.scores, attribute, quantizer)
+    compiled, placed = place(net, "openvino")
+    assert placed["scores"].refusals["openvino"] == FLOAT_MATMUL
+    x = torch.randn(2, 3, 4)
+    for timestep in (0, 150, 999):
+        expected = net(x, timestep)
+        assert torch.allclose(compiled(x, timestep), expected, rtol=1e-5, atol=1e-5)
+    assert compiled.runtime_precisions() == {"scores": "f32"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def whole(cache: Path) -> tuple[Any, Any, GraphDenoiser]:
+    torch.manual_seed(0)
+    full = tiny_unet()
+    simulated = quantize_(copy.deepcopy(full), scheme_for(8, 8))
+    compiled, _ = place(simulated, OpenVINOEngine(cache=cache))
+    assert isinstance(compiled, GraphDenoiser)
+    return full, simulated, compiled
+
+
+def test_a_whole_denoiser_is_as_far_from_full_precision_as_the_simulation(whole: Any) -> None:
+    full, simulated, compiled = whole
+    torch.manual_seed(1)
+    sample = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        for timestep in (0, torch.tensor(500)):
+            exact = full(sample, timestep).sample
+            engine, expected = compiled(sample, timestep).sample, simulated(sample, timestep).sample
+            error = (engine - exact).norm() / exact.norm()
+            assert 0.5 < error / ((expected - exact).norm() / exact.norm()) < 2
+            # A flipped level avalanches, but far less than a wrong row would.
+            assert (engine - expected).norm() < 0.3 * (expected - exact).norm()
+        assert (compiled(sample, 0).sample - compiled(sample, 999).sample).norm() > 1e-3
+    precisions = compiled.runtime_precisions()
+    for name, layer in quantized_layers(simulated).items():
+        assert precisions[name] == ("u8" if isinstance(layer, QuantizedLayer) else "f32")
+
+
+def test_the_module_looks_like_the_denoiser(whole: Any) -> None:
+    full, _, compiled = whole
+    assert compiled.config is not None
+    assert compiled.config.sample_size == full.config.sample_size
+    assert (compiled.dtype, compiled.device) == (torch.float32, torch.device("cpu"))
+    assert list(compiled.state_dict()) == []
+    assert compiled.conv_in.out_channels == 8
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = compiled.no_such_thing
+    sample = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        output = compiled(sample, timestep=3)
+        assert type(output) is type(full(sample, 3))
+        assert torch.equal(copy.deepcopy(compiled)(sample, 3).sample, output.sample)
+
+
+def test_graphs_are_kept_and_damaged_ones_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path
+    net = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        add_attention=False,
+    )
+    simulated = quantize_(net.eval())
+    compiled = OpenVINOEngine(cache=cache).compile(simulated)
+    sample = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        expected = compiled(sample, 3).sample
+    exported: list[Path] = []
+    original = engine_module.export
+
+    def count(lowered: Any, arguments: Any, path: Path, **options: Any) -> Any:
+        exported.append(path)
+        return original(lowered, arguments, path, **options)
+
+    monkeypatch.setattr(engine_module, "export", count)
+    engine = OpenVINOEngine(cache=cache)
+    with torch.no_grad():
+        again = engine.compile(copy.deepcopy(simulated))(sample, 3).sample
+    assert torch.equal(again, expected)
+    assert exported == []
+    other = copy.deepcopy(simulated)
+    other.conv_in.bias += 1
+    with torch.no_grad():
+        assert not torch.equal(engine.compile(other)(sample, 3).sample, expected)
+    assert len(exported) == 1
+    for path in cache.rglob("*.bin"):
+        content = path.read_bytes()
+        path.unlink()  # a graph that runs has the file mapped
+        path.write_bytes(content[:-1] + b"\xff")
+    with torch.no_grad():
+        assert torch.equal(engine.compile(simulated)(sample, 3).sample, expected)
+    assert len(exported) == 2
+    assert not list(cache.rglob(".partial-*"))
+
+
+def test_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "stepquant"
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "stepquant"
+
+
+def test_batches_threads_and_the_number_of_kept_shapes() -> None:
+    net = quantize_(Net())
+    compiled = OpenVINOEngine().compile(net)
+    with torch.no_grad():
+        for batch in (1, 2, 3):
+            sample = torch.randn(batch, 2, 4, 4)
+            assert torch.allclose(compiled(sample, 5), net(sample, 5), rtol=1e-4, atol=1e-5)
+        folder = compiled._folder()
+        assert len(list(folder.glob("*.xml"))) == 1  # one graph for every batch
+        threads = [item.model.get_property("INFERENCE_NUM_THREADS") for item in compiled._compiled.values()]
+        assert threads == [1, 1, 1]
+        torch.set_num_threads(2)
+        compiled(sample, 5)
+        latest = next(reversed(compiled._compiled.values()))
+        assert latest.model.get_property("INFERENCE_NUM_THREADS") == min(2, len(os.sched_getaffinity(0)))
+        assert len(compiled._compiled) == 4
+        torch.set_num_threads(1)
+        for batch in (4, 5):
+            compiled(torch.randn(batch, 2, 4, 4), 5)
+    assert len(compiled._compiled) == engine_module.KEPT_SHAPES
+
+
+class HoldsOn(nn.Module):
+    """Its graph has the batch that it was traced with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+        result: Tensor = self.layer(sample) + torch.arange(int(sample.shape[0])).tolist()[-1] * torch.ones(
+            int(sample.shape[0]), 1
+        )
+        return result
+
+
+def test_a_graph_that_holds_on_to_its_batch_is_exported_for_each() -> None:
+    net = quantize_(HoldsOn(), ends="same")
+    compiled = OpenVINOEngine().compile(net)
+    with torch.no_grad():
+        for batch in (3, 4):
+            sample = torch.randn(batch, 4)
+            assert torch.allclose(compiled(sample, 5), net(sample, 5), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "sentence"),
+    [
+        (scheme_for(None, 8), "weight is not quantized"),
+        (scheme_for(4, None), "input is not quantized"),
+        (LayerScheme(QuantSpec(4, "group", group_size=2), QuantSpec(8)), "several scales in an output channel"),
+        (LayerScheme(WEIGHT, QuantSpec(8, "token", dynamic=True)), r"found at run time \(DynamicQuantizer\)"),
+    ],
+)
+def test_refused_layers_run_inside_the_graph_all_the_same(scheme: LayerScheme, sentence: str) -> None:
+    net = quantize_(Net(), scheme, ends="same")
+    compiled, placed = place(net, "openvino")
+    for name in ("conv", "out"):
+        assert placed[name].engine == "simulated"
+        assert sentence.replace("\\", "") in placed[name].refusals["openvino"]
+    sample = torch.randn(2, 2, 4, 4)
+    with torch.no_grad():
+        for timestep in (0, 600):
+            assert torch.allclose(compiled(sample, timestep), net(sample, timestep), rtol=1e-4, atol=1e-5)
+    assert set(compiled.runtime_precisions().values()) == {"f32"}
+
+
+def test_scales_per_input_channel_are_refused() -> None:
+    net = quantize_(Net(), ends="same")
+    spec = QuantSpec(8, "channel")
+    params = QParams(torch.rand(3, 2) + 0.01, torch.full((3, 2), 100.0))
+    rows = torch.arange(5) % 3
+    net.conv.input_quantizer = InputQuantizer(spec, net.stepquant_clock, params, rows, channel_axis=-3)
+    compiled, placed = place(net, "openvino")
+    assert "scale per channel" in placed["conv"].refusals["openvino"]
+    assert placed["out"].engine == "openvino"
+    sample = torch.randn(2, 2, 4, 4)
+    with torch.no_grad():
+        for timestep in (0, 600, torch.tensor([0, 600])):
+            assert torch.allclose(compiled(sample, timestep), net(sample, timestep), rtol=1e-4, atol=1e-5)
+
+
+def test_a_processor_without_vnni(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    net = quantize_(Net(), ends="same")
+    monkeypatch.setattr(engine_module, "has_vnni", lambda: False)
+    assert "no VNNI" in choose(net.conv, torch.device("cpu"), "openvino").refusals["openvino"]
+    compiled = OpenVINOEngine().compile(net)
+    assert "no VNNI" in caplog.text
+    with torch.no_grad():
+        sample = torch.randn(2, 2, 4, 4)
+        assert torch.allclose(compiled(sample, 0), net(sample, 0), rtol=1e-4, atol=1e-5)
+    assert set(compiled.runtime_precisions().values()) == {"f32"}
+
+
+def test_a_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "openvino":
+            raise ImportError("No module named 'openvino'")
+        return original(name, *args, **kwargs)
+
+    engine_module._core.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(EngineError, match="pip install openvino"):
+        OpenVINOEngine().compile(quantize_(Net()))
+
+
+class Sorts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+        result: Tensor = torch.linalg.svdvals(self.layer(sample))
+        return result
+
+
+def test_what_cannot_be_exported_is_named() -> None:
+    compiled = OpenVINOEngine().compile(quantize_(Sorts(), ends="same"))
+    with pytest.raises(EngineError, match=r"Sorts cannot be exported as a graph: .*svd.*engine='simulated'"):
+        compiled(torch.randn(3, 4), 0)
+
+
+def test_what_the_module_refuses() -> None:
+    net = quantize_(Net())
+    compiled = OpenVINOEngine().compile(net)
+    sample = torch.randn(2, 2, 4, 4)
+    with pytest.raises(EngineError, match="no gradients"):
+        compiled(sample.requires_grad_(), 0)
+    with pytest.raises(EngineError, match="argument sample is on meta"):
+        compiled(torch.empty(2, 2, 4, 4, device="meta"), 0)
+    with pytest.raises(EngineError, match="is a Linear: a graph takes tensors"):
+        tensors_of({"a": [nn.Linear(1, 1)]})
+    with pytest.raises(EngineError, match="has no quantized layers"):
+        OpenVINOEngine().compile(Net())
+    with pytest.raises(SpecError, match="'f32' or 'bf16', found 'f16'"):
+        OpenVINOEngine("f16")  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="runs whole denoisers"):
+        pack_(net, "openvino")
+    net.out.weight.data += 1e-3
+    with pytest.raises(EngineError, match="weight of out does not lie on the grid"):
+        OpenVINOEngine().compile(net)
+    net.out.on_grid = False
+    assert refusal(net.out) == "Its weight has not been hardened."
+    with pytest.raises(ModelError, match="has not been quantized"):
+        save_checkpoint(
+            Path("nowhere"), pipe=None, denoiser_name="unet", denoiser=compiled, base_model="", created="",
+            schedule=None, recipe={}, run={},
+        )  # fmt: skip
+
+
+def test_bf16_is_an_option() -> None:
+    if "BF16" not in engine_module._core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("the processor has no bfloat16")
+    net = quantize_(Net(), ends="same", rows=1)
+    compiled = OpenVINOEngine("bf16").compile(net)
+    sample = torch.randn(2, 2, 4, 4)
+    with torch.no_grad():
+        found, expected = compiled(sample, 0), net(sample, 0)
+    assert found.dtype == torch.float32
+    assert 1e-6 < (found - expected).norm() / expected.norm() < 0.1
+    assert set(compiled.runtime_precisions().values()) <= {"u8", "i8"}
+
+
+def test_half_precision_goes_in_and_comes_out() -> None:
+    net = quantize_(Net().half(), ends="same")
+    compiled = OpenVINOEngine().compile(net)
+    sample = torch.randn(2, 2, 4, 4).half()
+    with torch.no_grad():
+        found = compiled(sample, 0)
+        assert found.dtype == compiled.dtype == torch.float16
+        expected = net(sample, 0).float()
+        assert (found.float() - expected).norm() / expected.norm() < 0.02
+
+
+def test_a_pipeline_samples_with_it(whole: Any) -> None:
+    full, simulated, compiled = whole
+    pipe = DDIMPipeline(full, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    exact = sampled(pipe)
+    pipe.unet = simulated
+    expected = sampled(pipe)
+    pipe.unet = compiled
+    found = sampled(pipe)
+    assert found.shape == exact.shape
+    assert abs(found - expected).mean() < 0.5 * abs(expected - exact).mean()
+
+
+def test_it_is_an_engine_by_name() -> None:
+    assert isinstance(engines()["openvino"], OpenVINOEngine)
+    net = quantize_(Net(), ends="same")
+    assert choose(net.conv, torch.device("cpu"), "openvino").engine == "openvino"
+    assert choose(net.conv, torch.device("cpu")).engine == "simulated"
+    assert "on cuda" in choose(net.conv, torch.device("cuda"), "openvino").refusals["openvino"]
+    assert json.dumps(tensors_of({"a": [1, (None, "b")], "c": {"d": torch.zeros(1)}})[1])

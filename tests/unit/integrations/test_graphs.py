@@ -1,0 +1,90 @@
+"""Exported graphs compute what the simulation computes, with the timestep as an ordinary input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import openvino
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stepquant.engines.openvino import has_vnni
+from stepquant.errors import SpecError
+from stepquant.integrations.graphs import export_onnx, export_openvino
+from stepquant.model.correction import CorrectedScheduler, StepCorrection
+from stepquant.model.pipeline import DenoiserPipeline
+from stepquant.numerics.spec import scheme_for
+from tiny import quantize_, tiny_unet
+
+pytestmark = pytest.mark.skipif(not has_vnni(), reason="int8 layers need a processor with VNNI")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+        result: Tensor = self.conv(sample)
+        return result
+
+
+def run(path: Path, sample: Tensor, timestep: int) -> Tensor:
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled({"sample": sample.numpy(), "timestep": np.array([timestep])})
+    return torch.from_numpy(found[0].copy())
+
+
+@pytest.mark.parametrize(("export", "suffix"), [(export_onnx, ".onnx"), (export_openvino, ".xml")])
+def test_graphs_compute_the_simulation_and_choose_rows_by_the_timestep(
+    export: Any, suffix: str, tmp_path: Path
+) -> None:
+    net = quantize_(Net(), scheme_for(8, 8), ends="same")
+    inputs = {"sample": torch.zeros(2, 2, 4, 4), "timestep": torch.tensor([0])}
+    path = tmp_path / "folder" / f"net{suffix}"
+    written = export(net, path, inputs=inputs)
+    assert written.path == path
+    assert (written.inputs, written.outputs) == (("sample", "timestep"), ("output",))
+    assert written.float_layers == {}
+    assert any("a batch must be at one timestep" in note for note in written.notes)
+    assert any("take nine" in note for note in written.notes)
+    for batch, timestep in ((1, 0), (3, 600), (3, 999)):
+        sample = torch.randn(batch, 2, 4, 4)
+        assert torch.allclose(run(path, sample, timestep), net(sample, timestep), rtol=1e-5, atol=1e-5)
+    with pytest.raises(SpecError, match="exists"):
+        export(net, path, inputs=inputs)
+    with pytest.raises(SpecError, match=f"must end in {suffix}"):
+        export(net, tmp_path / "net.bin", inputs=inputs)
+
+
+def test_a_unet_needs_no_inputs_and_a_correction_lies_beside_the_graph(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler
+
+    net = quantize_(tiny_unet())
+    correction = StepCorrection.identity(torch.tensor([3.0, 1.0]), 1)
+    pipe = DenoiserPipeline(net, CorrectedScheduler(DDIMScheduler(), correction), (1, 8, 8))
+    written = export_onnx(pipe, tmp_path / "unet.onnx")
+    graph = onnx.load(written.path).graph
+    onnx.checker.check_model(str(written.path))
+    levels = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
+    assert len(levels) >= 50
+    assert written.outputs == ("output.sample",)
+    assert written.correction == tmp_path / "unet.correction.json"
+    assert json.loads(written.correction.read_text())["timesteps"] == [3.0, 1.0]
+    sample = torch.randn(1, 1, 8, 8)
+    with torch.no_grad():
+        expected = net(sample, 500).sample
+    assert (run(written.path, sample, 500) - expected).norm() < 0.01 * expected.norm()
+
+
+def test_inputs_that_are_needed_are_asked_for(tmp_path: Path) -> None:
+    net = quantize_(Net())
+    with pytest.raises(SpecError, match="What a Net is called with is not known"):
+        export_onnx(net, tmp_path / "net.onnx")
+    with pytest.raises(SpecError, match="must have the timestep argument 'timestep', found sample"):
+        export_onnx(net, tmp_path / "net.onnx", inputs={"sample": torch.zeros(1, 2, 4, 4)})
