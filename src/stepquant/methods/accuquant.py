@@ -22,7 +22,9 @@ Differs from the paper (which does not publish M per model, learning rates, iter
 - `gradient="exact"` and `"per_step"` are further modes: the true gradient by recomputation, at the same cost and
   memory, and a truncated one that pulls every step to its full-precision state.
 - No coefficient on the dashed arrows: the figure shows none (c = 1).
-- `layer_rounding` (off by default) rounds every layer for its own output before anything else.
+- `layer_rounding` (off by default) rounds every layer for its own output before anything else. The presets quick and
+  standard do that instead of rounding blocks: AdaRound needs thousands of iterations a block, and with a few hundred it
+  ends worse than rounding to nearest (docs/results.md).
 - Blocks are rounded first as in Q-Diffusion; the window stage then reopens all roundings from a point between the
   full-precision fraction and the present rounding (`keep_rounding`), and learns weights and scales together.
 - For the last fifth of the iterations (`settle`) weights are rounded for good and only scales go on learning, so that
@@ -67,8 +69,8 @@ PRESETS: dict[str, dict[str, object]] = {
         "iterations": 60,
         "lr_weights": 1e-2,
         "lr_scales": 1e-2,
-        "block_iterations": 60,
-        "block_lr": 2e-2,
+        "layer_rounding": True,
+        "block_iterations": 0,
         "together": 4,
     },
     "standard": {
@@ -77,8 +79,8 @@ PRESETS: dict[str, dict[str, object]] = {
         "iterations": 400,
         "lr_weights": 5e-3,
         "lr_scales": 5e-3,
-        "block_iterations": 200,
-        "block_lr": 1e-2,
+        "layer_rounding": True,
+        "block_iterations": 0,
         "together": 4,
     },
     "full": {"samples": 256},
@@ -130,7 +132,7 @@ def accuquant(
     lengths = None if windows is None else tuple(windows)
     if rows == "window" and lengths is None:
         raise SpecError('rows="window" needs the window lengths: pass windows=(5, 5, 5, 5), or whatever adds up.')
-    layers = (RoundLayers(batch=batch, together=together),) if layer_rounding else ()
+    layers = (RoundLayers(batch=batch, together=together),) if layer_rounding and weights is not None else ()
     blocks: tuple[RoundBlocks, ...] = ()
     if block_iterations:
         keep = 0.6 if layer_rounding else 0.0

@@ -27,8 +27,9 @@ The public code differs from the paper, and its choices are options here: `granu
 `rules=(LayerRule("*", None, None), LayerRule("*resnets.*.conv?", bits, bits))`.
 
 Differs from the paper (from summaries of it and the public code; where both are silent the choice is ours):
-- Weights: blocks are rounded as in Q-Diffusion first (`rounding="reconstruct"`), which 4-bit weights need; the public
-  code rounds to nearest. During the search weights are hard; the public code keeps them in floating point.
+- Weights: blocks are rounded as in Q-Diffusion first (`rounding="reconstruct"`), or layers from their Gram matrices
+  (`"layers"`, in the short presets), which 4-bit weights need; the public code rounds to nearest. During the search
+  weights are hard; the public code keeps them in floating point.
 - "Images generated at the chosen timestep": an update needs a clean image with a known noise, which the sampler has
   only at its end. A round's images are the recorded final samples, made noisy at every step in turn ("along all
   timesteps"), and `focus` further updates with new noise are made at t*. The public code instead feeds the sampler's
@@ -54,6 +55,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.group_search import Granularity, SearchGroups, Target
 from stepquant.calibrate.informative import Choose
 from stepquant.calibrate.ranges import RangeRule
@@ -83,8 +85,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "lr_logits": 0.2,
         "prior": 2.0,
         "target": "full_precision",
-        "block_iterations": 200,
-        "block_lr": 2e-2,
+        "rounding": "layers",
         "together": 4,
     },
     "standard": {
@@ -95,12 +96,14 @@ PRESETS: dict[str, dict[str, object]] = {
         "lr_logits": 0.1,
         "prior": 2.0,
         "target": "full_precision",
-        "block_iterations": 800,
-        "block_lr": 1e-2,
+        "rounding": "layers",
         "together": 4,
     },
     "full": {"samples": 1024},
 }
+
+
+ROUNDINGS = ("nearest", "layers", "reconstruct")
 
 
 def adp_dm(
@@ -123,7 +126,7 @@ def adp_dm(
     lr: float = 1e-3,
     lr_logits: float = 5e-2,
     prior: float = 0.0,
-    rounding: Literal["nearest", "reconstruct"] = "reconstruct",
+    rounding: Literal["nearest", "layers", "reconstruct"] = "reconstruct",
     block_iterations: int = 20_000,
     block_lr: float = 1e-3,
     together: int = 1,
@@ -134,10 +137,9 @@ def adp_dm(
     rules: tuple[LayerRule, ...] = (),
 ) -> Recipe:
     """Block-wise AdaRound for weights, then a search of the activation quantizers of every timestep."""
-    if rounding not in ("nearest", "reconstruct"):
+    if rounding not in ROUNDINGS:
         raise SpecError(
-            f"rounding must be nearest or reconstruct, found {rounding!r}."
-            f"{nearest(str(rounding), ('nearest', 'reconstruct'))}"
+            f"rounding must be one of {', '.join(ROUNDINGS)}, found {rounding!r}.{nearest(str(rounding), ROUNDINGS)}"
         )
     beginning = start(
         weights=weights,
@@ -152,7 +154,9 @@ def adp_dm(
         ranges=ranges,
         rules=rules,
     )
-    blocks: tuple[RoundBlocks, ...] = ()
+    blocks: tuple[RoundBlocks | RoundLayers, ...] = ()
+    if rounding == "layers" and weights is not None:
+        blocks = (RoundLayers(batch=batch, together=together),)
     if rounding == "reconstruct" and weights is not None:
         blocks = (RoundBlocks(iterations=block_iterations, batch=batch, lr=block_lr, together=together),)
     search = SearchGroups(

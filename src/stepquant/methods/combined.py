@@ -44,13 +44,10 @@ PRESETS: dict[str, dict[str, object]] = {
         "samples": 32,
         "batch": 8,
         "samples_per_step": 8,
-        "block_iterations": 200,
-        "block_lr": 2e-2,
-        "scale_iterations": 100,
-        "scale_lr": 1e-2,
-        "meta_iterations": 5,
+        "block_iterations": 0,
+        "scale_iterations": 0,
         "search_rounds": 8,
-        "window_iterations": 40,
+        "window_iterations": 60,
         "lr_weights": 1e-2,
         "lr_scales": 1e-2,
         "together": 4,
@@ -58,11 +55,8 @@ PRESETS: dict[str, dict[str, object]] = {
     "standard": {
         "samples": 64,
         "samples_per_step": 16,
-        "block_iterations": 800,
-        "block_lr": 1e-2,
-        "scale_iterations": 400,
-        "scale_lr": 5e-3,
-        "meta_iterations": 10,
+        "block_iterations": 0,
+        "scale_iterations": 0,
         "search_rounds": 24,
         "window_iterations": 400,
         "lr_weights": 5e-3,
@@ -147,7 +141,14 @@ def combined(
     if block_iterations and weights is not None:
         weighting = SampleWeighting(iterations=meta_iterations, batch=batch) if sample_weights else None
         stages.append(
-            RoundBlocks(iterations=block_iterations, batch=batch, lr=block_lr, together=together, weighting=weighting)
+            RoundBlocks(
+                iterations=block_iterations,
+                batch=batch,
+                lr=block_lr,
+                together=together,
+                weighting=weighting,
+                keep_rounding=KEEP_ROUNDING if layer_rounding else 0.0,
+            )
         )
     stages.append(FitInputRanges(ranges, windows=row_windows))
     if rows == "groups":
