@@ -183,7 +183,7 @@ def test_ctrl_c_leaves_a_run_to_resume(interrupted: Interrupted) -> None:
     assert "Traceback" not in interrupted.complaint
     assert interrupted.left == ("out.work",)
     assert {"run.yaml", "run.json", "stages.json", "trajectories", "model.json"} <= set(interrupted.kept)
-    assert [name for name in interrupted.kept if "partial" in name] == ["partial-06-windows.safetensors"]
+    assert [name for name in interrupted.kept if "partial" in name] == ["partial-07-windows.safetensors"]
     assert [stage["stage"] for stage in interrupted.stages][-1] == "FitInputRanges"
 
 

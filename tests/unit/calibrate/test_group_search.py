@@ -20,6 +20,7 @@ from stepquant.calibrate.group_search import SearchGroups, _Search
 from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, Place, Record, Select
 from stepquant.calibrate.timestep_groups import TimestepGroups
 from stepquant.errors import SpecError
+from stepquant.methods import STAGES
 from stepquant.methods.adp_dm import PRESETS, adp_dm
 from stepquant.model.assembly import describe
 from stepquant.model.layer import QuantizedLayer
@@ -289,16 +290,15 @@ def test_the_method_hardens_saves_and_loads(options: dict[str, Any], tmp_path: P
 
 
 def test_presets_and_recipes_are_plain_data() -> None:
-    stages: dict[str, type[Any]] = {type(stage).__name__: type(stage) for stage in adp_dm().stages}
     for preset in PRESETS.values():
         recipe = adp_dm(**preset)  # type: ignore[arg-type]
-        assert recipe_from_dict(recipe.to_dict(), stages) == recipe
-    nearest_rounding = adp_dm(rounding="nearest").stages
-    assert "RoundBlocks" in stages
-    assert "RoundBlocks" not in [type(stage).__name__ for stage in nearest_rounding]
+        assert recipe_from_dict(recipe.to_dict(), STAGES) == recipe
+    for rounding, expected in (("nearest", set()), ("layers", {"RoundLayers"}), ("reconstruct", {"RoundBlocks"})):
+        names = {type(stage).__name__ for stage in adp_dm(rounding=rounding).stages}  # type: ignore[arg-type]
+        assert names & {"RoundLayers", "RoundBlocks"} == expected
     with pytest.raises(SpecError, match="2 to 8"):
         adp_dm(weights=9)
-    with pytest.raises(SpecError, match="nearest or reconstruct, found 'neares'"):
+    with pytest.raises(SpecError, match="nearest, layers, reconstruct, found 'neares'"):
         adp_dm(rounding="neares")  # type: ignore[arg-type]
 
 

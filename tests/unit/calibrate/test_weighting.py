@@ -42,6 +42,7 @@ from stepquant.calibrate.weighting import (
     sweep,
 )
 from stepquant.errors import CalibrationError, SpecError
+from stepquant.methods import STAGES
 from stepquant.methods.baseline import rtn
 from stepquant.methods.gac import PRESETS, gac
 from stepquant.model.layer import QuantizedLayer
@@ -424,9 +425,6 @@ def test_weights_start_where_the_calibration_set_has_them() -> None:
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         SampleWeighting(**options)
-
-
-STAGES = {type(stage).__name__: type(stage) for stage in gac().stages}
 
 
 def test_recipes_with_nested_settings_are_plain_data() -> None:
