@@ -87,8 +87,8 @@ def settings(variant: str, evaluations: int) -> dict[str, Any]:
     over one denoising step; the window gradients that recompute cost 4 * batch a step. Passes that capture the inputs
     of layers and blocks come on top, and are in the table.
 
-    AccuQuant and `combined` round layers from Gram matrices and spend all of it on windows: with so few iterations
-    block-wise AdaRound is worse than rounding to nearest, see docs/results.md.
+    AccuQuant and `combined` round layers from Gram matrices and spend all of it on windows. What a variant of
+    `combined` adds (row groups, weighted blocks, block scales) comes on top of the budget; `evaluations` has it.
     """
     method, options = VARIANTS[variant]
     common = {"samples": SAMPLES, "batch": BATCH, "samples_per_step": 8}

@@ -25,14 +25,13 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 TRAIN_TIMESTEPS = 1000
 
 # Weight of the squared error of the predicted image: the signal-to-noise ratio between these bounds, which are ours.
-# Samples that start at t = 300 from real noisy digits are nearly perfect and those from t = 600 are not, so errors at
-# low noise count less than under Min-SNR (Hang et al. 2023, upper bound 5), those at high noise more (no lower bound).
+# Errors at low noise count less than under Min-SNR (Hang et al. 2023, upper bound 5), those at high noise more (it has
+# no lower bound): what digit it becomes is decided far from the image.
 # `HIGHEST_WEIGHT` bounds what the lower bound does to the noise error that is trained on.
 LOWEST_RATIO, HIGHEST_RATIO = 0.25, 1.0
 HIGHEST_WEIGHT = 100.0
 
-# Which share of the draws lies below which timestep. Most of them between 200 and 800: what digit it becomes is decided
-# there, and samples that start there from real noisy digits are already as bad as those that start from pure noise.
+# Which share of the draws lies below which timestep: most of them between 200 and 800, for the same reason.
 DRAWN_SHARE, DRAWN_BELOW = (0.0, 0.15, 0.85, 1.0), (0.0, 200.0, 800.0, 1000.0)
 
 

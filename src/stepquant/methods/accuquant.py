@@ -23,8 +23,8 @@ Differs from the paper (which does not publish M per model, learning rates, iter
   memory, and a truncated one that pulls every step to its full-precision state.
 - No coefficient on the dashed arrows: the figure shows none (c = 1).
 - `layer_rounding` (off by default) rounds every layer for its own output before anything else. The presets quick and
-  standard do that instead of rounding blocks: AdaRound needs thousands of iterations a block, and with a few hundred it
-  ends worse than rounding to nearest (docs/results.md).
+  standard do that instead of rounding blocks: with a few hundred iterations a block, AdaRound ends about level with
+  rounding to nearest (docs/results.md).
 - Blocks are rounded first as in Q-Diffusion; the window stage then reopens all roundings from a point between the
   full-precision fraction and the present rounding (`keep_rounding`), and learns weights and scales together.
 - For the last fifth of the iterations (`settle`) weights are rounded for good and only scales go on learning, so that

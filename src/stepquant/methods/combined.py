@@ -13,7 +13,7 @@ The order follows from what each part leaves alone: rounding needs no activation
 rounded weights, windows start from both, and a correction holds only for the model that it was fitted on.
 
 Differs from the papers: see each part's own method (`q_diffusion`, `gac`, `adp_dm`, `accuquant`, `cec`); their
-combination is ours, and its defaults come from the ablation in docs/results.md.
+combination and its defaults are ours. The ablation that is to decide them has not been run yet.
 """
 
 from __future__ import annotations

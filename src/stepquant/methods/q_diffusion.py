@@ -17,7 +17,8 @@ Differs from the paper:
 - First and last layer are at 8 bits unless `ends="same"`; the paper quantizes every layer at the nominal bits.
 - `layer_rounding` (off by default) first rounds every layer for its own output from the Gram matrix of its inputs
   (`RoundLayers`), and blocks start from there instead of the full-precision fraction. The presets quick and standard
-  do: with a few hundred iterations from the fraction, AdaRound ends worse than rounding to nearest (docs/results.md).
+  do: with a few hundred iterations from the fraction, the method ends about level with rounding to nearest at 4-bit
+  activations (docs/results.md).
 - Shortcuts are not split here; one quantizer sees the concatenated input.
 - Activation ranges are fitted after the weights are rounded, by range search on all observed samples; the code
   initialises on 64 samples and may overwrite the result by a running mean.
