@@ -35,7 +35,7 @@ from stepquant.evaluate.features import DigitFeatures, weights_identity
 from stepquant.evaluate.frechet import FeatureStatistics, frechet_distance
 from stepquant.evaluate.paired import PairedMetrics
 from stepquant.methods import ADD_ONS, METHODS
-from stepquant.model.correction import CorrectedScheduler
+from stepquant.model.correction import correction_of
 from stepquant.model.families import find_denoiser
 from stepquant.numerics.spec import parse_bits
 from stepquant.run import Run
@@ -124,7 +124,7 @@ class Reference:
     """The full-precision side, computed once."""
 
     def __init__(self, model: str, images: int) -> None:
-        self.seconds = 0.0
+        began = time.perf_counter()
         self.pipe = open_model(model)
         self.seeds = list(range(EVALUATION_SEED, EVALUATION_SEED + images))
         self.features = DigitFeatures()
@@ -133,6 +133,7 @@ class Reference:
         self.weights = weights_identity(denoiser)[:12]
         recorded = record(self.pipe, denoiser, seeds=self.seeds[:DRIFT_IMAGES], steps=STEPS, batch_size=32, run=Run())
         self.trajectories = [seal(trajectory) for trajectory in recorded]
+        self.seconds = time.perf_counter() - began
 
     def statistics(self, images: torch.Tensor) -> FeatureStatistics:
         found = FeatureStatistics(self.features.dim)
@@ -145,9 +146,7 @@ class Reference:
         paired.update(images, self.images)
         result = paired.result()
         _, denoiser = find_denoiser(pipe)
-        scheduler = pipe.scheduler
-        correction = scheduler.correction if isinstance(scheduler, CorrectedScheduler) else None
-        drift = measure_drift(denoiser, self.trajectories, correction)
+        drift = measure_drift(denoiser, self.trajectories, correction_of(pipe.scheduler))
         data = FeatureStatistics.from_moments(*self.features.data_statistics())
         own = self.statistics(images)
         return {
@@ -174,9 +173,7 @@ def run(args: argparse.Namespace) -> None:
         for bits in args.bits.split(",")
         for base in bases
     ]
-    began = time.perf_counter()
     reference = Reference(args.model, args.images)
-    reference.seconds = time.perf_counter() - began
     for number, (bits, base, seed) in enumerate(wanted):
         variants = [name for name in (base, f"{base}+cec") if name in asked]
         if number % parts != part - 1 or all(done(args, reference, bits, name, seed) for name in variants):

@@ -31,7 +31,7 @@ from stepquant.config import resolve
 from stepquant.evaluate.features import DigitFeatures, weights_identity
 from stepquant.evaluate.frechet import FeatureStatistics, frechet_distance
 from stepquant.evaluate.paired import PairedMetrics
-from stepquant.model.correction import CorrectedScheduler
+from stepquant.model.correction import CorrectedScheduler, correction_of
 from stepquant.model.families import find_denoiser
 from stepquant.run import Run
 
@@ -85,7 +85,7 @@ def candidates(
             open_model(args.model), resolved.recipe, steps=CALIBRATED_STEPS, run=Run(), base_model=args.model
         ).save(folder)
     pipe = load(folder, schedule="nearest")
-    correction = pipe.scheduler.correction if isinstance(pipe.scheduler, CorrectedScheduler) else None
+    correction = correction_of(pipe.scheduler)
     if correction is None:
         yield name, lambda schedule, seeds: images_of(pipe, schedule, seeds)
         return

@@ -65,35 +65,22 @@ def learning_rate(step: int, total: int, peak: float, warmup: int = 200) -> floa
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal (Jordan et al. 2024), for convolutions as `[out, in * kh * kw]`.
+class Muon(torch.optim.Muon):
+    """torch's Muon, which takes matrices only, with convolutions as `[out, in * kh * kw]`; rates as for AdamW."""
 
-    torch's own `Muon` takes matrices only. Five Newton-Schulz iterations with the authors' coefficients; the update is
-    scaled by 0.2 sqrt(max(out, in * kh * kw)) so that its size, and so the rate, is that of AdamW (Liu et al. 2025).
-    """
-
-    def __init__(self, parameters: Iterable[torch.Tensor], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+    def __init__(self, parameters: Iterable[torch.Tensor], lr: float) -> None:
+        self.shaped = list(parameters)
+        self.matrices = [torch.nn.Parameter(parameter.detach().flatten(1).clone()) for parameter in self.shaped]
+        super().__init__(self.matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for weight in group["params"]:
-                buffer = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-                buffer.lerp_(weight.grad, 1 - group["momentum"])
-                update = weight.grad.lerp(buffer, group["momentum"]).reshape(len(weight), -1)
-                scale = 0.2 * max(update.shape) ** 0.5
-                weight.sub_(orthogonal(update).reshape(weight.shape), alpha=group["lr"] * scale)
-
-
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """The orthogonal factor of a matrix, roughly: its singular values end between 0.7 and 1.2."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    wide = wide / (wide.norm() + 1e-12)
-    for _ in range(5):
-        gram = wide @ wide.T
-        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
-    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+        for parameter, matrix in zip(self.shaped, self.matrices, strict=True):
+            matrix.copy_(parameter.flatten(1))
+            matrix.grad = parameter.grad.flatten(1)
+        super().step()
+        for parameter, matrix in zip(self.shaped, self.matrices, strict=True):
+            parameter.copy_(matrix.view_as(parameter))
 
 
 def build_optimizers(model: UNet2DModel, kind: str, lr: float) -> list[torch.optim.Optimizer]:

@@ -43,7 +43,13 @@ from stepquant.model.components import (
     load_component,
     save_component,
 )
-from stepquant.model.correction import CORRECTION_FIELDS, OPTIONAL_FIELDS, CorrectedScheduler, StepCorrection
+from stepquant.model.correction import (
+    CORRECTION_FIELDS,
+    OPTIONAL_FIELDS,
+    CorrectedScheduler,
+    StepCorrection,
+    correction_of,
+)
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.pipeline import DenoiserPipeline
 from stepquant.model.quantizer import WeightQuantizer
@@ -103,7 +109,7 @@ def save_checkpoint(
     check_finite(denoiser)
     structure = describe(denoiser)
     scheduler = pipe.scheduler
-    correction = scheduler.correction if isinstance(scheduler, CorrectedScheduler) else None
+    correction = correction_of(scheduler)
     tensors = {name: encoded(name, slot) for name, slot in slots_of(denoiser).items()}
     if correction is not None:
         tensors |= {f"{CORRECTION_PREFIX}.{name}": table for name, table in correction.tables().items()}

@@ -168,6 +168,24 @@ def test_learning_methods_differ_from_rounding(method: str, finished: dict[str, 
         assert any(not torch.equal(learnt[name], rounded[name]) for name in names), ending
 
 
+@pytest.mark.parametrize(
+    ("method", "rate"),
+    [("q_diffusion", "lr_weights"), ("gac", "lr_weights"), ("accuquant", "block_lr"), ("combined", "block_lr")],
+)
+def test_blocks_start_from_the_rounding_of_layers(method: str, rate: str) -> None:
+    recipe = recipe_of(method, layer_rounding=True, **{rate: 1e-9})
+    names = [type(stage).__name__ for stage in recipe.stages]
+    at = names.index("RoundBlocks")
+    assert names[at - 1] == "RoundLayers"
+    weights = []
+    for stop in (at - 1, at, at + 1):  # nearest, layers, and blocks that hardly move
+        found = bytes_of(quantize(pipe_of(), Recipe("part", recipe.stages[:stop]), steps=STEPS))
+        weights.append({name: tensor for name, tensor in found.items() if name.endswith(".weight")})
+    nearest, layers, blocks = weights
+    assert any(not torch.equal(nearest[name], layers[name]) for name in layers)
+    assert_equal(blocks, layers)
+
+
 # (name of the progress track, tick): in each stage that shows progress, and in the middle of the long ones.
 INTERRUPTIONS = {
     "rtn": [("record", 1), ("Fitting weight ranges", 3), ("Observing", 1)],

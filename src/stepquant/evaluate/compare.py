@@ -20,7 +20,7 @@ from stepquant.evaluate.drift import measure_drift
 from stepquant.evaluate.features import DigitFeatures, Features
 from stepquant.evaluate.frechet import FeatureStatistics, frechet_distance
 from stepquant.evaluate.paired import PairedMetrics
-from stepquant.model.correction import CorrectedScheduler
+from stepquant.model.correction import correction_of
 from stepquant.model.families import find_denoiser
 from stepquant.run import Run
 
@@ -150,7 +150,6 @@ def _drift(
         against, full_precision, seeds=seeds, steps=steps, batch_size=batch_size, arguments=cut, run=run
     )
     timesteps = [float(step.timestep) for step in trajectories[0].steps]
-    scheduler = candidate.scheduler
-    correction = scheduler.correction if isinstance(scheduler, CorrectedScheduler) else None
-    drift = measure_drift(quantized, [seal(trajectory) for trajectory in trajectories], correction)
+    sealed = [seal(trajectory) for trajectory in trajectories]
+    drift = measure_drift(quantized, sealed, correction_of(candidate.scheduler))
     return drift.to_dict(), timesteps

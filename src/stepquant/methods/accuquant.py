@@ -41,14 +41,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
 from stepquant.calibrate.stages import FitInputRanges, LayerRule
 from stepquant.calibrate.window_fitting import FitWindows
 from stepquant.calibrate.windows import GradientMode
 from stepquant.errors import SpecError
-from stepquant.methods.baseline import start
+from stepquant.methods.baseline import layers_first, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe
 
@@ -132,10 +131,9 @@ def accuquant(
     lengths = None if windows is None else tuple(windows)
     if rows == "window" and lengths is None:
         raise SpecError('rows="window" needs the window lengths: pass windows=(5, 5, 5, 5), or whatever adds up.')
-    layers = (RoundLayers(batch=batch, together=together),) if layer_rounding and weights is not None else ()
+    layers, keep = layers_first(layer_rounding, weights=weights, batch=batch, together=together)
     blocks: tuple[RoundBlocks, ...] = ()
     if block_iterations:
-        keep = 0.6 if layer_rounding else 0.0
         blocks = (
             RoundBlocks(iterations=block_iterations, batch=batch, lr=block_lr, together=together, keep_rounding=keep),
         )

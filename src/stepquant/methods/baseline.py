@@ -10,12 +10,13 @@ Differs from the paper: there is no paper; ranges follow the public code of Q-Di
 
 from __future__ import annotations
 
+from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, LayerRule, Place, Record, Select
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe
 
-__all__ = ["BIBTEX", "PRESETS", "rtn", "start"]
+__all__ = ["BIBTEX", "PRESETS", "layers_first", "rtn", "start"]
 
 BIBTEX = ""
 
@@ -51,6 +52,19 @@ def start(
     )
     select = Select(every=every, samples_per_step=samples_per_step)
     return Record(samples=samples, batch=batch), select, place, FitWeightRanges(ranges)
+
+
+KEEP_ROUNDING = 0.6
+"""Block-wise rounding begins this far from the fraction towards what `RoundLayers` found: near enough to turn back."""
+
+
+def layers_first(
+    asked: bool, *, weights: int | None, batch: int, together: int
+) -> tuple[tuple[RoundLayers, ...], float]:
+    """`RoundLayers` if it is asked for, and the `keep_rounding` of the block-wise rounding behind it."""
+    if not asked or weights is None:
+        return (), 0.0
+    return (RoundLayers(batch=batch, together=together),), KEEP_ROUNDING
 
 
 def rtn(

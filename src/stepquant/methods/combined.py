@@ -21,7 +21,6 @@ from __future__ import annotations
 from typing import Literal
 
 from stepquant.calibrate.compensation import Compensate, EstimatorChoice
-from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.group_search import SearchGroups
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
@@ -30,7 +29,7 @@ from stepquant.calibrate.weighting import SampleWeighting
 from stepquant.calibrate.window_fitting import FitWindows
 from stepquant.calibrate.windows import GradientMode
 from stepquant.errors import SpecError, nearest
-from stepquant.methods.baseline import start
+from stepquant.methods.baseline import layers_first, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe, Stage
 
@@ -67,12 +66,6 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 
 ROWS = ("shared", "window", "groups")
-
-LAYER_SAMPLES = 128
-"""Calibration samples whose inputs go into the Gram matrices."""
-
-KEEP_ROUNDING = 0.6
-"""Block-wise rounding begins this far from the fraction towards what the layers found: near enough to turn back."""
 
 
 def combined(
@@ -136,8 +129,8 @@ def combined(
             rules=rules,
         )
     )
-    if layer_rounding and weights is not None:
-        stages.append(RoundLayers(samples=LAYER_SAMPLES, batch=batch, together=together))
+    layers, keep = layers_first(layer_rounding, weights=weights, batch=batch, together=together)
+    stages += layers
     if block_iterations and weights is not None:
         weighting = SampleWeighting(iterations=meta_iterations, batch=batch) if sample_weights else None
         stages.append(
@@ -147,7 +140,7 @@ def combined(
                 lr=block_lr,
                 together=together,
                 weighting=weighting,
-                keep_rounding=KEEP_ROUNDING if layer_rounding else 0.0,
+                keep_rounding=keep,
             )
         )
     stages.append(FitInputRanges(ranges, windows=row_windows))

@@ -51,12 +51,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
 from stepquant.calibrate.stages import FitInputRanges, LayerRule
 from stepquant.calibrate.weighting import Derivative, Matching, SampleWeighting, Variant
-from stepquant.methods.baseline import start
+from stepquant.methods.baseline import layers_first, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe
 
@@ -166,6 +165,7 @@ def gac(
         validation=validation,
         derivative=derivative,
     )
+    layers, keep = layers_first(layer_rounding, weights=weights, batch=batch, together=together)
     blocks = RoundBlocks(
         iterations=iterations_weights,
         batch=batch,
@@ -173,11 +173,10 @@ def gac(
         quantized_prefix=quantized_prefix,
         together=together,
         weighting=weighting,
-        keep_rounding=0.6 if layer_rounding else 0.0,
+        keep_rounding=keep,
     )
     windows = None if activations_over_time is None else tuple(activations_over_time)
     scales: tuple[ScaleBlocks, ...] = ()
     if iterations_activations:
         scales = (ScaleBlocks(iterations=iterations_activations, batch=batch, lr=lr_activations),)
-    layers = (RoundLayers(batch=batch, together=together),) if layer_rounding and weights is not None else ()
     return Recipe("gac", (*beginning, *layers, blocks, FitInputRanges(ranges, windows=windows), *scales))

@@ -27,11 +27,10 @@ Differs from the paper:
 
 from __future__ import annotations
 
-from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
 from stepquant.calibrate.stages import FitInputRanges, LayerRule
-from stepquant.methods.baseline import start
+from stepquant.methods.baseline import layers_first, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe
 
@@ -110,18 +109,19 @@ def q_diffusion(
     scales: tuple[ScaleBlocks, ...] = ()
     if iterations_activations:
         scales = (ScaleBlocks(iterations=iterations_activations, batch=batch, lr=lr_activations),)
+    layers, keep = layers_first(layer_rounding, weights=weights, batch=batch, together=together)
     return Recipe(
         "q_diffusion",
         (
             *beginning,
-            *((RoundLayers(batch=batch, together=together),) if layer_rounding and weights is not None else ()),
+            *layers,
             RoundBlocks(
                 iterations=iterations_weights,
                 batch=batch,
                 lr=lr_weights,
                 quantized_prefix=quantized_prefix,
                 together=together,
-                keep_rounding=0.6 if layer_rounding else 0.0,
+                keep_rounding=keep,
             ),
             FitInputRanges(ranges),
             *scales,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stepquant.errors import SpecError
 
-__all__ = ["CORRECTION_FIELDS", "OPTIONAL_FIELDS", "CorrectedScheduler", "Corrector", "StepCorrection"]
+__all__ = ["CORRECTION_FIELDS", "OPTIONAL_FIELDS", "CorrectedScheduler", "Corrector", "StepCorrection", "correction_of"]
 
 CORRECTION_FIELDS = ("gain", "carry", "offset", "variance")
 
@@ -200,6 +200,11 @@ class CorrectedScheduler(_Remembering):
             object.__setattr__(self, name, value)
         else:
             setattr(self._scheduler, name, value)
+
+
+def correction_of(scheduler: Any) -> StepCorrection | None:
+    """What a pipeline's scheduler applies to predictions, None if nothing."""
+    return scheduler.correction if isinstance(scheduler, CorrectedScheduler) else None
 
 
 def _corrected_step(
