@@ -1,0 +1,258 @@
+"""Train `digits-dit`: a small autoencoder of handwritten digits and a class-conditional transformer on its latents.
+
+The transformer, latent, guided and class-conditional counterpart of `digits-unet`, in diffusers' `DiTPipeline`: an
+`AutoencoderKL` (32x32x1 to 8x8x4) and a `DiTTransformer2DModel` (64 tokens, v prediction, 1000 training steps) on
+MNIST, padded from 28 to 32 pixels. The label is left out in a tenth of the draws, for classifier-free guidance.
+The autoencoder is trained first. State is written every `--save-every` iterations: run the same command again after
+an interruption.
+
+    python training/digits_dit.py --data ../shared/data/mnist.npz --work runs/digits-dit
+    python training/digits_dit.py --work runs/digits-dit --export src/stepquant/assets/digits-dit
+
+Class 1000 of `DiTPipeline` means "no label", so the tables of labels have 1001 rows, of which eleven are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from digits_unet import TRAIN_TIMESTEPS, build_optimizers, learning_rate, load_images, save_state
+
+NO_LABEL = 1000
+DROPPED_LABELS = 0.1
+
+# Weight of the divergence from the prior beside the squared error, both means over their elements: enough to keep
+# latents near the unit scale and smooth, little enough for sharp digits. Ours.
+KL_WEIGHT = 1e-3
+
+
+def build_autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        mid_block_add_attention=False,
+    )
+
+
+def build_transformer() -> DiTTransformer2DModel:
+    model = DiTTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        sample_size=8,
+        patch_size=1,
+        num_embeds_ada_norm=NO_LABEL,
+    )
+    # Blocks begin as the identity and the output as zero (Peebles and Xie 2023, section 3.2); diffusers does not do it.
+    zero = [block.norm1.linear for block in model.transformer_blocks] + [model.proj_out_2]
+    for layer in zero:
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    for block in model.transformer_blocks:
+        torch.nn.init.normal_(block.norm1.emb.class_embedder.embedding_table.weight, std=0.02)
+    return model
+
+
+def build_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        num_train_timesteps=TRAIN_TIMESTEPS,
+        clip_sample=False,
+        timestep_spacing="trailing",
+        prediction_type="v_prediction",
+    )
+
+
+def say(work: Path, row: dict[str, object]) -> None:
+    with (work / "log.jsonl").open("a") as log:
+        log.write(json.dumps(row) + "\n")
+
+
+def train_autoencoder(args: argparse.Namespace, data: torch.Tensor) -> AutoencoderKL:
+    """data: `[N, 1, 32, 32]` in [-1, 1]."""
+    torch.manual_seed(args.seed)
+    model, path, start = build_autoencoder(), args.work / "autoencoder.pt", 0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.autoencoder_lr, weight_decay=1e-4)
+    generator = torch.Generator().manual_seed(args.seed)
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        start = state["step"]
+    model.to(args.device, memory_format=torch.channels_last)
+    began, errors = time.time(), []
+    for step in range(start, args.autoencoder_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.autoencoder_steps, args.autoencoder_lr)
+        images = data[torch.randint(len(data), (args.batch,), generator=generator)].to(args.device)
+        with torch.autocast(args.device, torch.bfloat16):
+            posterior = model.encode(images).latent_dist
+            spread = torch.randn(posterior.mean.shape, generator=generator).to(args.device) * posterior.std
+            decoded = model.decode(posterior.mean + spread).sample
+        error = (decoded.float() - images).square().mean()
+        divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
+        optimizer.zero_grad()
+        (error + KL_WEIGHT * divergence).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        errors.append(error.item())
+        if (step + 1) % 50 == 0:
+            mean, spent = float(np.mean(errors[-50:])), round(time.time() - began, 1)
+            say(args.work, {"autoencoder": step + 1, "squared_error": mean, "seconds": spent})
+        if (step + 1) % args.save_every == 0 or step + 1 == args.autoencoder_steps:
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+                "generator": generator.get_state(),
+            }
+            save_state(path, state)
+    return model.cpu().eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encoded(args: argparse.Namespace, model: AutoencoderKL, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the latents of all images, `[N, 4, 8, 8]` each; computed once."""
+    path = args.work / "latents.pt"
+    if path.exists():
+        kept = torch.load(path, weights_only=True)
+        return kept["mean"], kept["std"]
+    found = [model.encode(part).latent_dist for part in data.split(500)]
+    mean, std = torch.cat([part.mean for part in found]), torch.cat([part.std for part in found])
+    save_state(path, {"mean": mean, "std": std})
+    return mean, std
+
+
+def train_transformer(
+    args: argparse.Namespace, latents: tuple[torch.Tensor, torch.Tensor], labels: torch.Tensor, scale: float
+) -> None:
+    torch.manual_seed(args.seed)
+    # Evaluation mode: each block would drop labels by itself, and the others would still know them.
+    model = build_transformer().to(args.device).eval()
+    ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    ends = ("pos_embed", "proj_out", "embedding_table", "timestep_embedder")
+    optimizers = build_optimizers(model, "muon", args.lr, ends)
+    generator = torch.Generator().manual_seed(args.seed)
+    path, start = args.work / "transformer.pt", 0
+    if path.exists():
+        state = torch.load(path, map_location=args.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        ema, start = state["ema"], state["step"]
+        generator.set_state(state["generator"].cpu())
+        print(f"resumed at step {start}", flush=True)
+    alpha_bar = build_scheduler().alphas_cumprod
+    forward = torch.compile(model) if args.compile else model
+    mean, std = latents
+    began, losses = time.time(), []
+    for step in range(start, args.steps):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args.steps, args.lr)
+        chosen = torch.randint(len(mean), (args.batch,), generator=generator)
+        noise = torch.randn((2, args.batch, *mean.shape[1:]), generator=generator)
+        clean = scale * (mean[chosen] + std[chosen] * noise[0])
+        # Stratified timesteps: one from each of `batch` equal parts of the range. Same mean loss, less variance.
+        jitter = (torch.arange(args.batch) + torch.rand(args.batch, generator=generator)) / args.batch
+        timestep = (jitter * TRAIN_TIMESTEPS).long().clamp(max=TRAIN_TIMESTEPS - 1)
+        dropped = torch.rand(args.batch, generator=generator) < DROPPED_LABELS
+        label = torch.where(dropped, NO_LABEL, labels[chosen])
+        level = alpha_bar[timestep].view(-1, 1, 1, 1)
+        noisy = level.sqrt() * clean + (1 - level).sqrt() * noise[1]
+        target = (level.sqrt() * noise[1] - (1 - level).sqrt() * clean).to(args.device)
+        with torch.autocast(args.device, torch.bfloat16):
+            prediction = forward(
+                noisy.to(args.device), timestep=timestep.to(args.device), class_labels=label.to(args.device)
+            ).sample
+        loss = (prediction.float() - target).square().mean()
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        decay = min(args.ema, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                ema[name].lerp_(value, 1 - decay)
+        losses.append(loss.item())
+        if (step + 1) % 50 == 0:
+            spent = round(time.time() - began, 1)
+            say(args.work, {"transformer": step + 1, "loss": float(np.mean(losses[-50:])), "seconds": spent})
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            state = {
+                "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "ema": ema,
+                "step": step + 1,
+                "generator": generator.get_state(),
+            }
+            save_state(path, state)
+
+
+def train(args: argparse.Namespace) -> None:
+    args.work.mkdir(parents=True, exist_ok=True)
+    data = load_images(args.data).float() / 127.5 - 1
+    labels = torch.from_numpy(np.load(args.data)["train_y"]).long()
+    autoencoder = train_autoencoder(args, data)
+    mean, std = encoded(args, autoencoder, data)
+    train_transformer(args, (mean, std), labels, _scale(mean, std))
+
+
+def _scale(mean: torch.Tensor, std: torch.Tensor) -> float:
+    """What brings latents to unit variance: diffusers' `scaling_factor`."""
+    return float((mean.var() + std.square().mean()).rsqrt())
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the pipeline in float16: the averaged transformer, and the autoencoder with its scaling factor."""
+    autoencoder, transformer = build_autoencoder(), build_transformer()
+    autoencoder.load_state_dict(torch.load(args.work / "autoencoder.pt", weights_only=True)["model"])
+    latents = torch.load(args.work / "latents.pt", weights_only=True)
+    autoencoder.register_to_config(scaling_factor=_scale(latents["mean"], latents["std"]))
+    state = torch.load(args.work / "transformer.pt", map_location="cpu", weights_only=True)
+    transformer.load_state_dict(state["ema"])
+    names = {digit: str(digit) for digit in range(10)}
+    DiTPipeline(transformer.half(), autoencoder.half(), build_scheduler(), id2label=names).save_pretrained(args.export)
+    print(f"exported step {state['step']} to {args.export}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/mnist.npz"))
+    parser.add_argument("--work", type=Path, default=Path("runs/digits-dit"))
+    parser.add_argument("--export", type=Path, help="write the pipeline here instead of training")
+    parser.add_argument("--autoencoder-steps", type=int, default=3000)
+    parser.add_argument("--autoencoder-lr", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    if args.export:
+        export(args)
+    else:
+        train(args)
+
+
+if __name__ == "__main__":
+    main()
