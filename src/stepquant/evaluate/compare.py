@@ -1,4 +1,8 @@
-"""A quantized pipeline beside its full-precision one: paired metrics, Frechet distances, drift."""
+"""A candidate beside its reference: paired metrics, distances of distributions, drift.
+
+Batches of images go through every measurement and are dropped. What they leave, a few numbers and features an image, is
+kept in the work folder of the run, so an evaluation that was interrupted goes on where it was.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +10,56 @@ import datetime
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from stepquant._version import __version__
-from stepquant.api import sampled
 from stepquant.calibrate.trajectory import record, seal
-from stepquant.errors import EvaluationError
-from stepquant.evaluate.drift import measure_drift
-from stepquant.evaluate.features import DigitFeatures, Features
+from stepquant.errors import EvaluationError, ModelError, SpecError
+from stepquant.evaluate.distributions import Spread, inception_score, kernel_distance, precision_recall
+from stepquant.evaluate.drift import drift_curves, flat_field, summary
+from stepquant.evaluate.features import DigitFeatures, Features, extract, input_size
+from stepquant.evaluate.folder import EvaluationFolder, evaluation_folder
 from stepquant.evaluate.frechet import FeatureStatistics, frechet_distance
-from stepquant.evaluate.paired import PairedMetrics
+from stepquant.evaluate.images import check_images
+from stepquant.evaluate.lpips import Lpips
+from stepquant.evaluate.paired import SSIM_WINDOW, Interval, intervals, paired_columns
+from stepquant.evaluate.protocol import Protocol, protocol_named
+from stepquant.evaluate.source import PipelineSource, Source, as_source, check_same_schedule
 from stepquant.model.correction import correction_of
 from stepquant.model.families import find_denoiser
 from stepquant.run import Run
 
-__all__ = ["SCHEMA", "evaluate", "features_for"]
+__all__ = ["METRICS", "SCHEMA", "evaluate", "features_for"]
 
 SCHEMA = 1
 DRIFT_SEEDS = 64
-"""Drift is measured on at most this many of the seeds: it keeps whole trajectories in memory."""
+"""Drift is measured on at most this many of the seeds: it takes three more samplings of each."""
+
+METRICS = (
+    "psnr",
+    "ssim",
+    "mae",
+    "lpips",
+    "frechet_to_fp",
+    "frechet_to_data",
+    "sfid_to_fp",
+    "kid_to_fp",
+    "inception_score",
+    "precision",
+    "recall",
+    "drift_final",
+    "cosine_final",
+    "noise_level",
+    "white_point_shift",
+)
+"""Every key that `metrics` of a result may have."""
+
+_Features = Features | Literal["shipped", "none"]
 
 
 def features_for(images: Tensor) -> Features | None:
@@ -36,75 +67,153 @@ def features_for(images: Tensor) -> Features | None:
     return DigitFeatures() if tuple(images.shape[1:]) == (1, 32, 32) else None
 
 
+@dataclass
+class _Setting:
+    """What one evaluation is asked for, and the sentences that go with its result."""
+
+    candidate: Source
+    against: Source
+    seeds: list[int]
+    steps: int | None
+    batch_size: int
+    arguments: Mapping[str, Any]
+    features: _Features
+    protocol: str | None
+    lpips: Lpips | None
+    notes: list[str] = field(default_factory=list)
+    extractor: Features | None = None
+    """Found at the first images, if the shipped one is to be taken."""
+
+    def batches(self, count: int) -> list[slice]:
+        """Of the first `count` seeds."""
+        return [slice(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
+
+    def arguments_of(self, batch: slice) -> dict[str, Any]:
+        """Lists with one entry for each seed are cut with the seeds."""
+        n = len(self.seeds)
+        return {
+            key: value[batch] if isinstance(value, list) and len(value) == n else value
+            for key, value in self.arguments.items()
+        }
+
+    def rules(self) -> Protocol:
+        """The protocol, once the features are known."""
+        return protocol_named(self.protocol, None if self.extractor is None else input_size(self.extractor))
+
+    def choose_extractor(self, shape: Sequence[int]) -> None:
+        """For images `[C, H, W]`."""
+        if self.extractor is None and self.features != "none":
+            shipped = features_for(torch.empty(0, *shape)) if self.features == "shipped" else None
+            self.extractor = shipped if isinstance(self.features, str) else self.features
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for an evaluation to go on."""
+        return {
+            "candidate": self.candidate.identity,
+            "against": self.against.identity,
+            "seeds": self.seeds,
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "arguments": {key: repr(value) for key, value in sorted(self.arguments.items())},
+            "features": self.features if isinstance(self.features, str) else self.features.identity,
+            "protocol": self.protocol,
+            "lpips": None if self.lpips is None else self.lpips.identity,
+            "stepquant": __version__,
+        }
+
+
 def evaluate(
     candidate: Any,
     against: Any,
     *,
     seeds: Sequence[int],
-    steps: int,
+    steps: int | None,
     batch_size: int = 16,
-    features: Features | None = None,
+    features: _Features | None = None,
     arguments: Mapping[str, Any] | None = None,
     run: Run | None = None,
+    protocol: str | None = None,
+    lpips: Lpips | None = None,
+    resume: bool = False,
+    remarks: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Compare two pipelines on equal seeds; JSON values of schema 1.
+    """Compare two sources of images on equal seeds; JSON values of schema 1.
 
-    features: for the Frechet distances; None takes the shipped ones where they fit the images.
-    Figures that cannot be measured are left out, and `notes` says why.
+    candidate, against: pipelines, or what `evaluate.source` makes (folders of images).
+    steps: of sampling; None where both sides are folders.
+    features: for the distances of distributions; None or "shipped" takes the shipped ones where they fit the images.
+    protocol: a preset of `evaluate.protocol`; None takes the one that fits the features.
+    run: its work folder, if it has one, keeps what is measured; `resume` goes on with it. The caller removes it.
+    remarks: sentences about figures that the caller could not provide for; they go before the notes.
+
+    Figures that cannot be measured are left out, and `notes` says why. Raises EvaluationError for two sources that
+    cannot be compared (sizes, channels, schedules, seeds) and for images that are not in [0, 1]; SpecError for settings
+    that make no sense.
     """
-    seeds, run = list(seeds), run or Run()
-    paired, notes = PairedMetrics(), []
-    statistics: dict[str, FeatureStatistics] = {}
-    common: dict[str, Any] = {"seeds": seeds, "steps": steps, "batch_size": batch_size, "arguments": arguments}
-    references = sampled(against, progress=run.progress, **common)
-    for candidates in sampled(candidate, **common):
-        reference = next(references)
-        if candidates.shape != reference.shape:
-            raise EvaluationError(
-                f"The two pipelines give images of different shapes: {list(candidates.shape[1:])} and "
-                f"{list(reference.shape[1:])}."
-            )
-        paired.update(candidates, reference)
-        features = features or features_for(reference)
-        if features is not None:
-            for name, images in (("candidate", candidates), ("reference", reference)):
-                statistics.setdefault(name, FeatureStatistics(features.dim)).update(features(images))
-    result = paired.result()
-    metrics: dict[str, Any] = {
-        name: {"value": interval.mean, "low": interval.low, "high": interval.high}
-        for name, interval in (("psnr", result.psnr), ("ssim", result.ssim), ("mae", result.mae))
+    run = run or Run()
+    setting = _Setting(
+        as_source(candidate), as_source(against), list(seeds), steps, batch_size, dict(arguments or {}),
+        "shipped" if features is None else features, protocol, lpips, list(remarks),
+    )  # fmt: skip
+    _check(setting)
+    identity = setting.identity()
+    with evaluation_folder(run.work, identity, resume=resume) as folder:
+        shape = _collect(setting, folder, run)
+        metrics = _paired(setting, folder, shape)
+        metrics |= _distributions(setting, folder, shape)
+        curves = _drift(setting, folder, run)
+        drift = _drift_results(setting, curves, metrics)
+    provenance = {
+        "n": len(setting.seeds),
+        "seeds": _seeds_text(setting.seeds),
+        "reference": identity["against"],
+        "candidate": identity["candidate"],
     }
-    metrics["psnr"]["unit"] = "dB"
-    if features is None:
-        notes.append("No Frechet distances: no shipped features fit these images; pass features=ModuleFeatures(...).")
-    elif len(seeds) < 2:
-        notes.append("No Frechet distances: they need at least two images.")
-    else:
-        metrics |= _frechet(statistics, features, notes)
-    drift, timesteps = _drift(candidate, against, seeds[:DRIFT_SEEDS], steps, batch_size, arguments, run)
-    metrics["drift_final"] = {
-        "value": drift["accumulated"][-1],
-        "unit": "RMS of the sample",
-        "n": len(seeds[:DRIFT_SEEDS]),
-    }
+    extractor = setting.extractor
     return {
         "schema": SCHEMA,
         "candidate": "",
         "against": "",
-        "n": len(seeds),
-        "seeds": _seeds(seeds),
+        "n": len(setting.seeds),
+        "seeds": _seeds(setting.seeds),
         "steps": steps,
-        "scheduler": type(against.scheduler).__name__,
-        "features": None if features is None else f"{features.name} ({features.identity[:12]})",
-        "metrics": metrics,
-        "drift": {"timesteps": timesteps, **drift},
-        "images": {"seeds": seeds[:8]},
-        "notes": notes,
+        "scheduler": _scheduler(setting),
+        "features": None if extractor is None else f"{extractor.name} ({extractor.identity[:12]})",
+        "protocol": None if extractor is None else setting.rules().name,
+        "metrics": {name: {**provenance, **metrics[name]} for name in METRICS if name in metrics},
+        "drift": drift,
+        "images": {"seeds": setting.seeds[:8]},
+        "notes": setting.notes,
         "command": " ".join(sys.argv),
         "versions": {"stepquant": __version__, **{name: version(name) for name in ("torch", "diffusers")}},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def _check(setting: _Setting) -> None:
+    """What can be known before anything is sampled."""
+    if not setting.seeds or setting.batch_size < 1:
+        raise SpecError(
+            f"An evaluation needs at least one seed and a batch size of at least 1, found {len(setting.seeds)} seeds "
+            f"and {setting.batch_size}."
+        )
+    if setting.features not in ("shipped", "none") and isinstance(setting.features, str):
+        raise SpecError(f"features must be 'shipped', 'none' or an extractor, found {setting.features!r}.")
+    protocol_named(setting.protocol, None)
+    for source in (setting.candidate, setting.against):
+        there = source.seeds
+        missing = [] if there is None else sorted(set(setting.seeds) - set(there))
+        if there is not None and missing:
+            raise EvaluationError(
+                f"{source.name} has no images of {len(missing)} of the {len(setting.seeds)} seeds, the first of them "
+                f"{missing[0]}. It has {_seeds_text(there)}."
+            )
+        if isinstance(source, PipelineSource) and setting.steps is None:
+            raise EvaluationError(f"{source.name} has to be sampled: say with how many steps.")
+    candidate, against, steps = setting.candidate, setting.against, setting.steps
+    if isinstance(candidate, PipelineSource) and isinstance(against, PipelineSource) and steps is not None:
+        check_same_schedule(candidate, against, steps)
 
 
 def _seeds(seeds: Sequence[int]) -> list[int]:
@@ -113,43 +222,244 @@ def _seeds(seeds: Sequence[int]) -> list[int]:
     return [seeds[0], seeds[-1]] if consecutive and len(seeds) > 1 else list(seeds)
 
 
-def _frechet(
-    statistics: Mapping[str, FeatureStatistics], features: Features, notes: list[str]
-) -> dict[str, dict[str, Any]]:
-    candidate, reference = statistics["candidate"], statistics["reference"]
-    found = {"frechet_to_fp": {"value": frechet_distance(candidate, reference), "features": features.name}}
-    if candidate.rank_deficient:
-        notes.append(
-            f"Frechet distances of {candidate.n} images over {features.dim} features are badly biased: use more seeds."
+def _seeds_text(seeds: Sequence[int]) -> str:
+    """[0, 1, 2, 9] -> "0-2,9"."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1][1:] = [seed]
+        else:
+            runs.append([seed])
+    return ",".join("-".join(map(str, ends)) for ends in runs)
+
+
+def _scheduler(setting: _Setting) -> str | None:
+    for source in (setting.against, setting.candidate):
+        if isinstance(source, PipelineSource):
+            return type(source.pipe.scheduler).__name__
+    return None
+
+
+def _name(batch: slice) -> str:
+    return f"images-{batch.start:09d}"
+
+
+def _collect(setting: _Setting, folder: EvaluationFolder, run: Run) -> tuple[int, ...]:
+    """Measure every batch of images that is not measured yet. Returns the shape of the images, `[C, H, W]`."""
+    shape: tuple[int, ...] | None = None
+    with run.progress.track("Evaluating", len(setting.seeds)) as advance:
+        for batch in setting.batches(len(setting.seeds)):
+            if _name(batch) not in folder:
+                folder.save(_name(batch), _measure(setting, batch, shape))
+            if shape is None:
+                shape = tuple(folder.load(_name(batch), "shape")["shape"].tolist())
+                setting.choose_extractor(shape)
+            advance(batch.stop - batch.start)
+    assert shape is not None  # there is at least one seed
+    return shape
+
+
+def _measure(setting: _Setting, batch: slice, shape: tuple[int, ...] | None) -> dict[str, Tensor]:
+    """What one batch leaves: `pairs.*` `[B]`, and of both sides `features`, `logits`, `spatial`."""
+    seeds, arguments = setting.seeds[batch], setting.arguments_of(batch)
+    images = {}
+    for side, source in (("candidate", setting.candidate), ("reference", setting.against)):
+        images[side] = source.images(seeds, steps=setting.steps, arguments=arguments)
+        check_images(images[side], what=f"Images of {source.name}, seeds {_seeds_text(seeds)},")
+    ours, theirs = (tuple(images[side].shape[1:]) for side in ("candidate", "reference"))
+    if ours != theirs:
+        raise EvaluationError(
+            f"{setting.candidate.name} and {setting.against.name} give images of different shapes: {list(ours)} and "
+            f"{list(theirs)} [C, H, W]."
         )
-    if isinstance(features, DigitFeatures):
-        data = FeatureStatistics.from_moments(*features.data_statistics())
+    if shape not in (None, ours):
+        raise EvaluationError(
+            f"{setting.candidate.name} gives images of {list(ours)} for seeds {_seeds_text(seeds)} and of "
+            f"{list(shape or ())} before them."
+        )
+    setting.choose_extractor(ours)
+    lpips = setting.lpips if setting.lpips is not None and min(ours[1:]) >= setting.lpips.smallest else None
+    pairs = paired_columns(images["candidate"], images["reference"], lpips)
+    found = {f"pairs.{name}": column for name, column in pairs.items()}
+    if setting.extractor is not None:
+        rules, size = setting.rules(), input_size(setting.extractor)
+        for side in images:
+            extracted = extract(setting.extractor, rules.prepare(images[side], size))
+            for part in ("features", "logits", "spatial"):
+                value = getattr(extracted, part)
+                if value is not None:
+                    found[f"{side}.{part}"] = value
+    return found | {"shape": torch.tensor(ours)}
+
+
+def _column(setting: _Setting, folder: EvaluationFolder, name: str) -> Tensor | None:
+    """One tensor of all batches, joined; None where there is none."""
+    parts = [folder.load(_name(batch), name).get(name) for batch in setting.batches(len(setting.seeds))]
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
+
+
+def _required(setting: _Setting, folder: EvaluationFolder, name: str) -> Tensor:
+    column = _column(setting, folder, name)
+    assert column is not None
+    return column
+
+
+def _as_json(interval: Interval) -> dict[str, Any]:
+    return {"value": interval.mean, "low": interval.low, "high": interval.high}
+
+
+def _paired(setting: _Setting, folder: EvaluationFolder, shape: Sequence[int]) -> dict[str, dict[str, Any]]:
+    identical = int(_required(setting, folder, "pairs.identical").sum())
+    columns = {name: _column(setting, folder, f"pairs.{name}") for name in ("psnr", "ssim", "mae", "lpips")}
+    found = intervals({name: column for name, column in columns.items() if column is not None})
+    metrics = {name: _as_json(interval) for name, interval in found.items()}
+    metrics["psnr"] |= {"unit": "dB", "identical": identical}
+    small = f"{shape[1]} x {shape[2]}"
+    if "ssim" not in metrics:
+        setting.notes.append(f"No SSIM: its window is {SSIM_WINDOW} x {SSIM_WINDOW} pixels, the images are {small}.")
+    if setting.lpips is not None:
+        if "lpips" in metrics:
+            metrics["lpips"] |= {"features": setting.lpips.name, "feature_identity": setting.lpips.identity}
+        else:
+            least = setting.lpips.smallest
+            setting.notes.append(
+                f"No LPIPS: {setting.lpips.name} needs {least} x {least} pixels, the images are {small}."
+            )
+    return metrics
+
+
+def _distributions(setting: _Setting, folder: EvaluationFolder, shape: Sequence[int]) -> dict[str, dict[str, Any]]:
+    extractor, n, notes = setting.extractor, len(setting.seeds), setting.notes
+    if extractor is None:
+        if setting.features != "none":
+            notes.append(
+                f"No Frechet distances: no shipped features fit these images {list(shape)}. Give --features, or "
+                "features=ModuleFeatures(...)."
+            )
+        return {}
+    if n < 2:
+        notes.append("No Frechet distances: they need at least two images.")
+        return {}
+    rules = setting.rules()
+    if shape[0] == 1 and input_size(extractor) is not None:
+        notes.append(f"The images are grey; {extractor.name} saw them as RGB with three equal channels.")
+    metrics = _frechet(setting, folder, extractor)
+    candidate, reference = (_required(setting, folder, f"{side}.features") for side in ("candidate", "reference"))
+    metrics["kid_to_fp"] = _spread(kernel_distance(candidate, reference, rules), "subset")
+    if n > rules.neighbours:
+        found = precision_recall(candidate, reference, rules)
+        for name in ("precision", "recall"):
+            metrics[name] = {"value": getattr(found, name), "neighbours": rules.neighbours}
+    else:
+        notes.append(f"No precision and recall: they need at least {rules.neighbours + 1} images.")
+    metrics |= _scores(setting, folder, rules)
+    beside = {"features": extractor.name, "feature_identity": extractor.identity, "protocol": rules.name}
+    return {name: {**figures, **beside} for name, figures in metrics.items()}
+
+
+def _spread(spread: Spread, part: str) -> dict[str, Any]:
+    return {"value": spread.mean, "std": spread.std, f"{part}s": spread.parts, f"{part}_size": spread.size}
+
+
+def _scores(setting: _Setting, folder: EvaluationFolder, rules: Protocol) -> dict[str, dict[str, Any]]:
+    """Inception scores of both sides, where the features have logits."""
+    ours, theirs = (_column(setting, folder, f"{side}.logits") for side in ("candidate", "reference"))
+    if ours is None or theirs is None:
+        return {}
+    if len(ours) < max(rules.splits, 1):
+        setting.notes.append(f"No Inception score: {rules.splits} splits need at least {rules.splits} images.")
+        return {}
+    found = _spread(inception_score(ours, rules), "split")
+    return {"inception_score": {**found, "reference_value": inception_score(theirs, rules).mean}}
+
+
+def _frechet(setting: _Setting, folder: EvaluationFolder, extractor: Features) -> dict[str, dict[str, Any]]:
+    """Fréchet distances to the reference and, where the features know it, to data; sFID likewise."""
+    statistics: dict[str, FeatureStatistics] = {}
+    for batch in setting.batches(len(setting.seeds)):
+        for name, value in folder.load(_name(batch), ".features", ".spatial").items():
+            statistics.setdefault(name, FeatureStatistics(value.shape[1])).update(value)
+    candidate, reference = statistics["candidate.features"], statistics["reference.features"]
+    found: dict[str, dict[str, Any]] = {"frechet_to_fp": {"value": frechet_distance(candidate, reference)}}
+    if candidate.rank_deficient:
+        setting.notes.append(
+            f"Frechet distances of {candidate.n} images over {extractor.dim} features are badly biased: use more seeds."
+        )
+    if isinstance(extractor, DigitFeatures):
+        data = FeatureStatistics.from_moments(*extractor.data_statistics())
         found["frechet_to_data"] = {
             "value": frechet_distance(candidate, data),
             "reference_value": frechet_distance(reference, data),
-            "features": features.name,
         }
     else:
-        notes.append(f"No Frechet distance to data: {features.name} has no data statistics.")
+        setting.notes.append(f"No Frechet distance to data: {extractor.name} has no data statistics.")
+    if "candidate.spatial" in statistics:
+        ours, theirs = statistics["candidate.spatial"], statistics["reference.spatial"]
+        found["sfid_to_fp"] = {"value": frechet_distance(ours, theirs), "spatial_features": ours.dim}
+        if ours.rank_deficient:
+            setting.notes.append(f"sFID of {ours.n} images over {ours.dim} spatial features is badly biased.")
     return found
 
 
-def _drift(
-    candidate: Any,
-    against: Any,
-    seeds: Sequence[int],
-    steps: int,
-    batch_size: int,
-    arguments: Mapping[str, Any] | None,
-    run: Run,
-) -> tuple[dict[str, list[float]], list[float]]:
-    _, quantized = find_denoiser(candidate)
-    _, full_precision = find_denoiser(against)
-    cut = {key: value[: len(seeds)] if isinstance(value, list) else value for key, value in (arguments or {}).items()}
-    trajectories = record(
-        against, full_precision, seeds=seeds, steps=steps, batch_size=batch_size, arguments=cut, run=run
-    )
-    timesteps = [float(step.timestep) for step in trajectories[0].steps]
-    sealed = [seal(trajectory) for trajectory in trajectories]
-    drift = measure_drift(quantized, sealed, correction_of(candidate.scheduler))
-    return drift.to_dict(), timesteps
+def _drift(setting: _Setting, folder: EvaluationFolder, run: Run) -> list[dict[str, Tensor]]:
+    """Curves of every batch, and the timesteps; empty, with a note, where the two cannot be followed step by step."""
+    candidate, against, steps = setting.candidate, setting.against, setting.steps
+    if not isinstance(candidate, PipelineSource) or not isinstance(against, PipelineSource) or steps is None:
+        setting.notes.append("No drift: it needs two pipelines that can be sampled, and a side is a folder of images.")
+        return []
+    if correction_of(against.pipe.scheduler) is not None:
+        setting.notes.append(f"No drift: {against.name} corrects its own predictions, so its steps cannot be replayed.")
+        return []
+    try:
+        _, quantized = find_denoiser(candidate.pipe)
+        _, full_precision = find_denoiser(against.pipe)
+        count = min(len(setting.seeds), DRIFT_SEEDS)
+        with run.progress.track("Drift", count) as advance:
+            for batch in setting.batches(count):
+                name = f"drift-{batch.start:09d}"
+                if name not in folder:
+                    trajectory = seal(
+                        *record(
+                            against.pipe,
+                            full_precision,
+                            seeds=setting.seeds[batch],
+                            steps=steps,
+                            batch_size=setting.batch_size,
+                            arguments=setting.arguments_of(batch),
+                            run=Run(seed=run.seed),
+                        )
+                    )
+                    timesteps = torch.tensor([float(step.timestep) for step in trajectory.steps], dtype=torch.float64)
+                    correction = correction_of(candidate.pipe.scheduler)
+                    folder.save(name, {"timesteps": timesteps, **drift_curves(quantized, trajectory, correction)})
+                advance(batch.stop - batch.start)
+    except ModelError as error:
+        setting.notes.append(f"No drift: {error}")
+        return []
+    return [folder.load(f"drift-{batch.start:09d}") for batch in setting.batches(count)]
+
+
+def _drift_results(
+    setting: _Setting, curves: Sequence[Mapping[str, Tensor]], metrics: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The curves as JSON values; their last values go to `metrics`."""
+    if not curves:
+        return {}
+    drift = summary(curves)
+    seeds = setting.seeds[: min(len(setting.seeds), DRIFT_SEEDS)]
+    beside = {"n": len(seeds), "seeds": _seeds_text(seeds)}
+    metrics["drift_final"] = {"value": drift.accumulated[-1], "unit": "RMS of the sample", **beside}
+    final = torch.cat([rows["cosine"][-1] for rows in curves])
+    metrics["cosine_final"] = {**_as_json(intervals({"cosine": final})["cosine"]), **beside}
+    found: dict[str, Any] = {"timesteps": curves[0]["timesteps"].tolist(), **drift.to_dict()}
+    flat = flat_field(curves)
+    if not flat:
+        setting.notes.append("No flat-field test: the samples are no pictures.")
+        return found
+    noise, white = flat["noise_level"], flat["white_point"]
+    unit = {"unit": "of the sample", **beside}
+    metrics["noise_level"] = {"value": noise["candidate"][-1], "reference_value": noise["reference"][-1], **unit}
+    shift = max(abs(a - b) for a, b in zip(white["candidate"][-1], white["reference"][-1], strict=True))
+    metrics["white_point_shift"] = {"value": shift, **unit}
+    return {**found, "flat_field": flat}

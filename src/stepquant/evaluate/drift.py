@@ -23,17 +23,22 @@ Where `accumulated` lies between the two running sums says whether to correct a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stepquant.calibrate.trajectory import Trajectory, advance, state_at
 from stepquant.errors import EvaluationError
+from stepquant.evaluate.flat_field import has_flat_field, noise_level, white_point
 from stepquant.model.correction import Corrector, StepCorrection
 
-__all__ = ["Drift", "measure_drift"]
+__all__ = ["Drift", "drift_curves", "flat_field", "measure_drift", "summary"]
+
+Curves = dict[str, Tensor]
+"""Of one batch, as `drift_curves` gives them."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,13 @@ def measure_drift(
         raise EvaluationError(
             f"Drift is measured over trajectories of one length; got {len(trajectories)} with {sorted(counts)} steps."
         )
-    curves = [_curves(candidate_denoiser, trajectory, correction) for trajectory in trajectories]
-    one_step, accumulated, cosine, consecutive = (torch.cat(rows, dim=1) for rows in zip(*curves, strict=True))
+    return summary([drift_curves(candidate_denoiser, trajectory, correction) for trajectory in trajectories])
+
+
+def summary(curves: Sequence[Mapping[str, Tensor]]) -> Drift:
+    """Means over the images of all batches. curves: what `drift_curves` gave for each, of one number of steps."""
+    names = ("one_step", "accumulated", "cosine", "consecutive_cosine")
+    one_step, accumulated, cosine, consecutive = (torch.cat([rows[name] for rows in curves], dim=1) for name in names)
     return Drift(
         one_step=_means(one_step),
         accumulated=_means(accumulated),
@@ -79,32 +89,55 @@ def measure_drift(
     )
 
 
-def _curves(
-    denoiser: nn.Module, trajectory: Trajectory, correction: StepCorrection | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """|e|, |y - x|, cos(y, x) as [steps, B] and cos(e_k, e_{k+1}) as [steps - 1, B], float64 on the CPU."""
+def flat_field(curves: Sequence[Mapping[str, Tensor]]) -> dict[str, dict[str, Any]]:
+    """Noise level `[steps]` and white point `[steps][C]` of the candidate, running freely, and of the reference.
+
+    Means over the images of all batches, as JSON values; see `evaluate.flat_field`. Empty if the samples are no
+    pictures.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for figure in ("noise_level", "white_point"):
+        for side in ("candidate", "reference"):
+            if all(f"{figure}.{side}" in rows for rows in curves):
+                rows = torch.cat([batch[f"{figure}.{side}"] for batch in curves], dim=1)
+                found.setdefault(figure, {})[side] = rows.mean(dim=1).tolist()
+    return found
+
+
+@torch.no_grad()
+def drift_curves(denoiser: nn.Module, trajectory: Trajectory, correction: StepCorrection | None = None) -> Curves:
+    """What every image of one sealed trajectory contributes, float64 on the CPU, each `[steps, B]`.
+
+    one_step, accumulated, cosine; consecutive_cosine is `[steps - 1, B]`. Where the sample is a picture, also
+    noise_level.candidate, noise_level.reference, and white_point.candidate, white_point.reference `[steps, B, C]`.
+    Takes two denoiser calls for each call that was recorded.
+    """
     free = state_at(trajectory, 0)
     before: Tensor | None = None
     # One for each run: they remember predictions.
     forced, running = (None if correction is None else Corrector(correction) for _ in range(2))
-    one_step, accumulated, cosine, consecutive = [], [], [], []
+    rows: dict[str, list[Tensor]] = {}
+
+    def add(name: str, row: Tensor) -> None:
+        rows.setdefault(name, []).append(row)
+
     for index in range(len(trajectory.steps)):
-        exact = _flat(state_at(trajectory, index + 1).sample)
+        recorded = state_at(trajectory, index + 1).sample
+        exact = _flat(recorded)
         error = _flat(advance(denoiser, trajectory, index, state_at(trajectory, index), forced).sample) - exact
         free = advance(denoiser, trajectory, index, free, running)
-        one_step.append(_rms(error))
-        accumulated.append(_rms(_flat(free.sample) - exact))
-        cosine.append(_cosine(_flat(free.sample), exact))
+        add("one_step", _rms(error))
+        add("accumulated", _rms(_flat(free.sample) - exact))
+        add("cosine", _cosine(_flat(free.sample), exact))
         if before is not None:
-            consecutive.append(_cosine(before, error))
+            add("consecutive_cosine", _cosine(before, error))
         before = error
-    empty = torch.empty(0, one_step[0].shape[0], dtype=torch.float64)
-    return (
-        torch.stack(one_step),
-        torch.stack(accumulated),
-        torch.stack(cosine),
-        torch.stack(consecutive) if consecutive else empty,
-    )
+        if has_flat_field(recorded):
+            for side, sample in (("candidate", free.sample), ("reference", recorded)):
+                add(f"noise_level.{side}", noise_level(sample))
+                add(f"white_point.{side}", white_point(sample))
+    curves = {name: torch.stack(found) for name, found in rows.items()}
+    return {"consecutive_cosine": torch.empty(0, curves["one_step"].shape[1], dtype=torch.float64)} | curves
 
 
 def _flat(sample: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""What Fréchet distances compare: features of images.
+"""What Fréchet distances and their like compare: features of images.
 
 `DigitFeatures` is the shipped extractor, a small classifier of handwritten digits for 32x32 images, so that an
-evaluation of the shipped model needs no download. `ModuleFeatures` wraps any torch module (an Inception network, say).
+evaluation of the shipped model needs no download. `ModuleFeatures` wraps any torch module. Networks whose weights are
+given by file are in `evaluate.inception` and `evaluate.mobilenet`.
 
 Distances in two feature spaces cannot be compared, so every extractor has an `identity`, a hash of its weights, that
 belongs beside each figure.
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Protocol, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import safetensors
 import safetensors.torch
@@ -22,7 +24,18 @@ from torch import Tensor, nn
 from stepquant.errors import EvaluationError
 from stepquant.evaluate.images import check_images
 
-__all__ = ["DigitClassifier", "DigitFeatures", "Features", "ModuleFeatures", "weights_identity"]
+__all__ = [
+    "DigitClassifier",
+    "DigitFeatures",
+    "Extracted",
+    "Extracting",
+    "Features",
+    "ModuleFeatures",
+    "extract",
+    "input_size",
+    "three_channels",
+    "weights_identity",
+]
 
 _ASSET = "digit-classifier"
 
@@ -48,6 +61,46 @@ class Features(Protocol):
     def __call__(self, images: Tensor) -> Tensor:
         """Features `[B, D]` float32 of images `[B, C, H, W]`, float in [0, 1]."""
         ...
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What an extractor finds in images, all float32.
+
+    features: `[B, D]`. logits: `[B, K]` of a classifier, for the Inception score. spatial: `[B, S]`, a few channels of
+    a feature map with their places, for sFID. None where the extractor has none.
+    """
+
+    features: Tensor
+    logits: Tensor | None = None
+    spatial: Tensor | None = None
+
+
+@runtime_checkable
+class Extracting(Protocol):
+    """Features that come with more than vectors, from one pass of the network."""
+
+    def extract(self, images: Tensor) -> Extracted:
+        """Images as for `Features.__call__`."""
+        ...
+
+
+def extract(features: Features, images: Tensor) -> Extracted:
+    """All that these features have to say about images."""
+    return features.extract(images) if isinstance(features, Extracting) else Extracted(features(images))
+
+
+def input_size(features: Features) -> int | None:
+    """Side of the squares that the extractor wants (its attribute `size`); None: images as they are."""
+    size: int | None = getattr(features, "size", None)
+    return size
+
+
+def three_channels(images: Tensor) -> Tensor:
+    """Grey images `[B, 1, H, W]` as RGB; RGB as it is. Raises EvaluationError for other numbers of channels."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise EvaluationError(f"Images have shape {tuple(images.shape)}, expected [B, 1, H, W] or [B, 3, H, W].")
+    return images.expand(-1, 3, -1, -1)
 
 
 def weights_identity(module: nn.Module) -> str:
@@ -144,6 +197,17 @@ class DigitFeatures:
         Raises EvaluationError: images of another size, of colour, or outside [0, 1].
         """
         return self._module.features(_grey_32(images))
+
+    @torch.no_grad()
+    def extract(self, images: Tensor) -> Extracted:
+        """Features, logits `[B, 10]`, and the first seven channels of the last feature map, `[B, 7 * 4 * 4]`.
+
+        Seven as in sFID (Nash et al. 2021). Raises as a call does.
+        """
+        maps: Tensor = self._module.trunk(_grey_32(images))
+        features: Tensor = self._module.embed(maps.flatten(1))
+        logits: Tensor = self._module.classify(torch.relu(features))
+        return Extracted(features, logits, maps[:, :7].flatten(1))
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:

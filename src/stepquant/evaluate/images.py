@@ -15,9 +15,13 @@ from stepquant.errors import EvaluationError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["check_images", "load_png_folder", "save_png", "to_grid", "to_uint8"]
+__all__ = ["check_images", "load_png_folder", "paths_by_seed", "read_png", "save_png", "to_grid", "to_uint8"]
 
-_SEED_NAME = re.compile(r"\d+", re.ASCII)
+_SEED_NAME = re.compile(r"(?:[A-Za-z]+(?:[-_.][A-Za-z]+)*[-_.]?)?(\d+)", re.ASCII)
+"""000017, seed17, sample-17, my_image_17: words, then the seed. Nothing with two numbers: which one would it be?"""
+
+_GRID_NAME = "grid.png"
+"""What `stepquant sample --grid` writes beside the images."""
 
 
 def check_images(images: Tensor, *, what: str) -> None:
@@ -89,14 +93,15 @@ def save_png(image: Tensor, folder: Path, *, seed: int) -> Path:
 def load_png_folder(folder: Path) -> tuple[list[int], Tensor]:
     """Seeds, ascending, and their images, float32 `[N, C, H, W]` in [0, 1], of a folder of `000017.png` files.
 
-    Files that do not end in `.png` are passed over. Grey images have one channel, RGB images three.
+    Files that do not end in `.png` are passed over, and so is `grid.png`. Grey images have one channel, RGB images
+    three.
 
     Raises EvaluationError: no such folder, no PNG files, a name that is not a seed, a seed that is there twice, a file
     that is not a readable 8-bit grey or RGB image, or images of different sizes or channels.
     """
-    by_seed = _paths_by_seed(folder)
+    by_seed = paths_by_seed(folder)
     seeds = sorted(by_seed)
-    images = [_read_png(by_seed[seed]) for seed in seeds]
+    images = [read_png(by_seed[seed]) for seed in seeds]
     for seed, image in zip(seeds, images, strict=True):
         if image.shape != images[0].shape:
             found, expected = tuple(image.shape), tuple(images[0].shape)
@@ -104,14 +109,23 @@ def load_png_folder(folder: Path) -> tuple[list[int], Tensor]:
     return seeds, torch.stack(images).float() / 255
 
 
-def _paths_by_seed(folder: Path) -> dict[int, Path]:
+def paths_by_seed(folder: Path) -> dict[int, Path]:
+    """The images of a folder by the seed in their names: `000017.png`, `sample-17.png`.
+
+    Raises EvaluationError: no such folder, no PNG files, a name without a seed or with several numbers, a seed twice.
+    """
     if not folder.is_dir():
         raise EvaluationError(f"{folder} is not a folder: expected one with images like 000017.png.")
     by_seed: dict[int, Path] = {}
     for path in sorted(folder.glob("[!.]*.png")):
-        if not _SEED_NAME.fullmatch(path.stem):
-            raise EvaluationError(f"{path} is not named by its seed: expected a name like 000017.png.")
-        seed = int(path.stem)
+        if path.name == _GRID_NAME:
+            continue
+        named = _SEED_NAME.fullmatch(path.stem)
+        if not named:
+            raise EvaluationError(f"{path} is not named by its seed: expected a name like 000017.png or sample-17.png.")
+        if not path.is_file():
+            raise EvaluationError(f"{path} is no file: reading a pipe or a device might never end.")
+        seed = int(named[1])
         if seed in by_seed:
             raise EvaluationError(f"Seed {seed} is there twice in {folder}: {by_seed[seed].name} and {path.name}.")
         by_seed[seed] = path
@@ -120,8 +134,8 @@ def _paths_by_seed(folder: Path) -> dict[int, Path]:
     return by_seed
 
 
-def _read_png(path: Path) -> Tensor:
-    """uint8 `[C, H, W]`."""
+def read_png(path: Path) -> Tensor:
+    """uint8 `[C, H, W]`. Raises EvaluationError: not a readable 8-bit grey or RGB image."""
     from PIL import Image
 
     try:

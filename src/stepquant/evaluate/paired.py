@@ -1,4 +1,4 @@
-"""How far images are from their references, pair by pair: PSNR, SSIM and MAE.
+"""How far images are from their references, pair by pair: PSNR, SSIM, MAE, and LPIPS where its weights are at hand.
 
 The pairs are images of the quantized and of the full-precision model from the same seed, prompt and schedule.
 """
@@ -6,6 +6,7 @@ The pairs are images of the quantized and of the full-precision model from the s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +17,25 @@ from torch import Tensor
 from stepquant.errors import EvaluationError
 from stepquant.evaluate.images import check_images
 
-__all__ = ["PSNR_CAP", "Interval", "PairedMetrics", "PairedResult"]
+__all__ = [
+    "PSNR_CAP",
+    "SSIM_WINDOW",
+    "Distance",
+    "Interval",
+    "PairedMetrics",
+    "PairedResult",
+    "intervals",
+    "paired_columns",
+]
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Candidates and references `[B, C, H, W]` in [0, 1] -> one number a pair, `[B]`."""
 
 PSNR_CAP = 100.0
 """dB. Stands for the infinite PSNR of equal images; a single value of 32x32 pixels that is off by 1/255 gives 78."""
 
-_SSIM_WINDOW = 11
-"""Pixels, Wang et al. 2004, section III-C. Smaller images have no place for it."""
+SSIM_WINDOW = 11
+"""Pixels, Wang et al. 2004, section III-C. Smaller images have no place for it, and no SSIM."""
 
 _RESAMPLES = 2000
 
@@ -42,14 +55,14 @@ class PairedResult:
 
     identical: how many pairs are equal in every pixel; these count as `PSNR_CAP` dB.
     psnr: dB, of values in [0, 1], each image at most `PSNR_CAP`.
-    ssim: at most 1, 1 for equal images.
+    ssim: at most 1, 1 for equal images; None for images smaller than its window.
     mae: mean absolute difference, of values in [0, 1].
     """
 
     n: int
     identical: int
     psnr: Interval
-    ssim: Interval
+    ssim: Interval | None
     mae: Interval
 
 
@@ -61,25 +74,25 @@ class PairedMetrics:
     """
 
     def __init__(self) -> None:
-        self._rows: list[NDArray[np.float64]] = []  # each [B, 3]: psnr, ssim, mae
-        self._identical = 0
+        self._columns: dict[str, list[Tensor]] = {}
+        self._size: tuple[int, ...] | None = None
 
     def update(self, candidate: Tensor, reference: Tensor) -> None:
-        """Add pairs, `[B, C, H, W]` each, float in [0, 1], H and W at least 11.
+        """Add pairs, `[B, C, H, W]` each, float in [0, 1], of the size of those before.
 
         Raises EvaluationError: other or different shapes, values outside [0, 1] or NaN (nothing is added then).
         """
-        _check_pair(candidate, reference)
-        ours, theirs = candidate.detach().float(), reference.detach().float()
-        difference = (ours - theirs).abs().flatten(1)
-        columns = [_psnr(ours, theirs), _ssim(ours, theirs), difference.mean(dim=1)]
-        self._rows.append(torch.stack(columns, dim=1).double().cpu().numpy())
-        self._identical += int((difference.amax(dim=1) == 0).sum())
+        columns = paired_columns(candidate, reference)
+        if self._size not in (None, tuple(candidate.shape[1:])):
+            raise EvaluationError(f"Images are {tuple(candidate.shape[1:])}, those before were {self._size} [C, H, W].")
+        self._size = tuple(candidate.shape[1:])
+        for name, column in columns.items():
+            self._columns.setdefault(name, []).append(column)
 
     @property
     def n(self) -> int:
         """Number of pairs seen."""
-        return sum(len(rows) for rows in self._rows)
+        return sum(len(column) for column in self._columns.get("psnr", []))
 
     def result(self, *, seed: int = 0) -> PairedResult:
         """Means and intervals of all pairs so far.
@@ -88,11 +101,41 @@ class PairedMetrics:
 
         Raises EvaluationError: no pairs.
         """
-        if not self._rows:
+        if not self._columns:
             raise EvaluationError("There are no pairs to measure: call update first.")
-        rows = np.concatenate(self._rows)
-        psnr, ssim, mae = _intervals(rows, np.random.default_rng(seed))
-        return PairedResult(n=len(rows), identical=self._identical, psnr=psnr, ssim=ssim, mae=mae)
+        columns = {name: torch.cat(parts) for name, parts in self._columns.items()}
+        identical = int(columns.pop("identical").sum())
+        found = intervals(columns, seed=seed)
+        return PairedResult(self.n, identical, psnr=found["psnr"], ssim=found.get("ssim"), mae=found["mae"])
+
+
+def paired_columns(candidate: Tensor, reference: Tensor, lpips: Distance | None = None) -> dict[str, Tensor]:
+    """One number a pair, `[B]` float64 on the CPU: psnr, ssim, mae, lpips, and identical (1 or 0).
+
+    No ssim for images smaller than its window, no lpips without a network for it.
+    Raises EvaluationError: other or different shapes, values outside [0, 1] or NaN.
+    """
+    _check_pair(candidate, reference)
+    ours, theirs = candidate.detach().float(), reference.detach().float()
+    difference = (ours - theirs).abs().flatten(1)
+    columns = {"psnr": _psnr(ours, theirs)}
+    if min(ours.shape[2:]) >= SSIM_WINDOW:
+        columns["ssim"] = _ssim(ours, theirs)
+    columns["mae"] = difference.mean(dim=1)
+    if lpips is not None:
+        columns["lpips"] = lpips(ours, theirs)
+    columns["identical"] = difference.amax(dim=1) == 0
+    return {name: column.double().cpu() for name, column in columns.items()}
+
+
+def intervals(columns: Mapping[str, Tensor], *, seed: int = 0) -> dict[str, Interval]:
+    """Mean and 95 % percentile bootstrap interval (Efron 1979) of each column `[N]`; the same resamples for all.
+
+    Adding a column does not change the intervals of the others.
+    """
+    rows = torch.stack(list(columns.values()), dim=1).numpy()
+    found = _intervals(rows, np.random.default_rng(seed))
+    return dict(zip(columns, found, strict=True))
 
 
 def _check_pair(candidate: Tensor, reference: Tensor) -> None:
@@ -101,11 +144,6 @@ def _check_pair(candidate: Tensor, reference: Tensor) -> None:
     if candidate.shape != reference.shape:
         shapes = f"{tuple(candidate.shape)} and {tuple(reference.shape)}"
         raise EvaluationError(f"Candidate and reference images have shapes {shapes}, expected equal ones.")
-    if min(candidate.shape[2:]) < _SSIM_WINDOW:
-        size = " x ".join(str(side) for side in candidate.shape[2:])
-        raise EvaluationError(
-            f"Images are {size} pixels, but the window of SSIM needs at least {_SSIM_WINDOW} x {_SSIM_WINDOW}."
-        )
 
 
 def _psnr(candidate: Tensor, reference: Tensor) -> Tensor:
@@ -119,11 +157,11 @@ def _ssim(candidate: Tensor, reference: Tensor) -> Tensor:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     similarity: Tensor = structural_similarity_index_measure(candidate, reference, data_range=1.0, reduction="none")
-    return similarity
+    return similarity.reshape(-1)
 
 
 def _intervals(rows: NDArray[np.float64], generator: np.random.Generator) -> list[Interval]:
-    """Percentile bootstrap (Efron 1979) over the rows of `[N, M]`: one interval a column."""
+    """Over the rows of `[N, M]`: one interval a column."""
     n = len(rows)
     means = np.empty((_RESAMPLES, rows.shape[1]))
     for resample in means:

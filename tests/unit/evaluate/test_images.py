@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.images import load_png_folder, save_png, to_grid, to_uint8
+from stepquant.evaluate.images import load_png_folder, paths_by_seed, save_png, to_grid, to_uint8
 
 
 def images(n: int, *, channels: int = 3) -> Tensor:
@@ -99,11 +99,25 @@ def test_folder_that_is_not_there(tmp_path: Path) -> None:
         load_png_folder(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["cat.png", "1e3.png", "-1.png", "1 copy.png", "١٧.png"])
+@pytest.mark.parametrize("name", ["cat.png", "1e3.png", "-1.png", "1 copy.png", "١٧.png", "17-2.png", "a1b2.png"])
 def test_name_that_is_not_a_seed(name: str, tmp_path: Path) -> None:
     save(tmp_path, name)
     with pytest.raises(EvaluationError, match="not named by its seed"):
         load_png_folder(tmp_path)
+
+
+def test_words_before_the_seed(tmp_path: Path) -> None:
+    names = {"seed17.png": 17, "sample-3.png": 3, "my_image_0004.png": 4, "000005.png": 5}
+    for name in (*names, "grid.png"):
+        save(tmp_path, name, size=(4, 4) if name in names else (8, 8))
+    assert {path.name: seed for seed, path in paths_by_seed(tmp_path).items()} == names
+    assert load_png_folder(tmp_path)[0] == [3, 4, 5, 17]
+
+
+def test_a_folder_with_nothing_but_the_grid(tmp_path: Path) -> None:
+    save(tmp_path, "grid.png")
+    with pytest.raises(EvaluationError, match="no PNG files"):
+        paths_by_seed(tmp_path)
 
 
 def test_seed_twice(tmp_path: Path) -> None:

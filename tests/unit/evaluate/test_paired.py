@@ -12,7 +12,7 @@ from torchmetrics.functional import mean_absolute_error
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from stepquant.errors import EvaluationError
-from stepquant.evaluate.paired import PSNR_CAP, PairedMetrics, PairedResult
+from stepquant.evaluate.paired import PSNR_CAP, PairedMetrics, PairedResult, intervals, paired_columns
 
 
 def pairs(n: int, *, channels: int = 3, size: int = 16) -> tuple[Tensor, Tensor]:
@@ -39,6 +39,7 @@ def test_means_over_images(channels: int) -> None:
         for i in range(6)
     ]
     assert found.psnr.mean == pytest.approx(np.mean(-10 * np.log10(squared)), rel=1e-5)
+    assert found.ssim is not None
     assert found.ssim.mean == pytest.approx(np.mean(ssim), rel=1e-5)
     assert found.mae.mean == pytest.approx(float(mean_absolute_error(candidate, reference)), rel=1e-5)
     assert (found.n, found.identical) == (6, 0)
@@ -65,6 +66,7 @@ def test_equal_images_are_capped_and_counted() -> None:
     assert found.psnr.mean == pytest.approx((3 * others.psnr.mean + PSNR_CAP) / 4)
     same = measure(reference, reference)
     assert (same.psnr.mean, same.psnr.low, same.psnr.high) == (100.0, 100.0, 100.0)
+    assert same.ssim is not None
     assert same.ssim.mean == pytest.approx(1.0, abs=1e-5)
     assert (same.mae.mean, same.identical) == (0.0, 4)
 
@@ -103,6 +105,39 @@ def test_one_pair_has_no_spread() -> None:
     assert found.psnr.mean == found.psnr.low == found.psnr.high
 
 
+def test_images_below_the_window_have_no_ssim() -> None:
+    candidate, reference = pairs(4)
+    small = measure(candidate[:, :, :, :10], reference[:, :, :, :10])
+    assert small.ssim is None
+    expected = (candidate[:, :, :, :10] - reference[:, :, :, :10]).abs().mean()
+    assert small.mae.mean == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_column_more_changes_no_interval() -> None:
+    columns = {"one": torch.rand(30, dtype=torch.float64), "two": torch.rand(30, dtype=torch.float64)}
+    both = intervals(columns)
+    alone = intervals({"one": columns["one"]})["one"]
+    # Up to the order in which numpy adds up.
+    assert (both["one"].low, both["one"].high) == pytest.approx((alone.low, alone.high), rel=1e-12)
+    assert both["one"].low != pytest.approx(both["two"].low, rel=1e-3)
+
+
+def test_a_distance_of_ones_own() -> None:
+    candidate, reference = pairs(4)
+    columns = paired_columns(candidate, reference, lambda a, b: (a - b).flatten(1).abs().amax(dim=1))
+    expected = [float((a - b).abs().max()) for a, b in zip(candidate, reference, strict=True)]
+    assert columns["lpips"].tolist() == pytest.approx(expected)
+    assert list(paired_columns(candidate, reference)) == ["psnr", "ssim", "mae", "identical"]
+
+
+def test_other_sizes_than_before_are_refused() -> None:
+    metrics = PairedMetrics()
+    metrics.update(*pairs(2))
+    with pytest.raises(EvaluationError, match=r"\(3, 12, 12\), those before were \(3, 16, 16\)"):
+        metrics.update(*pairs(2, size=12))
+    assert metrics.n == 2
+
+
 def test_half_precision_is_measured_in_single() -> None:
     candidate, reference = (images.half() for images in pairs(3))
     found, expected = measure(candidate, reference), measure(candidate.float(), reference.float())
@@ -115,7 +150,6 @@ def test_half_precision_is_measured_in_single() -> None:
         (torch.zeros(2, 3, 16, 16), torch.zeros(2, 1, 16, 16), r"\(2, 3, 16, 16\) and \(2, 1, 16, 16\)"),
         (torch.zeros(3, 16, 16), torch.zeros(3, 16, 16), r"Candidate images have shape \(3, 16, 16\)"),
         (torch.zeros(0, 3, 16, 16), torch.zeros(0, 3, 16, 16), "at least one pixel"),
-        (torch.zeros(1, 3, 16, 10), torch.zeros(1, 3, 16, 10), "16 x 10 pixels"),
         (torch.zeros(1, 1, 16, 16), torch.full((1, 1, 16, 16), 1.5), "Reference images have values from 1.5"),
         (torch.full((1, 1, 16, 16), torch.nan), torch.zeros(1, 1, 16, 16), "Candidate images have values from nan"),
         (torch.zeros(1, 1, 16, 16).byte(), torch.zeros(1, 1, 16, 16), "divide 8-bit values by 255"),

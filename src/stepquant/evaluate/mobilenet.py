@@ -1,0 +1,129 @@
+"""MobileNetV2 1.0 (Sandler et al. 2018) as a feature extractor, with folded batch norms and weights given by file.
+
+A few percent of the cost of Inception-v3. Fréchet distances on it are not FID and must not be called so.
+
+The file holds `stem.conv`, `blocks.<i>.seq.<j>.conv` (expand, depthwise, project; the first block does not expand),
+`head.conv`, each with weight and bias, and `fc` with 1001 classes, the first of them background. Rectifiers stop at 6,
+and projections have none. Padding is TensorFlow's "same": one pixel on every side, but at stride 2 on an even side only
+at the right and the bottom.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stepquant.errors import EvaluationError
+from stepquant.evaluate.features import Extracted, three_channels, weights_identity
+from stepquant.evaluate.images import check_images
+from stepquant.evaluate.weights import fill_, read_weights
+
+__all__ = ["MobileNetFeatures", "MobileNetV2"]
+
+_STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+"""Expansion, channels, repetitions, stride of the first. Sandler et al. 2018, table 2."""
+
+
+class _Convolution(nn.Module):
+    """Convolution with TensorFlow's padding, and a rectifier that stops at 6 unless it projects."""
+
+    def __init__(
+        self, channels_in: int, channels: int, kernel: int = 1, *, stride: int = 1, depthwise: bool = False,
+        linear: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in, channels, kernel, stride=stride, groups=channels_in if depthwise else 1)
+        self._linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
+        sides = []
+        for length in (x.shape[3], x.shape[2]):  # F.pad begins with the last dimension
+            total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
+            sides += [total // 2, total - total // 2]
+        x = self.conv(F.pad(x, sides))
+        return x if self._linear else F.relu6(x)
+
+
+class _Block(nn.Module):
+    """Expand, filter each channel, project; added to the input where the shape stays."""
+
+    def __init__(self, channels_in: int, channels: int, *, expansion: int, stride: int) -> None:
+        super().__init__()
+        wide = channels_in * expansion
+        layers = [] if expansion == 1 else [_Convolution(channels_in, wide)]
+        layers.append(_Convolution(wide, wide, 3, stride=stride, depthwise=True))
+        layers.append(_Convolution(wide, channels, linear=True))
+        self.seq = nn.Sequential(*layers)
+        self._residual = stride == 1 and channels_in == channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.seq(x)
+        return x + found if self._residual else found
+
+
+@final
+class MobileNetV2(nn.Module):
+    """Images `[B, 3, 224, 224]` in [0, 1] -> features `[B, 1280]` and logits `[B, 1001]`."""
+
+    SIZE = 224
+    FEATURES = 1280
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _Convolution(3, 32, 3, stride=2)
+        blocks: list[_Block] = []
+        channels = 32
+        for expansion, width, repetitions, first in _STAGES:
+            for number in range(repetitions):
+                blocks.append(_Block(channels, width, expansion=expansion, stride=first if number == 0 else 1))
+                channels = width
+        self.blocks = nn.Sequential(*blocks)
+        self.head = _Convolution(channels, self.FEATURES)
+        self.fc = nn.Linear(self.FEATURES, 1001)
+
+    def forward(self, images: Tensor) -> Extracted:
+        features = self.head(self.blocks(self.stem(images * 2 - 1))).mean(dim=(2, 3))
+        return Extracted(features, self.fc(features))
+
+
+@final
+class MobileNetFeatures:
+    """Features of `MobileNetV2`."""
+
+    name = "mobilenetv2"
+    dim = MobileNetV2.FEATURES
+    size = MobileNetV2.SIZE
+
+    def __init__(self, module: MobileNetV2, *, device: torch.device | str = "cpu") -> None:
+        """module: with its weights; it is put into evaluation mode."""
+        self._module = module.eval().requires_grad_(False).to(device)
+        self._device = device
+        self.identity = weights_identity(module)
+
+    @classmethod
+    def from_file(cls, path: Path | str, *, device: torch.device | str = "cpu") -> MobileNetFeatures:
+        """Raises MissingWeights if the file is not there, EvaluationError for another or a damaged one."""
+        what = "MobileNetV2"
+        download = "MobileNetV2 1.0 (224, batch norms folded, see docs/evaluation.md for the names of its tensors)"
+        tensors = read_weights(Path(path), what=what, download=download)
+        module = MobileNetV2()
+        fill_(module, tensors, path=Path(path), what=what)
+        return cls(module, device=device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features `[B, 1280]` of images `[B, 1 or 3, 224, 224]`; grey ones count as RGB."""
+        return self.extract(images).features
+
+    @torch.no_grad()
+    def extract(self, images: Tensor) -> Extracted:
+        """Raises EvaluationError: another size, other channels, or values outside [0, 1]."""
+        check_images(images, what="Images")
+        if tuple(images.shape[2:]) != (self.size, self.size):
+            raise EvaluationError(f"{self.name} got images of shape {tuple(images.shape)}: resize them to 224 x 224.")
+        found: Extracted = self._module(three_channels(images).float().to(self._device))
+        return found

@@ -1,0 +1,193 @@
+"""What is evaluated: a pipeline that can be sampled, or a folder of images that somebody has sampled already.
+
+Both give images by seed, so that any two can be compared pair by pair.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor, nn
+
+from stepquant import api
+from stepquant.errors import EvaluationError, SpecError
+from stepquant.evaluate.features import weights_identity
+from stepquant.evaluate.images import paths_by_seed, read_png
+from stepquant.manifest import MANIFEST_NAME, read_manifest
+from stepquant.model.correction import correction_of
+from stepquant.model.schedule import ScheduleFingerprint
+
+__all__ = ["ImageFolder", "PipelineSource", "Source", "as_source", "check_same_schedule", "open_source"]
+
+
+class Source(Protocol):
+    """Images by seed."""
+
+    @property
+    def name(self) -> str:
+        """What the user called it; in messages and results."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 (hex) of what the images come from. Figures of different identities must not be mixed."""
+        ...
+
+    @property
+    def seeds(self) -> list[int] | None:
+        """The seeds that there are, ascending; None where any can be sampled."""
+        ...
+
+    def images(self, seeds: Sequence[int], *, steps: int | None, arguments: Mapping[str, Any]) -> Tensor:
+        """Float32 `[B, C, H, W]` in [0, 1] on the CPU, one for each seed. arguments: of the pipeline's call."""
+        ...
+
+
+@final
+class PipelineSource:
+    """A pipeline. `pipe` is the caller's own, and stays as it was."""
+
+    def __init__(self, pipe: Any, name: str = "", *, checkpoint: Path | None = None) -> None:
+        """name: its class if it is left empty. checkpoint: the folder that it was loaded from, if it was."""
+        self.pipe = pipe
+        self.name = name or type(pipe).__name__
+        self._checkpoint = checkpoint
+
+    @property
+    def identity(self) -> str:
+        """Of a checkpoint, hash of its tensors' checksums; otherwise of all weights.
+
+        Always of the scheduler, and of the classes of all layers: engines replace them.
+        """
+        digest = hashlib.sha256()
+        modules = sorted(_modules(self.pipe).items())
+        if self._checkpoint is not None:
+            digest.update(json.dumps(read_manifest(self._checkpoint).checksums, sort_keys=True).encode())
+        else:
+            for name, module in modules:
+                digest.update(f"{name}:{weights_identity(module)}".encode())
+        for _, module in modules:
+            digest.update("|".join(type(layer).__qualname__ for layer in module.modules()).encode())
+        scheduler = ScheduleFingerprint.of(self.pipe.scheduler, steps=0, guidance="")
+        digest.update(json.dumps([scheduler.scheduler, scheduler.config], sort_keys=True).encode())
+        correction = correction_of(self.pipe.scheduler)
+        for key, table in sorted({} if correction is None else correction.tables().items()):
+            digest.update(key.encode())
+            digest.update(table.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def seeds(self) -> list[int] | None:
+        return None
+
+    def images(self, seeds: Sequence[int], *, steps: int | None, arguments: Mapping[str, Any]) -> Tensor:
+        if steps is None:
+            raise EvaluationError(f"{self.name} has to be sampled: say with how many steps.")
+        (images,) = api.sampled(self.pipe, seeds=seeds, steps=steps, batch_size=len(seeds), arguments=arguments)
+        return images
+
+    def schedule(self, steps: int) -> ScheduleFingerprint:
+        """What it would sample on, without guidance, which is the arguments' business.
+
+        Raises SpecError for a checkpoint of another number of steps.
+        """
+        scheduler = copy.deepcopy(self.pipe.scheduler)
+        try:
+            scheduler.set_timesteps(steps)
+        except SpecError:
+            raise
+        except (TypeError, ValueError):
+            # Schedulers that shift by the image's size take more arguments from the pipeline: compare settings only.
+            scheduler = self.pipe.scheduler
+        return ScheduleFingerprint.of(scheduler, steps=steps, guidance="")
+
+
+def _modules(pipe: Any) -> dict[str, nn.Module]:
+    """The networks of a pipeline by name."""
+    parts = getattr(pipe, "components", None) or vars(pipe)
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+@final
+class ImageFolder:
+    """PNG files whose names carry the seed, as `stepquant sample` writes them: 000017.png, or sample-17.png.
+
+    The picture of all images, grid.png, is passed over.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises EvaluationError: no folder, no PNG files, a name without one seed, a seed that is there twice."""
+        self._paths = paths_by_seed(folder)
+        self.name = str(folder)
+        self._shape: tuple[int, ...] | None = None
+        self._first = self._paths[min(self._paths)]
+
+    @property
+    def identity(self) -> str:
+        """Hash of the names and bytes of all files."""
+        digest = hashlib.sha256()
+        for seed, path in sorted(self._paths.items()):
+            digest.update(f"{seed}:{hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
+        return digest.hexdigest()
+
+    @property
+    def seeds(self) -> list[int] | None:
+        return sorted(self._paths)
+
+    def images(self, seeds: Sequence[int], *, steps: int | None, arguments: Mapping[str, Any]) -> Tensor:  # noqa: ARG002
+        """Raises EvaluationError naming the file: not readable, another size or other channels than the first."""
+        if self._shape is None:
+            self._shape = tuple(read_png(self._first).shape)
+        found = []
+        for seed in seeds:
+            image = read_png(self._paths[seed])
+            if tuple(image.shape) != self._shape:
+                raise EvaluationError(
+                    f"{self._paths[seed]} is {tuple(image.shape)}, but {self._first.name} is {self._shape} [C, H, W]."
+                )
+            found.append(image)
+        return torch.stack(found).float() / 255
+
+
+def as_source(thing: Any) -> Source:
+    """A source (anything with a method `images`) as it is; anything else is taken for a pipeline."""
+    # Not isinstance of a protocol: that would ask for the identity, which reads every weight.
+    if callable(getattr(thing, "images", None)):
+        source: Source = thing
+        return source
+    return PipelineSource(thing)
+
+
+def open_source(text: str, *, device: torch.device | str | None = None, **options: Any) -> PipelineSource | ImageFolder:
+    """A checkpoint of stepquant, a diffusers folder, a folder of images, a shipped model or a hub id.
+
+    options: of `api.load`, for a checkpoint.
+    Raises EvaluationError for a folder that is none of these, ModelError or CheckpointError for one that is damaged.
+    """
+    path = Path(text)
+    if (path / MANIFEST_NAME).is_file():
+        return PipelineSource(api.load(path, device=device, **options), text, checkpoint=path)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        if not any(path.glob("*.png")):
+            raise EvaluationError(
+                f"{text} is not a stepquant checkpoint, a diffusers folder or a folder of images: it has neither "
+                f"{MANIFEST_NAME} nor model_index.json nor PNG files."
+            )
+        return ImageFolder(path)
+    return PipelineSource(api.open_model(text, device=device), text)
+
+
+def check_same_schedule(candidate: PipelineSource, against: PipelineSource, steps: int) -> None:
+    """Raise EvaluationError, naming both, if they would not sample on the same schedule."""
+    found = against.schedule(steps).differences(candidate.schedule(steps))
+    if found:
+        raise EvaluationError(
+            f"{candidate.name} and {against.name} do not sample on the same schedule. Of {candidate.name}: "
+            f"{' '.join(found)} Give both the same scheduler, or sample each into a folder and compare the folders."
+        )

@@ -1,0 +1,252 @@
+"""`stepquant evaluate` through the whole program: whatever may stand on either side, gates, resuming, bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler
+from PIL import Image
+
+import tiny
+from stepquant.api import quantize, sample
+from stepquant.cli.main import main
+from stepquant.evaluate.images import save_png
+from stepquant.methods import METHODS
+
+STEPS = 2
+Stepquant = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds `model`, `checkpoint`, and `images` of the model with seeds 5 to 8."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("evaluate")
+    pipe = DDIMPipeline(tiny.tiny_unet(), DDIMScheduler())
+    pipe.save_pretrained(folder / "model")
+    recipe = METHODS["rtn"](samples=2, batch=2)
+    quantize(pipe, recipe, steps=STEPS, base_model=str(folder / "model")).save(folder / "checkpoint")
+    for image, seed in zip(sample(pipe, seeds=range(5, 9), steps=STEPS), range(5, 9), strict=True):
+        save_png(image, folder / "images", seed=seed)
+    return folder
+
+
+@pytest.fixture
+def here(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own with links to the models, so that what is written beside them goes away again."""
+    for name in ("model", "checkpoint", "images"):
+        (tmp_path / name).symlink_to(models / name, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("stepquant.cli.work.tune_allocator", lambda: True)
+    return tmp_path
+
+
+@pytest.fixture
+def stepquant(here: Path, capsys: pytest.CaptureFixture[str]) -> Stepquant:
+    """One command in this process: exit status, standard output and standard error."""
+
+    def once(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main(["evaluate", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        assert isinstance(stop.value.code, int)
+        return stop.value.code, out, err
+
+    return once
+
+
+def written(here: Path) -> list[str]:
+    return sorted(path.name for path in here.iterdir() if path.name not in ("model", "checkpoint", "images"))
+
+
+def test_a_checkpoint_beside_images_of_its_model(stepquant: Stepquant, here: Path) -> None:
+    status, out, err = stepquant("checkpoint", "--against", "images", "--json")
+    assert (status, err) == (0, "")
+    results = json.loads(out)
+    assert results == json.loads((here / "checkpoint.evaluation.json").read_text())
+    assert (results["candidate"], results["against"]) == ("checkpoint", "images")
+    assert (results["n"], results["seeds"], results["steps"]) == (4, [5, 8], STEPS)
+    assert set(results["metrics"]) == {"psnr", "mae"}
+    notes = " ".join(results["notes"])
+    for words in ("No SSIM: its window is 11 x 11", "No Frechet distances", "No drift"):
+        assert words in notes
+    assert written(here) == ["checkpoint.evaluation.json"]
+
+
+def test_a_model_beside_its_own_images(stepquant: Stepquant, here: Path) -> None:
+    status, out, _ = stepquant("model", "--against", "images", "--steps", STEPS, "--json", "-")
+    assert status == 0
+    # Nothing but rounding to 8 bits.
+    assert json.loads(out)["metrics"]["mae"]["value"] <= 0.5 / 255
+
+
+def test_images_beside_images(stepquant: Stepquant, here: Path) -> None:
+    status, out, _ = stepquant("images", "--against", "images")
+    assert status == 0
+    assert "images beside images: 4 images, seeds 5-8" in out
+    assert "100 dB" in out
+    assert written(here) == ["images.evaluation.json"]
+
+
+def test_two_pipelines_have_drift(stepquant: Stepquant, here: Path) -> None:
+    status, out, _ = stepquant("checkpoint", "--seeds", "0-2", "--json")
+    assert status == 0
+    results = json.loads(out)
+    assert results["against"].endswith("model")
+    assert {"drift_final", "cosine_final", "noise_level", "white_point_shift"} <= set(results["metrics"])
+    assert 0 < results["metrics"]["drift_final"]["value"] < 1
+    assert len(results["drift"]["flat_field"]["noise_level"]["candidate"]) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("gates", "status", "complaints"),
+    [
+        (["psnr<1", "mae>0.9"], 0, []),
+        (["psnr<1", "psnr>=2", "mae>0"], 3, ["psnr>=2 (it is ", "mae>0 (it is "]),
+        (["lpips>0.1"], 3, ["lpips>0.1 (it was not measured)"]),
+    ],
+)
+def test_gates(stepquant: Stepquant, here: Path, gates: list[str], status: int, complaints: list[str]) -> None:
+    options = [part for gate in gates for part in ("--fail-if", gate)]
+    found, out, err = stepquant("checkpoint", "--against", "images", "--json", *options)
+    assert found == status
+    assert [line.startswith("Failed: ") for line in err.splitlines()] == [True] * len(complaints)
+    for complaint in complaints:
+        assert complaint in err
+    kept = json.loads((here / "checkpoint.evaluation.json").read_text())
+    assert kept == json.loads(out)
+    assert [gate["gate"] for gate in kept["gates"]] == gates
+    assert sum(gate["failed"] for gate in kept["gates"]) == len(complaints)
+
+
+def test_a_gate_on_nothing_is_refused_before_any_work(stepquant: Stepquant, here: Path) -> None:
+    status, _, err = stepquant("checkpoint", "--fail-if", "pnsr<28")
+    assert status == 1
+    assert "there is no metric 'pnsr'" in err
+    assert "Did you mean 'psnr'?" in err
+    assert written(here) == []
+
+
+def test_ctrl_c_and_resume(stepquant: Stepquant, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command: list[Any] = ["checkpoint", "--seeds", "0-5", "--batch-size", 2, "--json"]
+    status, out, _ = stepquant(*command)
+    assert status == 0
+    whole = json.loads(out)
+    (here / "checkpoint.evaluation.json").unlink()
+
+    from stepquant.evaluate import compare
+
+    original, batches = compare.paired_columns, []
+
+    def interrupted(*arguments: Any) -> Any:
+        batches.append(len(arguments[0]))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(compare, "paired_columns", interrupted)
+    status, _, err = stepquant(*command)
+    assert status == 130
+    assert "checkpoint.evaluation.work" in err.replace("\n", "")
+    assert "--resume" in err
+    assert written(here) == ["checkpoint.evaluation.work"]
+    status, _, err = stepquant(*command)
+    assert status == 1
+    assert "--resume" in err
+    assert "--overwrite" in err
+    status, _, err = stepquant(*command, "--resume", "--seeds", "0-4")
+    assert status == 1
+    assert "seeds differ" in err
+    assert written(here) == ["checkpoint.evaluation.work"]
+    status, out, _ = stepquant(*command, "--resume")
+    assert status == 0
+    resumed = json.loads(out)
+    for key in ("metrics", "drift", "notes"):
+        assert resumed[key] == whole[key]
+    assert len(batches) == 4, "the two batches that were finished are not measured again"
+    assert written(here) == ["checkpoint.evaluation.json"]
+
+
+def test_overwrite_starts_anew(stepquant: Stepquant, here: Path) -> None:
+    work = here / "images.evaluation.work"
+    work.mkdir()
+    (work / "evaluation.json").write_text("{}")
+    assert stepquant("images", "--against", "images")[0] == 1
+    assert stepquant("images", "--against", "images", "--overwrite")[0] == 0
+    assert written(here) == ["images.evaluation.json"]
+
+
+def test_bad_images_are_named_and_nothing_is_left(stepquant: Stepquant, here: Path, models: Path) -> None:
+    def folder(name: str) -> Path:
+        copied = here / name
+        copied.mkdir()
+        for path in (models / "images").iterdir():
+            (copied / path.name).write_bytes(path.read_bytes())
+        return copied
+
+    cut = folder("cut") / "000007.png"
+    cut.write_bytes(cut.read_bytes()[:60])
+    Image.new("L", (9, 8)).save(folder("wide") / "000006.png")
+    (folder("fewer") / "000008.png").unlink()
+    Image.new("RGB", (8, 8)).save(folder("stray") / "holiday.png")
+    for seed in range(5, 9):
+        Image.new("RGB", (8, 8)).save(here / f"coloured-{seed}.png")
+    coloured = here / "coloured"
+    coloured.mkdir()
+    for seed in range(5, 9):
+        (here / f"coloured-{seed}.png").rename(coloured / f"{seed}.png")
+    before = written(here)
+    for name, words in (
+        ("cut", "000007.png cannot be read as a PNG image"),
+        ("wide", "000006.png is (1, 8, 9), but 000005.png is (1, 8, 8)"),
+        ("fewer", "fewer has no images of 1 of the 4 seeds, the first of them 8"),
+        ("stray", "holiday.png is not named by its seed"),
+        ("coloured", "images and coloured give images of different shapes: [1, 8, 8] and [3, 8, 8]"),
+    ):
+        status, out, err = stepquant("images", "--against", name, "--batch-size", 1)
+        assert (status, out) == (1, "")
+        assert words in err.replace("\n", " ")
+        assert written(here) == before
+
+
+def test_calibration_seeds_are_refused(stepquant: Stepquant, here: Path) -> None:
+    command = ["checkpoint", "--seeds", "1000001-1000002"]
+    status, _, err = stepquant(*command)
+    assert status == 1
+    assert "checkpoint was calibrated on 1 of these 2 seeds, the first of them 1000001" in err.replace("\n", " ")
+    assert written(here) == []
+    assert stepquant(*command, "--allow-calibration-seeds")[0] == 0
+
+
+def test_missing_weights_cost_only_their_own_figures(stepquant: Stepquant, here: Path) -> None:
+    command = ["images", "--against", "images", "--features", "inception=no.pth", "--lpips", "alexnet.pth", "--json"]
+    status, out, err = stepquant(*command)
+    assert (status, err) == (0, "")
+    results = json.loads(out)
+    assert set(results["metrics"]) == {"psnr", "mae"}
+    notes = " ".join(results["notes"])
+    assert "No distances of distributions (FID and the like): no.pth is not there. Download https://" in notes
+    assert "No LPIPS: alexnet.pth is not there. Download https://" in notes
+    status, _, err = stepquant("images", "--against", "images", "--features", "incepton=no.pth")
+    assert status == 1
+    assert "Did you mean 'inception'?" in err
+
+
+def test_other_schedules_are_refused(stepquant: Stepquant, here: Path) -> None:
+    DDIMPipeline(tiny.tiny_unet(), DDIMScheduler(beta_end=0.03)).save_pretrained(here / "other")
+    status, _, err = stepquant("other", "--against", "model", "--steps", STEPS)
+    assert status == 1
+    assert "other and model do not sample on the same schedule" in err.replace("\n", " ")
+    assert "beta_end is 0.03 instead of 0.02" in err.replace("\n", " ")
+
+
+def test_a_candidate_that_names_no_reference(stepquant: Stepquant, here: Path) -> None:
+    status, _, err = stepquant("images")
+    assert status == 1
+    assert "--against" in err
