@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html.parser
 import math
 import re
@@ -13,8 +14,11 @@ import pytest
 import torch
 
 from stepquant.errors import EvaluationError
-from stepquant.report.figures import comparison_picture, difference, levels
+from stepquant.report.figures import comparison_picture, difference, fitted, levels
+from stepquant.report.layers import error_map
+from stepquant.report.losses import loss_plots
 from stepquant.report.page import render_report, write_report
+from stepquant.report.verdict import BORDERS, CLOSE, VISIBLE, verdict
 
 HOSTILE = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&{{ 7*7 }}$_x$"
 
@@ -34,7 +38,7 @@ def a_result(candidate: str = "runs/digits-w4a8", scale: float = 1.0) -> dict[st
         "scheduler": "DDIMScheduler",
         "features": "digits 1234abcd",
         "metrics": {
-            "psnr": {"value": 24.1234 / scale, "low": 23.5, "high": 24.75, "unit": "dB"},
+            "psnr": {"value": 24.1234 / scale, "low": 23.5 / scale, "high": 24.75 / scale, "unit": "dB"},
             "ssim": {"value": 0.9321, "low": 0.92, "high": 0.94, "unit": ""},
             "mae": {"value": 0.01234 * scale, "low": 0.011, "high": 0.013, "unit": ""},
             "frechet_to_fp": {"value": 3.4567 * scale},
@@ -69,7 +73,21 @@ def an_inspection(base: str = "digits-unet") -> dict[str, Any]:
         }
         for n in range(6)
     ]
-    return {"base_model": base, "checksum": "deadbeef", "bytes": 1_234_567, "layers": layers}
+    kinds = {"levels": 1_000_000, "weight_scales": 0, "manifest": 234_567}
+    manifest = {
+        "run": {"seed": 7, "stages": [{"stage": "Record", "evaluations": 640}]},
+        "base_config_hash": "c0ffee",
+        "checksums": {"conv.weight": "aa", "conv.bias": "bb"},
+    }
+    return {
+        "base_model": base,
+        "checksum": "deadbeef",
+        "bytes": 1_234_567,
+        "bytes_by_kind": kinds,
+        "ratio": 0.1404,
+        "manifest": manifest,
+        "layers": layers,
+    }
 
 
 def some_images(candidates: int) -> dict[str, Any]:
@@ -77,6 +95,47 @@ def some_images(candidates: int) -> dict[str, Any]:
     reference = draw.random((8, 1, 16, 16), dtype=np.float32)
     noisy = [(reference + 0.05 * draw.standard_normal(reference.shape)).clip(0, 1) for _ in range(candidates)]
     return {"seeds": list(range(1000, 1008)), "reference": reference, "candidates": noisy}
+
+
+def a_walk(candidates: int) -> dict[str, Any]:
+    """Films, errors of layers and rows over time."""
+    film = torch.rand(4, 2, 1, 8, 8)
+    timesteps = [900.0, 600.0, 300.0, 0.0]
+    made = {"conv_in": [0.1, 0.2, 0.1, 0.2], "conv_out": [0.01, 0.02, 0.4, 0.01]}
+    carried = {"conv_in": [0.1, 0.2, 0.1, 0.2], "conv_out": [0.3, 0.3, None, 0.3]}
+    table = (["conv_in", "conv_out"], torch.tensor([[0, 1, 1], [0, 0, 0]]), [0.0, 500.0, 950.0])
+    return {
+        "films": {"seeds": [1, 2], "timesteps": timesteps, "reference": film, "candidates": [film / 2] * candidates},
+        "layer_errors": [{"timesteps": timesteps, "made": made, "carried": carried}] * candidates,
+        "rows": [table] * candidates,
+        "notes": ["Something could not be shown."],
+    }
+
+
+def an_origin() -> dict[str, Any]:
+    stages = [
+        {"stage": "Record", "seconds": 1.25, "evaluations": 640, "seeds": [0, 31]},
+        {"stage": "Round", "seconds": 2.0, "losses": {f"layer{n}": {"before": 1.0, "after": 0.5} for n in range(5)}},
+        {"stage": "Fit", "windows": [[0, 5], [5, 10]], "losses": [[0, 1.0], [1, 2.0], [0, 0.5], [1, 0.0]]},
+    ]
+    fast = {"milliseconds": 1.5, "times_torch_f32": 2.25}
+    speed = {
+        "command": "python benchmarks/engines.py",
+        "date": "2026-01-02",
+        "machine": "a machine",
+        "threads": 1,
+        "results": [{"network": "digits-unet", "batch": 16, "candidates": {"int8-f32": fast}}],
+    }
+    return {"figures": stages, "settings": "model: <m>\n", "settings_file": "runs/a.run.yaml", "speed": speed}
+
+
+def a_whole_page(*names: str, **changes: Any) -> str:
+    """With everything that a page can show."""
+    results = [a_result(name, scale=1.0 + n) for n, name in enumerate(names)]
+    images = some_images(len(names)) | a_walk(len(names)) | changes
+    origins: list[Any] = [an_origin() for _ in names]
+    command = "stepquant report " + " ".join(names)
+    return render_report(results, images, [an_inspection() for _ in names], origins=origins, command=command)
 
 
 def a_page(*names: str) -> str:
@@ -87,7 +146,7 @@ def a_page(*names: str) -> str:
 class _Addresses(html.parser.HTMLParser):
     """Collects what the page would load, its scripts, and whether tags are balanced."""
 
-    VOID = frozenset({"meta", "img", "br", "link"})
+    VOID = frozenset({"meta", "img", "br", "link", "input", "wbr"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,14 +182,14 @@ def parsed(page: str) -> _Addresses:
 
 
 def test_nothing_is_loaded_from_elsewhere() -> None:
-    page = a_page("a", "b")
+    page = a_whole_page("a", "b")
     assert all(address.startswith(("data:image/png;base64,", "#")) for address in parsed(page).loads)
     assert not re.search(r"@import|url\((?!#)", page)
     assert "<!DOCTYPE svg" not in page
 
 
 def test_tags_are_balanced_and_ids_are_unique() -> None:
-    page = a_page("a", "b")
+    page = a_whole_page("a", "b")
     assert parsed(page).open == []
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
@@ -145,21 +204,157 @@ def test_the_page_says_the_numbers_the_command_and_the_layers(tmp_path: Path) ->
         "3.457",
         "23.5 to 24.75",
         "1.23 MB",
-        "weight 4, input 8",
-        "needs 8-bit weights",
+        "14.0 % of the float32 denoiser",
+        "5 × W4 A8",
+        "6: needs 8-bit weights",
         "1007",
+        "c0ffee",
+        hashlib.sha256(b"conv.bias bb\nconv.weight aa\n").hexdigest(),
     ]
     for text in [*wanted, "stepquant evaluate runs/digits-w4a8 --seeds 1000-1063", "deadbeef", "torch 2.13.0"]:
         assert text in page, text
 
 
+def test_every_part_has_its_place_in_order() -> None:
+    page = a_whole_page("a", "b")
+    parts = ["images", "figures", "films", "drift", "errors", "bytes", "rows", "calibration", "engines", "again"]
+    places = [page.index(f'<h2 id="{part}">') for part in parts]
+    assert places == sorted(places)
+    for wanted in ("a: Round losses", "a: Fit losses", "steps 5 to 9"):
+        assert f"<!-- {wanted} -->" in page, wanted
+    for wanted in (
+        "runs/a.run.yaml",
+        "model: &lt;m&gt;",
+        "2.25",
+        "stepquant report a b",
+        "Something could not be shown",
+    ):
+        assert wanted in page, wanted
+    assert page.count("Measured speed") == 1  # the same file beside both
+
+
+def test_what_is_not_there_leaves_no_empty_part() -> None:
+    page = a_page("a")
+    for part in ("films", "errors", "rows"):
+        assert f'id="{part}"' not in page
+        assert f'href="#{part}"' not in page
+    assert "No losses" in page
+    assert "Speed was not measured." in page
+
+
+def test_without_a_script_every_image_stands_in_a_row_of_its_own() -> None:
+    page = a_page("a")
+    assert "<noscript>" in page
+    shown = page[: page.index("<script>")]
+    assert shown.count('alt="full precision, seed') == shown.count('alt="a, seed') == 8
+    assert 'class="over"' not in shown
+
+
+def test_unknown_metrics_and_curves_are_shown_as_they_are() -> None:
+    result = a_result("a")
+    result["metrics"]["novel_distance"] = {"value": 0.25, "low": 0.2, "high": 0.3, "preset": "clean", "n": 64}
+    result["metrics"]["bare"] = 3
+    result["metrics"]["unmeasured"] = {"value": None}
+    result["flat_field"] = {"timesteps": [2, 1], "white_point": [0.5, 0.6], "words": ["x", "y"]}
+    result["protocol"] = {"resize": "bicubic"}
+    page = render_report([result], some_images(1), [an_inspection()])
+    for wanted in ("novel distance", "0.2 to 0.3", "preset: clean", "bare", "bicubic", "protocol resize"):
+        assert wanted in page, wanted
+    assert "<!-- Flat field: white point -->" in page
+    assert "unmeasured" not in page
+
+
+def test_what_all_metrics_share_is_said_once_and_hashes_are_short() -> None:
+    result = a_result("a")
+    for key, entry in result["metrics"].items():
+        entry |= {"reference": "ab" * 32, "n": 32 if key == "drift_final" else 64}
+    result["metrics"]["frechet_to_fp"]["feature_identity"] = "cd" * 32
+    page = render_report([result], some_images(1), [an_inspection()])
+    assert page.count("ab" * 32) == 1
+    assert "n: 32" in page
+    assert "feature identity: " + "cd" * 6 in page
+    assert "cd" * 7 not in page
+
+
+def test_the_flat_field_is_drawn_beside_full_precision() -> None:
+    result = a_result("a")
+    steps = len(result["drift"]["timesteps"])
+    result["drift"]["flat_field"] = {
+        "noise_level": {"candidate": [0.2] * steps, "reference": [0.1] * steps},
+        "white_point": {"candidate": [[0.5, 0.1]] * steps, "reference": [[0.4, 0.3]] * steps},
+    }
+    page = render_report([result], some_images(1), [an_inspection()])
+    assert "<!-- Flat field: noise level -->" in page
+    assert "<!-- full precision -->" in page
+    assert "<!-- Flat field: shift of the white point -->" in page
+
+
+@pytest.mark.parametrize(
+    ("psnr", "words"),
+    [
+        ({"value": 22.0, "low": 21.0, "high": 23.0}, "a gives images that are visibly different (22 dB"),
+        ({"value": 29.4, "low": 28.6, "high": 30.2}, "a is on the border of visible differences (29.4 dB"),
+        ({"value": 35.0, "low": 34.0, "high": 36.0}, "a gives images that are close, with differences that show"),
+        ({"value": 40.5, "low": 39.0, "high": 42.0}, "a is on the border of hardly any difference"),
+        ({"value": 40.0}, "a gives images that can hardly be told from full precision's (40 dB"),
+        ({"value": 30.0, "low": 30.0, "high": 31.0}, "a gives images that are close"),
+    ],
+)
+def test_the_verdict_is_in_words_by_stated_borders(psnr: dict[str, float], words: str) -> None:
+    (sentence,) = verdict(["a"], [{"psnr": psnr, "drift_final": {"value": 0.125}}])
+    assert sentence.startswith(words)
+    assert "drift 0.125 RMS" in sentence
+    assert f"{VISIBLE:g} dB" in BORDERS
+    assert f"{CLOSE:g} dB" in BORDERS
+
+
 def test_the_best_checkpoint_is_named() -> None:
-    assert "a is closest to full precision: 24.12 dB" in a_page("x/a", "x/b")
+    page = a_page("x/a", "x/b")
+    assert "a is closest to full precision: it gives images that are visibly different (24.12 dB" in page
+    assert '<p class="also">b gives images that are visibly different (12.06 dB' in page
+
+
+def test_overlapping_intervals_name_no_winner() -> None:
+    ours = {"psnr": {"value": 25.0, "low": 24.0, "high": 26.0}}
+    theirs = {"psnr": {"value": 24.5, "low": 23.5, "high": 25.5}}
+    sentences = verdict(["a", "b", "c"], [theirs, ours, {"psnr": {"value": 10.0, "low": 9.0, "high": 11.0}}])
+    assert sentences[0] == "The 95 % intervals of b and a overlap: neither is called the closer one."
+    assert [sentence[0] for sentence in sentences[1:]] == ["b", "a", "c"]
+
+
+def test_without_psnr_the_next_metric_that_all_have_decides() -> None:
+    metrics = [{"drift_final": {"value": 0.3}}, {"drift_final": {"value": 0.1}, "frechet_to_fp": {"value": 2.0}}]
+    assert verdict(["a", "b"], metrics)[0].startswith("b is closest to full precision: it has drift 0.1 RMS")
 
 
 def test_no_checkpoint_is_called_the_closest_of_equals() -> None:
     page = render_report([a_result("a"), a_result("b")], some_images(2), [an_inspection(), an_inspection()])
     assert "is closest" not in page
+    assert "a and b are equally close" in page
+
+
+def test_errors_of_layers_are_ranked_and_broken_ones_come_first() -> None:
+    entry = {
+        "timesteps": [9.0, 1.0],
+        "made": {"small": [0.01, 0.01], "large": [0.1, 0.3], "broken": [0.2, None]},
+        "carried": {"small": [0.02, 0.02], "large": [0.2, 0.2], "broken": [None, None]},
+    }
+    found = error_map([entry, None])
+    assert found is not None
+    assert found["worst"] == [[("broken", None), ("large", pytest.approx(0.2)), ("small", pytest.approx(0.01))], None]
+    assert [row["name"] for row in found["rows"]] == ["small", "large", "broken"]
+    assert found["rows"][0]["cells"][1] is None
+    assert found["rows"][2]["cells"][0]["title"] == "broken: alone not finite"
+    assert found["high"] == 0.3
+    assert error_map([None]) is None
+    assert error_map([]) is None
+
+
+def test_losses_of_unknown_shape_are_left_out() -> None:
+    stages = [{"stage": "New", "losses": "none", "loss": [[1, 2, 3]], "history": [], "rounds": [{"loss": 1.0}]}]
+    assert [re.findall(r"<!-- (New.*|a: .*?) -->", plot)[-1] for plot in loss_plots("a", stages, "#123456")] == [
+        "a: New rounds"
+    ]
 
 
 @pytest.mark.parametrize("where", ["candidate", "against", "features", "command", "machine", "scheduler"])
@@ -175,8 +370,11 @@ def test_hostile_names_stay_text(where: str) -> None:
 def test_hostile_layer_names_stay_text() -> None:
     inspection = an_inspection()
     inspection["layers"][0]["name"] = HOSTILE
-    page = render_report([a_result()], some_images(1), [inspection])
+    walk = a_walk(1)
+    walk["layer_errors"][0]["made"][HOSTILE] = walk["layer_errors"][0]["carried"][HOSTILE] = [0.1] * 4
+    page = render_report([a_result()], some_images(1) | walk, [inspection])
     assert parsed(page).scripts == 1
+    assert parsed(page).open == []
     assert "{{ 7*7 }}" in page
 
 
@@ -191,7 +389,7 @@ def test_what_was_not_measured_is_left_out_or_said_so() -> None:
 
 def test_nothing_measured_at_all_is_still_a_page() -> None:
     result = a_result() | {"metrics": {}, "drift": {}}
-    assert "nothing could be measured" in render_report([result], some_images(1), [an_inspection()])
+    assert "has no figure that says how close it is" in render_report([result], some_images(1), [an_inspection()])
 
 
 def test_broken_images_are_shown_black() -> None:
@@ -222,10 +420,16 @@ def test_comparison_picture_is_a_png_of_all_rows() -> None:
     assert data.startswith(b"\x89PNG")
 
 
-def test_rows_over_time_are_shown_where_there_are_several() -> None:
-    one, several = torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[0, 1, 1], [0, 0, 0]])
-    layers, timesteps = ["first", "second"], [0.0, 500.0, 950.0]
-    images = some_images(2) | {"rows": [(layers, one, timesteps), (layers, several, timesteps)]}
-    page = render_report([a_result("a"), a_result("b")], images, [an_inspection(), an_inspection()])
-    assert "Activation parameters over time: b" in page
-    assert "Activation parameters over time: a" not in page
+def test_parts_of_different_lengths_are_refused() -> None:
+    for part in ("rows", "layer_errors"):
+        with pytest.raises(EvaluationError, match=f"{part} of a report has 1 entries for 2 evaluations"):
+            a_whole_page("a", "b", **{part: a_walk(1)[part]})
+    with pytest.raises(EvaluationError, match="films of a report has 1"):
+        a_whole_page("a", "b", films=a_walk(1)["films"])
+
+
+def test_large_images_are_scaled_down() -> None:
+    assert fitted(np.zeros((1024, 512, 3), dtype=np.uint8)).shape == (512, 256, 3)
+    assert fitted(np.zeros((600, 600, 1), dtype=np.uint8)).shape == (512, 512, 1)
+    small = np.zeros((512, 4, 1), dtype=np.uint8)
+    assert fitted(small) is small

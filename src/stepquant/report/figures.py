@@ -21,12 +21,15 @@ from PIL import Image
 from stepquant.errors import EvaluationError
 
 __all__ = [
+    "COLOURS",
     "INK",
+    "MOST_PIXELS",
     "Curve",
     "as_svg",
     "comparison_picture",
     "curves_svg",
     "difference",
+    "fitted",
     "image_data_uri",
     "levels",
     "literal",
@@ -40,10 +43,15 @@ COLOURS = ("#3b7dd8", "#d8663b", "#2f9e6e", "#a04fc4", "#b8901f", "#5a6b7b")
 """Of the checkpoints, in the order in which they were given; readable on white and on near-black."""
 
 _DIFFERENCE_GAIN = 4.0
-INK = "#888888"
-"""Of lines and text: readable on a light and a dark page."""
+INK = "#87898b"
+"""Of lines and text. In an `<svg>` element it becomes the page's colour for soft text, another one in the dark."""
 
-_LEGEND_LETTERS = 100
+_PAGE_INK = f"var(--soft, {INK})"
+
+MOST_PIXELS = 512
+"""Larger images are scaled down to this many pixels on the page; differences are taken before."""
+
+_LEGEND_LETTERS = 80
 """About as many letters fit side by side below a plot."""
 
 
@@ -52,7 +60,7 @@ def curves_svg(title: str, unit: str, curves: Sequence[tuple[Curve, str, str]], 
 
     curves: the curve, its colour and its line style ("-", "--", ":").
     """
-    figure = Figure(figsize=(6.2, 3.7), layout="constrained")
+    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
     axes = figure.add_subplot()
     for (label, across, up), colour, style in curves:
         values = np.asarray(up, dtype=float)
@@ -101,6 +109,7 @@ def as_svg(figure: Figure, title: str) -> str:
     text = stream.getvalue()
     body = text[text.index("<svg") :]
     body = re.sub(r"\s*<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = body.replace(INK, _PAGE_INK)
     return _with_own_ids(body, title)
 
 
@@ -129,10 +138,19 @@ def difference(images: Any, reference: Any) -> np.ndarray[Any, np.dtype[np.float
 
 
 def image_data_uri(image: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
-    """A `data:` address with the PNG of one image `[H, W, C]`."""
+    """A `data:` address with the PNG of one image `[H, W, C]`, as it is."""
     stream = io.BytesIO()
     Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(stream, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def fitted(image: np.ndarray[Any, np.dtype[np.uint8]], most: int = MOST_PIXELS) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """An image `[H, W, C]`, scaled down if it has more than `most` pixels on a side."""
+    if max(image.shape[:2]) <= most:
+        return image
+    picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    picture.thumbnail((most, most), Image.Resampling.LANCZOS)
+    return np.atleast_3d(np.asarray(picture))
 
 
 def comparison_picture(rows: Mapping[str, Any], seeds: Sequence[int]) -> bytes:

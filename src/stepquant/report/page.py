@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -11,34 +14,90 @@ from markupsafe import Markup
 
 from stepquant._version import __version__
 from stepquant.errors import EvaluationError
-from stepquant.report.figures import COLOURS, Curve, curves_svg, difference, image_data_uri, levels
-from stepquant.report.groups import Rows, groups_svg
+from stepquant.report.figures import COLOURS, INK, Curve, curves_svg, difference, fitted, image_data_uri, levels
+from stepquant.report.groups import Rows
+from stepquant.report.layers import bits_text, byte_kinds, engine_table, error_map, layer_table, row_map
+from stepquant.report.losses import loss_plots, stage_rows
+from stepquant.report.strips import film_uri
+from stepquant.report.verdict import BORDERS, verdict
 
-__all__ = ["Images", "render_report", "write_report"]
+__all__ = ["Films", "Images", "Origin", "render_report", "write_report"]
+
+
+class Films(TypedDict):
+    """Clean predictions over the steps, floats `[S, N, C, H, W]` in [0, 1], arrays or tensors; noise end first.
+
+    candidates: in the order of the results, running freely from the reference's noise.
+    """
+
+    seeds: Sequence[int]
+    timesteps: Sequence[float]
+    reference: Any
+    candidates: Sequence[Any]
 
 
 class Images(TypedDict):
     """What the page shows: the same seeds of every pipeline, floats `[N, C, H, W]` in [0, 1], arrays or tensors.
 
     candidates: in the order of the results.
-    rows: of each candidate, what `rows_over_time` says; may be left out.
+    rows: of each candidate, what `rows_over_time` says.
+    films, layer_errors (of each candidate, `LayerErrors.to_dict()` or None), notes: what `Walks.found` says.
+    All but the images may be left out.
     """
 
     seeds: Sequence[int]
     reference: Any
     candidates: Sequence[Any]
     rows: NotRequired[Sequence[Rows]]
+    films: NotRequired[Films]
+    layer_errors: NotRequired[Sequence[Mapping[str, Any] | None]]
+    notes: NotRequired[Sequence[str]]
 
 
-_METRICS = (
-    ("psnr", "PSNR", "higher is closer to full precision", True),
-    ("ssim", "SSIM", "1 is identical", True),
-    ("mae", "Mean absolute error", "of pixels in [0, 1]; lower is closer", False),
-    ("frechet_to_fp", "Fréchet distance to full precision", "lower is closer", False),
-    ("frechet_to_data", "Fréchet distance to real data", "lower is closer", False),
-    ("drift_final", "Drift after the last step", "RMS distance from the full-precision sample; lower is closer", False),
+class Origin(TypedDict, total=False):
+    """What is kept beside a checkpoint about how it came about.
+
+    figures: of every stage, in order, as `Quantized.figures`. settings, settings_file: text and path of `run.yaml`.
+    speed: what `benchmarks/engines.py --json` wrote.
+    """
+
+    figures: Sequence[Mapping[str, Any]]
+    settings: str
+    settings_file: str
+    speed: Mapping[str, Any]
+
+
+_METRICS: dict[str, tuple[str, str, bool | None]] = {
+    "psnr": ("PSNR", "higher is closer to full precision", True),
+    "ssim": ("SSIM", "1 is identical", True),
+    "lpips": ("LPIPS", "lower is closer", False),
+    "mae": ("Mean absolute error", "of pixels in [0, 1]; lower is closer", False),
+    "frechet_to_fp": ("Fréchet distance to full precision", "lower is closer", False),
+    "frechet_to_data": ("Fréchet distance to real data", "lower is closer", False),
+    "sfid_to_fp": ("sFID to full precision", "lower is closer", False),
+    "kid_to_fp": ("KID to full precision", "lower is closer", False),
+    "inception_score": ("Inception score", "higher is better", True),
+    "precision": ("Precision", "higher is better", True),
+    "recall": ("Recall", "higher is better", True),
+    "drift_final": ("Drift after the last step", "RMS distance from the full-precision sample; lower is closer", False),
+    "cosine_final": ("Cosine after the last step", "to the full-precision sample; 1 is the same direction", True),
+    "noise_level": ("Noise level after the last step", "of the sample; that of full precision is best", None),
+    "white_point_shift": (
+        "White point after the last step",
+        "largest shift of a channel's mean; lower is closer",
+        False,
+    ),
+}
+"""Name, how to read it, and whether more is better; of metrics that are not listed nothing is known but their key."""
+
+_SHOWN_APART = frozenset({"value", "low", "high", "unit", "reference_value"})
+"""Entries of a metric that have a place of their own; all other numbers and words stand in small below the value."""
+
+_RESULT_KEYS = frozenset(
+    {"schema", "candidate", "against", "n", "seeds", "steps", "scheduler", "features", "metrics", "drift", "images"}
+    | {"notes", "command", "versions", "machine", "date"}
 )
-"""Key, name, how to read it, and whether more is better."""
+"""Entries of an evaluation that have a place of their own; numbers and words under others are listed as they are."""
 
 _PLOTS = (
     ("Accumulated error", "RMS", (("accumulated", "-", ""),), True),
@@ -48,8 +107,8 @@ _PLOTS = (
         "RMS",
         (
             ("accumulated", "-", "measured"),
-            ("coherent", "--", "single steps added up, all one way"),
-            ("incoherent", ":", "single steps added up, independent"),
+            ("coherent", "--", "added up, all one way"),
+            ("incoherent", ":", "added up, independent"),
         ),
         True,
     ),
@@ -64,25 +123,35 @@ def write_report(
     images: Images | Mapping[str, Any],
     inspection: Sequence[Mapping[str, Any]],
     path: str | Path,
+    *,
+    origins: Sequence[Origin] = (),
+    command: str = "",
 ) -> None:
     """Write the page about one or several checkpoints.
 
     results: evaluations of schema 1, one a checkpoint.
     images: see `Images`.
     inspection: what `inspect_checkpoint` says of each checkpoint.
+    origins: how each checkpoint came about; none, or one a checkpoint.
+    command: the one that makes the page.
 
     Raises EvaluationError: no results, another schema, or lists of different lengths.
     """
-    Path(path).write_text(render_report(results, images, inspection), encoding="utf-8")
+    page = render_report(results, images, inspection, origins=origins, command=command)
+    Path(path).write_text(page, encoding="utf-8")
 
 
 def render_report(
     results: Sequence[Mapping[str, Any]],
     images: Images | Mapping[str, Any],
     inspection: Sequence[Mapping[str, Any]],
+    *,
+    origins: Sequence[Origin] = (),
+    command: str = "",
 ) -> str:
     """The page as text. See `write_report`."""
-    _check(results, images, inspection)
+    origins = origins or [Origin() for _ in results]
+    _check(results, images, inspection, origins)
     names = _labels([str(result["candidate"]) for result in results])
     environment = Environment(
         loader=PackageLoader("stepquant.report"),
@@ -91,42 +160,52 @@ def render_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = _number
-    environment.filters["size"] = _size
+    environment.filters |= {"number": _number, "size": _size, "breakable": _breakable}
     candidates = [
-        {
-            "name": name,
-            "colour": COLOURS[number % len(COLOURS)],
-            "result": result,
-            "size": int(description["bytes"]),
-            "layers": [_layer(layer) for layer in description.get("layers", [])],
-            "facts": _facts(description),
-        }
-        for number, (name, result, description) in enumerate(zip(names, results, inspection, strict=True))
+        _candidate(name, COLOURS[number % len(COLOURS)], result, description, origin)
+        for number, (name, result, description, origin) in enumerate(
+            zip(names, results, inspection, origins, strict=True)
+        )
     ]
     return environment.get_template("report.html.j2").render(
         version=__version__,
-        verdict=_verdict(names, results),
+        verdict=verdict(names, [_entries(result) for result in results]),
+        borders=BORDERS if any("psnr" in _entries(result) for result in results) else "",
         candidates=candidates,
         metrics=_metric_rows(results),
-        plots=[*_plots(names, results), *_row_plots(names, images.get("rows", ()))],
         columns=_image_columns(names, images),
+        films=_films(images.get("films")),
+        plots=_plots(names, results),
+        errors=error_map(images.get("layer_errors", ())),
+        layers=layer_table(inspection),
+        kinds=byte_kinds(inspection),
+        rows=row_map(images.get("rows", ())),
+        engines=engine_table(inspection),
+        speeds=_speeds(origins),
         against=results[0]["against"],
-        notes=sorted({str(note) for result in results for note in result.get("notes", [])}),
+        notes=_notes(results, images),
+        command=command,
     )
 
 
-def _check(results: Sequence[Any], images: Mapping[str, Any], inspection: Sequence[Any]) -> None:
+def _check(
+    results: Sequence[Any], images: Mapping[str, Any], inspection: Sequence[Any], origins: Sequence[Origin]
+) -> None:
     if not results:
         raise EvaluationError("A report needs the evaluation of at least one checkpoint.")
     for result in results:
         if result.get("schema") != 1:
             raise EvaluationError(f"The evaluation has schema {result.get('schema')!r}, this report reads schema 1.")
-    if not len(results) == len(inspection) == len(images["candidates"]):
+    if not len(results) == len(inspection) == len(images["candidates"]) == len(origins):
         raise EvaluationError(
-            f"A report needs one inspection and one set of images for each of {len(results)} evaluations, found "
-            f"{len(inspection)} and {len(images['candidates'])}."
+            f"A report needs one inspection, one set of images and one origin for each of {len(results)} evaluations, "
+            f"found {len(inspection)}, {len(images['candidates'])} and {len(origins)}."
         )
+    per_candidate = {"rows": images.get("rows"), "layer_errors": images.get("layer_errors")}
+    per_candidate["films"] = (images.get("films") or {}).get("candidates")
+    for what, found in per_candidate.items():
+        if found is not None and len(found) != len(results):
+            raise EvaluationError(f"{what} of a report has {len(found)} entries for {len(results)} evaluations.")
 
 
 def _labels(candidates: Sequence[str]) -> list[str]:
@@ -135,77 +214,154 @@ def _labels(candidates: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else list(candidates)
 
 
-def _verdict(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
-    """What a person wants to know first, in one sentence."""
-    values = [{key: entry["value"] for key, entry in result["metrics"].items()} for result in results]
-    if len(names) > 1:
-        for key, _name, _how, more in (_METRICS[0], *_METRICS[3:]):
-            if all(key in value for value in values):
-                order = sorted(range(len(names)), key=lambda n: values[n][key], reverse=more)
-                if values[order[0]][key] == values[order[1]][key]:
-                    break
-                return _comparison([names[n] for n in order], [values[n] for n in order])
-    return " ".join(f"{name}: {_distance(value)}." for name, value in zip(names, values, strict=True))
+def _candidate(
+    name: str, colour: str, result: Mapping[str, Any], description: Mapping[str, Any], origin: Origin
+) -> dict[str, Any]:
+    manifest = description.get("manifest") or {}
+    # A checkpoint keeps what its stages cost; their times and curves are beside it, if the run left them there.
+    kept = origin.get("figures") or (manifest.get("run") or {}).get("stages") or []
+    bits = [bits_text(layer.get("bits")) for layer in description.get("layers", [])]
+    return {
+        "name": name,
+        "colour": colour,
+        "result": result,
+        "size": int(description["bytes"]),
+        "ratio": description.get("ratio"),
+        "bits": max(set(bits), key=bits.count) if bits else "",
+        "facts": _common(_entries(result)) | _others(result) | _facts(description),
+        "stages": stage_rows(kept),
+        # The text in the figure was escaped by matplotlib's SVG writer.
+        "losses": [Markup(plot) for plot in loss_plots(name, origin.get("figures") or [], colour)],
+        "settings": origin.get("settings", ""),
+        "settings_file": origin.get("settings_file", ""),
+    }
 
 
-def _comparison(names: Sequence[str], values: Sequence[Mapping[str, float]]) -> str:
-    """Of several checkpoints, the closest first."""
-    others = "; ".join(f"{name}: {_distance(value)}" for name, value in zip(names[1:], values[1:], strict=True))
-    return f"{names[0]} is closest to full precision: {_distance(values[0])} ({others})."
+def _entries(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The metrics that have a number, as mappings with "value"."""
+    found = {}
+    for key, entry in result["metrics"].items():
+        whole = dict(entry) if isinstance(entry, Mapping) else {"value": entry}
+        if _is_number(whole.get("value")):
+            found[key] = whole
+    return found
 
 
-def _distance(values: Mapping[str, float]) -> str:
-    parts = []
-    if "psnr" in values:
-        parts.append(f"{_number(values['psnr'])} dB PSNR at equal seeds")
-    if "drift_final" in values:
-        parts.append(f"drift {_number(values['drift_final'])} after the last step")
-    if "frechet_to_fp" in values:
-        parts.append(f"Fréchet distance {_number(values['frechet_to_fp'])}")
-    return ", ".join(parts) or "nothing could be measured that says how close it is to full precision"
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _metric_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row a metric that any result has; the best value is marked where there are several."""
+    """One row a metric that any result has, known ones first; the best value is marked where more or less is better."""
+    entries = [_entries(result) for result in results]
+    commons = [set(_common(known)) for known in entries]
+    present = list(dict.fromkeys(key for known in entries for key in known))
+    order = [*(key for key in _METRICS if key in present), *(key for key in present if key not in _METRICS)]
     rows = []
-    for key, name, how, more in _METRICS:
-        cells = [result["metrics"].get(key) for result in results]
-        present = [cell["value"] for cell in cells if cell is not None]
-        if not present:
-            continue
-        best = max(present) if more else min(present)
-        differ = len(set(present)) > 1
-        marked = [cell is not None and differ and cell["value"] == best for cell in cells]
-        rows.append({"name": name, "how": how, "cells": list(zip(cells, marked, strict=True))})
+    for key in order:
+        name, how, more = _METRICS.get(key, (key.replace("_", " "), "", None))
+        cells = [known.get(key) for known in entries]
+        values = [cell["value"] for cell in cells if cell is not None]
+        best = None if more is None or len(set(values)) < 2 else (max if more else min)(values)
+        rows.append({"name": name, "how": how, "cells": [*map(_cell, cells, repeat(best), commons)]})
     return rows
 
 
+def _cell(entry: Mapping[str, Any] | None, best: Any, common: set[str]) -> dict[str, Any] | None:
+    """common: keys of what is said once, of all metrics."""
+    if entry is None:
+        return None
+    low, high = entry.get("low"), entry.get("high")
+    details = {key: value for key, value in entry.items() if key not in _SHOWN_APART and key not in common}
+    return {
+        "value": entry["value"],
+        "unit": entry.get("unit") or "",
+        "best": best is not None and entry["value"] == best,
+        "interval": (low, high) if _is_number(low) and _is_number(high) else None,
+        "reference": entry.get("reference_value"),
+        "details": " · ".join(
+            f"{key.replace('_', ' ')}: {_short(_number(value))}"
+            for key, value in details.items()
+            if isinstance(value, int | float | str)
+        ),
+    }
+
+
+def _common(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Words that stand beside every metric of an evaluation alike, such as the hash of the reference."""
+    if len(entries) < 2:
+        return {}
+    first, *others = entries.values()
+    return {
+        key: value
+        for key, value in first.items()
+        if key not in _SHOWN_APART and isinstance(value, str) and all(entry.get(key) == value for entry in others)
+    }
+
+
+def _short(text: str) -> str:
+    """The first twelve digits of a hash; anything else as it is."""
+    return text[:12] if len(text) >= 40 and not set(text) - set("0123456789abcdef") else text
+
+
 def _plots(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[Markup]:
-    """The drift curves; a plot for which no result has values is left out."""
+    """The drift curves; a plot for which no result has values is left out. Then curves that are not listed above."""
+    known = {key for _, _, keys, _ in _PLOTS for key, _, _ in keys}
+    plots = [("drift", *plot) for plot in _PLOTS]
+    for section, key in dict.fromkeys(found for result in results for found in _curve_keys(result)):
+        if section != "drift" or key not in known:
+            title = f"{section}: {key}".replace("_", " ").capitalize()
+            plots.append((section, title, "", ((key, "-", ""),), False))
     drawn = []
-    for title, unit, keys, logarithmic in _PLOTS:
+    for section, title, unit, keys, logarithmic in plots:
         curves: list[tuple[Curve, str, str]] = []
         for number, (name, result) in enumerate(zip(names, results, strict=True)):
-            drift = result.get("drift") or {}
+            measured = result.get(section) or {}
             for key, style, what in keys:
                 # Some curves start one step later: there is no consecutive pair before the second step.
-                values = drift.get(key) or []
-                across = (drift.get("timesteps") or [])[-len(values) :] if values else []
+                values = measured.get(key) or []
+                across = (measured.get("timesteps") or [])[-len(values) :] if values else []
                 if values and len(across) == len(values):
                     label = f"{name}: {what}" if what else name
                     curves.append(((label, across, values), COLOURS[number % len(COLOURS)], style))
         if curves:
             # The text in the figure was escaped by matplotlib's SVG writer.
             drawn.append(Markup(curves_svg(title, unit, curves, logarithmic=logarithmic)))
-    return drawn
+    return [*drawn, *_flat_field_plots(names, results)]
 
 
-def _row_plots(names: Sequence[str], rows: Sequence[Rows]) -> list[Markup]:
-    """Which parameter set each layer uses at each timestep, of the candidates that have several."""
+def _flat_field_plots(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    """Noise level of the samples beside full precision's, and how far their white point is from full precision's."""
+    noise: list[tuple[Curve, str, str]] = []
+    white: list[tuple[Curve, str, str]] = []
+    for number, (name, result) in enumerate(zip(names, results, strict=True)):
+        drift = result.get("drift") or {}
+        flat, across, colour = (
+            drift.get("flat_field") or {},
+            drift.get("timesteps") or [],
+            COLOURS[number % len(COLOURS)],
+        )
+        if "noise_level" in flat:
+            if not noise:
+                noise.append((("full precision", across, flat["noise_level"]["reference"]), INK, ":"))
+            noise.append(((name, across, flat["noise_level"]["candidate"]), colour, "-"))
+        if "white_point" in flat:
+            pairs = zip(flat["white_point"]["candidate"], flat["white_point"]["reference"], strict=True)
+            shifts = [max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) for ours, theirs in pairs]
+            white.append(((name, across, shifts), colour, "-"))
+    plots = (("Flat field: noise level", "of the sample", noise), ("Flat field: shift of the white point", "", white))
+    # The text in the figure was escaped by matplotlib's SVG writer.
+    return [Markup(curves_svg(title, unit, curves)) for title, unit, curves in plots if curves]
+
+
+def _curve_keys(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(section, key) of every list of numbers that stands beside a list of timesteps."""
     return [
-        Markup(groups_svg(f"Activation parameters over time: {name}", layers, table, timesteps))
-        for name, (layers, table, timesteps) in zip(names, rows, strict=False)
-        if bool((table > 0).any())
+        (section, key)
+        for section, measured in result.items()
+        if isinstance(measured, Mapping) and isinstance(measured.get("timesteps"), list)
+        for key, values in measured.items()
+        if key != "timesteps" and isinstance(values, list) and values and all(map(_is_number, values))
     ]
 
 
@@ -214,12 +370,16 @@ def _image_columns(names: Sequence[str], images: Mapping[str, Any]) -> list[dict
     reference = levels(images["reference"])
     shown = [levels(found) for found in images["candidates"]]
     differences = [levels(difference(found, images["reference"])) for found in images["candidates"]]
+
+    def address(image: Any) -> str:
+        return image_data_uri(fitted(image))
+
     return [
         {
             "seed": seed,
-            "reference": image_data_uri(reference[place]),
+            "reference": address(reference[place]),
             "candidates": [
-                {"name": name, "image": image_data_uri(found[place]), "difference": image_data_uri(delta[place])}
+                {"name": name, "image": address(found[place]), "difference": address(delta[place])}
                 for name, found, delta in zip(names, shown, differences, strict=True)
             ],
         }
@@ -227,22 +387,75 @@ def _image_columns(names: Sequence[str], images: Mapping[str, Any]) -> list[dict
     ]
 
 
-def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:
-    bits = layer.get("bits")
-    if isinstance(bits, Mapping):
-        bits = ", ".join(f"{name} {value}" for name, value in bits.items() if value is not None) or "float"
-    refusals = layer.get("refusals") or {}
-    why = "; ".join(f"{engine}: {reason}" for engine, reason in refusals.items())
-    return {**layer, "bits": bits, "engine": layer.get("engine") or "", "why": why}
+def _films(films: Films | None) -> dict[str, Any] | None:
+    """One film a seed: strips of full precision, of each checkpoint and of its difference."""
+    if films is None:
+        return None
+    exact = films["reference"]
+    return {
+        "timesteps": [f"{timestep:g}" for timestep in films["timesteps"]],
+        "seeds": [
+            {
+                "seed": seed,
+                "reference": film_uri(exact[:, place]),
+                "candidates": [
+                    {
+                        "film": film_uri(found[:, place]),
+                        "difference": film_uri(difference(found[:, place], exact[:, place])),
+                    }
+                    for found in films["candidates"]
+                ],
+            }
+            for place, seed in enumerate(films["seeds"])
+        ],
+    }
+
+
+def _speeds(origins: Sequence[Origin]) -> list[Mapping[str, Any]]:
+    """Measured files, each once."""
+    found = {json.dumps(origin["speed"], sort_keys=True): origin["speed"] for origin in origins if "speed" in origin}
+    return list(found.values())
+
+
+def _notes(results: Sequence[Mapping[str, Any]], images: Mapping[str, Any]) -> list[str]:
+    told = [str(note) for result in results for note in result.get("notes", [])]
+    return list(dict.fromkeys([*told, *map(str, images.get("notes", ()))]))
+
+
+def _others(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers and words of an evaluation that this page knows nothing about, from up to one level below."""
+    found: dict[str, Any] = {}
+    for key, value in result.items():
+        if key in _RESULT_KEYS:
+            continue
+        below = value.items() if isinstance(value, Mapping) else [("", value)]
+        found |= {
+            f"{key} {name}".strip().replace("_", " "): _number(each)
+            for name, each in below
+            if isinstance(each, int | float | str)
+        }
+    return found
 
 
 def _facts(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What an inspection says in one line each: base model, versions, date, size against float32."""
-    facts: dict[str, Any] = {key: value for key, value in description.items() if isinstance(value, str)}
-    if "ratio" in description:
-        facts["bytes of the float32 denoiser's"] = f"{description['ratio']:.3f}"
-    hashed = (description.get("manifest") or {}).get("base_config_hash")
-    return facts | ({"hash of the model's configuration": hashed} if hashed else {})
+    """What an inspection says in one line each: base model, versions, date, seed, hashes."""
+    manifest = description.get("manifest") or {}
+    facts: dict[str, Any] = {
+        key.replace("_", " "): value for key, value in description.items() if isinstance(value, str)
+    }
+    if "seed" in (manifest.get("run") or {}):
+        facts["seed of the calibration"] = manifest["run"]["seed"]
+    if manifest.get("base_config_hash"):
+        facts["hash of the model's configuration"] = manifest["base_config_hash"]
+    if manifest.get("checksums"):
+        listed = "".join(f"{name} {sum_}\n" for name, sum_ in sorted(manifest["checksums"].items()))
+        facts["hash of all tensors' hashes"] = hashlib.sha256(listed.encode()).hexdigest()
+    return facts
+
+
+def _breakable(name: str) -> Markup:
+    """A layer's name that may go on in another line behind each dot."""
+    return Markup(".<wbr>").join(name.split("."))
 
 
 def _number(value: Any) -> str:

@@ -1,0 +1,151 @@
+"""What the stages of a calibration reported: a table of their cost, and plots of their losses.
+
+Figures of a stage are JSON values. A loss is what stands under a key that ends in "loss" or "losses", under "rounds"
+or "history", or under "candidates"; its shape says how it is drawn:
+
+    {name: {"before": a, "after": b}}        one pair of dots for each layer or block
+    [[group, loss], ...]                     one curve over the iterations for each group
+    [{"loss": a, ...}, ...]                  one curve for the values under "loss"
+    [a, b, ...]                              one curve
+    [{"candidate": name, "held_out_rms": a}] one bar for each candidate
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from stepquant.report.figures import COLOURS, INK, as_svg, literal, unobtrusive
+
+__all__ = ["loss_plots", "stage_rows"]
+
+Pairs = Sequence[tuple[float, float]]
+
+
+def stage_rows(figures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Stage, seconds and network evaluations (None where unknown) of each stage, in order."""
+    return [
+        {"stage": str(entry.get("stage", "")), "seconds": entry.get("seconds"), "evaluations": entry.get("evaluations")}
+        for entry in figures
+    ]
+
+
+def loss_plots(name: str, figures: Sequence[Mapping[str, Any]], colour: str) -> list[str]:
+    """An `<svg>` element for every loss that the stages report, in order. name: of the checkpoint."""
+    plots = []
+    for entry in figures:
+        for key, value in entry.items():
+            if not (key.endswith(("loss", "losses")) or key in ("rounds", "history", "candidates")):
+                continue
+            title = f"{name}: {entry.get('stage', '')} {key}"
+            figure = _drawn(value, entry, colour)
+            if figure is not None:
+                plots.append(_finished(figure, title))
+    return plots
+
+
+def _drawn(value: Any, entry: Mapping[str, Any], colour: str) -> Figure | None:
+    """The figure for a loss of a known shape, None for another one."""
+    if isinstance(value, Mapping):
+        pairs = [
+            (float(each["before"]), float(each["after"]))
+            for each in value.values()
+            if isinstance(each, Mapping) and _number(each.get("before")) and _number(each.get("after"))
+        ]
+        return _before_and_after(pairs, colour) if pairs else None
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        return None
+    if all(isinstance(each, Mapping) for each in value):
+        bars = {str(each.get("candidate")): each.get("held_out_rms") for each in value if "held_out_rms" in each}
+        if bars:
+            return _bars({name: float(bar) for name, bar in bars.items() if _number(bar)}, colour)
+        value = [each.get("loss") for each in value]
+    if all(_number(each) for each in value):
+        return _curves({"": [(float(number), float(loss)) for number, loss in enumerate(value)]}, colour)
+    if all(isinstance(each, Sequence) and len(each) == 2 and all(map(_number, each)) for each in value):
+        groups: dict[str, list[tuple[float, float]]] = {}
+        windows = entry.get("windows") or []
+        for iteration, (group, loss) in enumerate(value):
+            groups.setdefault(_group_name(int(group), windows), []).append((float(iteration), float(loss)))
+        return _curves(dict(sorted(groups.items(), key=lambda item: _first_number(item[0]))), colour)
+    return None
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _group_name(group: int, windows: Any) -> str:
+    """Windows are pairs (first step, step after the last)."""
+    if isinstance(windows, Sequence) and group < len(windows) and len(windows[group]) == 2:
+        return f"steps {windows[group][0]} to {windows[group][1] - 1}"
+    return f"part {group}"
+
+
+def _first_number(text: str) -> int:
+    return int(text.split()[1])
+
+
+def _before_and_after(pairs: Pairs, colour: str) -> Figure:
+    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
+    axes = figure.add_subplot()
+    before, after = (np.asarray([pair[end] for pair in pairs], dtype=float) for end in (0, 1))
+    numbers = np.arange(1, len(pairs) + 1)
+    axes.vlines(numbers, _positive(before), _positive(after), color=INK, linewidth=0.8, alpha=0.6)
+    axes.plot(numbers, _positive(before), "o", color=INK, markersize=3, label="before")
+    axes.plot(numbers, _positive(after), "o", color=colour, markersize=3.5, label="after")
+    axes.set_xlabel("layers or blocks, in order", fontsize=9, color=INK)
+    _logarithmic(axes, np.concatenate([before, after]))
+    return figure
+
+
+def _curves(curves: Mapping[str, Pairs], colour: str) -> Figure:
+    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
+    axes = figure.add_subplot()
+    few = [colour] if len(curves) == 1 else COLOURS[: len(curves)]
+    # Many groups are consecutive parts of the way: neighbours get neighbouring colours, none too dark for a dark page.
+    many = matplotlib.colormaps["viridis"](np.linspace(0.3, 0.9, len(curves)))
+    shades = few if len(curves) <= len(COLOURS) else many
+    for (label, points), shade in zip(curves.items(), shades, strict=True):
+        across, up = np.asarray(points, dtype=float).T
+        axes.plot(across, _positive(up), "-", color=shade, linewidth=1.3, label=literal(label) if label else None)
+    axes.set_xlabel("iteration", fontsize=9, color=INK)
+    _logarithmic(axes, np.concatenate([np.asarray(points, dtype=float)[:, 1] for points in curves.values()]))
+    return figure
+
+
+def _bars(bars: Mapping[str, float], colour: str) -> Figure | None:
+    if not bars:
+        return None
+    figure = Figure(figsize=(5.2, 1.0 + 0.25 * len(bars)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(range(len(bars)), list(bars.values()), color=colour, height=0.7)
+    axes.set_yticks(range(len(bars)), [literal(name) for name in bars])
+    axes.invert_yaxis()
+    axes.set_xlabel("final error on held-out images, RMS", fontsize=9, color=INK)
+    return figure
+
+
+def _positive(values: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[Any]]:
+    """What a logarithmic axis can show; all else is left out of the curve."""
+    return np.where(np.isfinite(values) & (values > 0), values, np.nan)
+
+
+def _logarithmic(axes: Any, values: np.ndarray[Any, np.dtype[Any]]) -> None:
+    axes.set_ylabel("loss", fontsize=9, color=INK)
+    if bool((np.isfinite(values) & (values > 0)).any()):
+        axes.set_yscale("log")
+
+
+def _finished(figure: Figure, title: str) -> str:
+    axes = figure.axes[0]
+    axes.set_title(literal(title), fontsize=11, color=INK)
+    unobtrusive(axes)
+    labels = axes.get_legend_handles_labels()[1]
+    if labels:
+        figure.legend(loc="outside lower center", ncols=min(3, len(labels)), fontsize=8, frameon=False, labelcolor=INK)
+    return as_svg(figure, title)
