@@ -1,0 +1,645 @@
+"""Bits for every layer under a budget, by what they do to the final state of sampling.
+
+A stage in front of the others: `Allocate` stands where `Place` stood in a recipe, finds the bits, and places.
+
+1. Sensitivity: the squared final drift s_ic of every candidate c for every item i (a layer's weight, or its
+   activations), to first order (`calibrate.sensitivity`).
+2. Choice: x_ic in {0, 1}, an integer program (scipy's `milp`, HiGHS):
+
+       minimise   sum_ic s_ic x_ic     subject to   sum_c x_ic = 1 for every i,   sum_ic cost_ic x_ic <= budget
+
+   where the cost is bits times elements for an average, or bytes. With a bound on the drift, bytes are minimised under
+   sum_ic s_ic x_ic <= bound^2.
+3. Refinement: pairs of changes (one item up, one down, still within the budget) that the prediction can hardly tell
+   apart from the solution are tried: the network rounded to nearest with them runs freely on recorded images that the
+   sensitivities have not seen. A bound on the drift is verified in the same way, and moved until it holds.
+
+What counts:
+- Average bits of weights are weighted by their number, over all layers that can be quantized, the first and last ones
+  too. A weight left in floating point counts with the bits of its dtype.
+- Average bits of activations are weighted by the values that enter the layers in one evaluation of one image: what a
+  device moves. Both operands of a matmul of attention have the same bits.
+- Bytes are those that the checkpoint's layers take: levels, scales, zero points, biases, one row of activation ranges.
+- Fixed, but counted: the first and last layer unless `ends="same"`, layers that match a rule of the user, and the
+  matmul behind the softmax unless `softmax_bits` is null.
+
+Sums of items neglect that errors of different items may add up; more bits never score worse (an estimate that says so
+is noise, and is levelled).
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from stepquant.calibrate.ranges import RangeRule
+from stepquant.calibrate.sensitivity import (
+    SCORES,
+    Item,
+    Probe,
+    Score,
+    Scores,
+    final_drift,
+    final_scores,
+    output_scores,
+)
+from stepquant.calibrate.stages import FitWeightRanges, LayerRule, Place
+from stepquant.calibrate.trajectory import Trajectory
+from stepquant.errors import CalibrationError, SpecError, nearest
+from stepquant.model.families import end_layers, make_attention_explicit_
+from stepquant.model.layer import Matmul
+from stepquant.model.surgery import Plan, operand_specs, quantizable
+from stepquant.numerics.affine import grouped
+from stepquant.numerics.packing import packed_bytes
+from stepquant.numerics.spec import LayerScheme, QuantSpec
+from stepquant.recipe import Figures, Job, Recipe
+from stepquant.slots import Slot, encoded
+
+__all__ = ["Allocate", "Choice", "allocated", "parse_target", "solve"]
+
+Choice = dict[Item, int | None]
+"""Item -> bits; None is full precision."""
+
+_EVERYTHING: dict[str, Any] = {"weights": 8, "activations": 8, "ends": "same", "softmax_bits": None, "rules": ()}
+"""Settings of `Place` under which every operand of every layer is quantized."""
+
+_TABLE_BYTES = 4 + 1
+"""Of one row of an activation's range in a checkpoint: a scale and a zero point."""
+
+_RESCALINGS, _REPAIRS = 4, 4
+"""How often the integer program is solved again in better units, and with less room."""
+
+MEASURED_BEYOND = 8.0
+"""A bound on the drift that failed is divided, and one that held multiplied, by at most this much at a time. Ours."""
+
+
+def parse_target(text: str | float) -> tuple[float, float | None]:
+    """`"4.5bit"` or 4.5 -> (4.5, None); `"W4.5A6"` -> (4.5, 6.0): average bits of weights and of activations."""
+    found = re.fullmatch(r"\s*(?:(\d+(?:\.\d+)?)\s*(?:bits?)?|[wW](\d+(?:\.\d+)?)[aA](\d+(?:\.\d+)?))\s*", str(text))
+    if not found:
+        raise SpecError(f"A target looks like 4.5bit (average bits of weights) or W4.5A6, found {text!r}.")
+    weights = float(found[1] or found[2])
+    return weights, None if found[3] is None else float(found[3])
+
+
+def solve(objective: Sequence[Sequence[float]], limits: Sequence[tuple[Sequence[Sequence[float]], float]]) -> list[int]:
+    """Which candidate each item gets: the least sum of `objective`, with sum of costs <= budget for every limit.
+
+    objective: a value for each candidate of each item. limits: (costs in the same form, budget).
+    The best choice that is found within a minute; a few hundred items take about a second.
+    Raises CalibrationError if there is no solution or none is found.
+    """
+    budgets = [budget for _, budget in limits]
+    for _ in range(_REPAIRS):
+        chosen = _solved(objective, [(costs, budget) for (costs, _), budget in zip(limits, budgets, strict=True)])
+        over = [sum(row[place] for row, place in zip(costs, chosen, strict=True)) - budget for costs, budget in limits]
+        if all(excess <= 1e-9 * abs(budget) for excess, (_, budget) in zip(over, limits, strict=True)):
+            return chosen
+        # Within the solver's tolerance of the budget is not within the budget.
+        budgets = [budget - 2 * max(excess, 0.0) for budget, excess in zip(budgets, over, strict=True)]
+    raise CalibrationError(f"The solver's choices stay above the budget by up to {max(over):g}: allow that much less.")
+
+
+def _solved(
+    objective: Sequence[Sequence[float]], limits: Sequence[tuple[Sequence[Sequence[float]], float]]
+) -> list[int]:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    counts = [len(row) for row in objective]
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    values = np.array([value for row in objective for value in row], dtype=float)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    one_each = csr_array((np.ones(len(values)), (owner, np.arange(len(values)))), shape=(len(counts), len(values)))
+    constraints = [LinearConstraint(one_each, 1, 1)]
+    for costs, budget in limits:
+        row = np.array([cost for part in costs for cost in part], dtype=float)
+        unit = max(abs(budget), 1e-300)  # the solver's tolerances are absolute
+        # What is far beyond the budget is beyond it: huge coefficients would cost the others their digits.
+        constraints.append(LinearConstraint(np.minimum(row / unit, 1e3).reshape(1, -1), -np.inf, budget / unit))
+    chosen: list[int] = []
+    scale = max(float(values.max(initial=0.0)), 1e-300)
+    for _ in range(_RESCALINGS):  # values span many orders: the next time in units of the solution
+        found = milp(
+            np.minimum(values / scale, 1e6),
+            integrality=np.ones(len(values)),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": 1e-6, "time_limit": 60.0},
+        )
+        if found.x is None:
+            raise CalibrationError(f"No choice of bits keeps within the budget (the solver says: {found.message}).")
+        chosen = [int(np.argmax(found.x[start : start + count])) for start, count in zip(starts, counts, strict=True)]
+        best = sum(row[place] for row, place in zip(objective, chosen, strict=True))
+        if not 0 < best < scale / 10:
+            break
+        scale = best
+    return chosen
+
+
+def levelled(scores: Mapping[int, float]) -> dict[int, float]:
+    """Scores that do not rise with the bits: each the largest of its own and those of more bits."""
+    found: dict[int, float] = {}
+    worst = 0.0
+    for bits in sorted(scores, reverse=True):
+        worst = max(worst, scores[bits])
+        found[bits] = worst
+    return {bits: found[bits] for bits in sorted(found)}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What every item and candidate costs, and what the parts cost that are not free to choose.
+
+    averages: operand -> (bits times elements of the fixed part, elements of all).
+    """
+
+    elements: Mapping[Item, float]
+    full_bits: int
+    bytes: Mapping[Item, Mapping[int | None, int]]
+    fixed: Mapping[str, tuple[float, float]]
+    fixed_bytes: int
+
+    def bits(self, item: Item, bits: int | None) -> float:
+        """Bits times elements."""
+        return self.elements[item] * (self.full_bits if bits is None else bits)
+
+    def average(self, operand: str, choice: Choice) -> float:
+        """Average bits of weights or of activations."""
+        fixed, elements = self.fixed[operand]
+        own = sum(self.bits(item, bits) for item, bits in choice.items() if item.operand == operand)
+        return (fixed + own) / elements if elements else 0.0
+
+    def total_bytes(self, choice: Choice) -> int:
+        return self.fixed_bytes + sum(self.bytes[item][bits] for item, bits in choice.items())
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What is free to choose. full: spec of every operand at 8 bits. base: the plan before any choice."""
+
+    order: tuple[str, ...]
+    full: Plan
+    base: Plan
+    items: tuple[Item, ...]
+    weights: Mapping[str, Tensor] = field(repr=False)
+
+    def plan(self, choice: Choice) -> Plan:
+        """The base plan with the chosen bits."""
+        schemes = {name: self.base.get(name, LayerScheme()) for name in self.order}
+        for item, bits in choice.items():
+            own, full = schemes[item.layer], self.full[item.layer]
+            if item.operand == "weights":
+                schemes[item.layer] = replace(own, weight=_at(full.weight, bits))
+            else:
+                schemes[item.layer] = replace(own, input=_at(full.input, bits), second=_at(full.second, bits))
+        return {name: scheme for name, scheme in schemes.items() if scheme.quantizes}
+
+
+def _at(spec: QuantSpec | None, bits: int | None) -> QuantSpec | None:
+    return None if spec is None or bits is None else replace(spec, bits=bits)
+
+
+@dataclass(frozen=True)
+class Allocate:
+    """Find bits for every layer under a budget, and place quantized layers accordingly.
+
+    place: what to place where nothing is allocated, and the policy for first and last layer and the softmax.
+    weight_bits: average bits of weights. max_bytes: bytes of the checkpoint's layers. max_drift: final drift, as
+        `stepquant evaluate` gives it, of the network rounded to nearest. One of the three, or none with
+        activation_bits.
+    activation_bits: average bits of activations; None leaves them as `place` has them.
+    bits: candidates beside full precision.
+    score: "final", "incoherent", "mse" or "relative_mse", see `calibrate.sensitivity`.
+    samples: recorded images for the sensitivities, up to whole mini-batches. projections: random vectors for each.
+    held_out: recorded images to measure on, the last ones, up to whole mini-batches; never those above.
+    refine: changes of the solution to measure. measured_runs: the most for `max_drift`.
+    ranges: rule of weight and activation ranges, as for the stages behind.
+    """
+
+    place: Place
+    weight_bits: float | None = None
+    activation_bits: float | None = None
+    max_bytes: int | None = None
+    max_drift: float | None = None
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    score: Score = "final"
+    samples: int = 16
+    projections: int = 4
+    held_out: int = 16
+    refine: int = 8
+    measured_runs: int = 6
+    ranges: RangeRule = "mse"
+
+    needs: ClassVar[frozenset[str]] = frozenset({"trajectories"})
+    gives: ClassVar[frozenset[str]] = frozenset({"model", "plan"})
+
+    def __post_init__(self) -> None:
+        budgets = {"weight_bits": self.weight_bits, "max_bytes": self.max_bytes, "max_drift": self.max_drift}
+        given = [name for name, value in budgets.items() if value is not None]
+        if len(given) > 1 or (not given and self.activation_bits is None):
+            raise SpecError(
+                "An allocation needs one budget: average bits of weights (target), max_bytes or max_drift; found "
+                f"{' and '.join(given) or 'none'}."
+            )
+        for name, value in {**budgets, "activation_bits": self.activation_bits}.items():
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise SpecError(f"{name} must be a positive number, found {value}.")
+        if not self.bits or any(not 2 <= bits <= 8 for bits in self.bits) or sorted(set(self.bits)) != [*self.bits]:
+            raise SpecError(f"Candidate bits must be from 2 to 8, each once and ascending, found {list(self.bits)}.")
+        if self.score not in SCORES:
+            raise SpecError(f"score: there is none named {self.score!r}.{nearest(self.score, SCORES)}")
+        if self.max_drift is not None and self.score not in ("final", "incoherent"):
+            raise SpecError(
+                f"max_drift needs a score in units of the final state, final or incoherent, not {self.score}."
+            )
+        counts = {"samples": self.samples, "projections": self.projections, "held_out": self.held_out}
+        if min(counts.values()) < 1 or self.refine < 0 or self.measured_runs < 1:
+            raise SpecError(f"{counts} and measured_runs must be at least 1, refine at least 0.")
+
+    def check(self, job: Job) -> None:
+        """Budgets that no choice of weights can keep, and all that `Place` checks, before anything is recorded."""
+        self.place.check(job)
+        denoiser = copy.deepcopy(job.full_precision)
+        base = self.place.plan(denoiser)  # makes attention explicit
+        full = replace(self.place, **_EVERYTHING).plan(denoiser)
+        problem = self._problem(denoiser, full, base)
+        costs = _costs_of(problem, denoiser, {})
+        self._check_budgets(replace(problem, items=tuple(i for i in problem.items if i.operand == "weights")), costs)
+
+    def evaluations(self, job: Job) -> int:
+        """Network evaluations in images, a backward pass as two: what `--dry-run` shows."""
+        weights = len(self.bits) if self._weights_are_free else 0
+        own = 2 + 2 * self.projections + weights if self.score in ("final", "incoherent") else 2 + 2 * len(self.bits)
+        runs = self.measured_runs if self.max_drift is not None else self.refine + 1 if self.refine else 0
+        return job.steps * (self.samples * own + self.held_out * (runs + 1))
+
+    def run(self, job: Job) -> Figures:
+        problem, probe, used, held, evaluations = self._prepare(job)
+        costs = _costs_of(problem, probe.denoiser, probe.elements)
+        self._check_budgets(problem, costs)
+        scores, spent = self._scores(job, probe, used, problem)
+        scores = {item: levelled(values) for item, values in scores.items()}
+        meter = _Meter(problem, probe, held, job)
+        if self.max_drift is not None:
+            choice = self._bounded(problem, scores, costs, meter)
+        else:
+            choice = self._refined(self._chosen(problem, scores, costs), scores, costs, meter)
+        rules = _rules(problem, choice, self.place)
+        found = replace(self.place, rules=(*rules, *self.place.rules)).run(job)
+        return {
+            **found,
+            "weight_bits": round(costs.average("weights", choice), 6),
+            "activation_bits": round(costs.average("activations", choice), 6),
+            "layer_bytes": costs.total_bytes(choice),
+            "predicted_drift": math.sqrt(_total(scores, choice)) if self.score in ("final", "incoherent") else None,
+            "measured_drift": meter.drift_of(choice),
+            "measured": meter.rows,
+            "rules": [asdict(rule) for rule in rules],
+            "scores": {f"{item.layer}.{item.operand}": dict(values) for item, values in scores.items()},
+            "evaluations": evaluations + spent + meter.evaluations,
+        }
+
+    def _prepare(self, job: Job) -> tuple[_Problem, Probe, list[Trajectory], list[Trajectory], int]:
+        """The problem, the network to probe, trajectories for sensitivities and to measure on, and evaluations."""
+        trajectories: list[Trajectory] = job.handed["trajectories"]
+        used, held = _split(trajectories, self.samples, self.held_out)
+        if not held and (self.refine or self.max_drift is not None):
+            raise SpecError(
+                f"Measuring allocations takes recorded images that the sensitivities have not seen, but there are only "
+                f"{len(trajectories)} mini-batches: record more samples, use a smaller batch, or give refine=0."
+            )
+        # Placing everything on a copy that is thrown away says which layers run, in which order, with which specs.
+        plans = []
+        for place in (self.place, replace(self.place, **_EVERYTHING)):
+            copied = copy.deepcopy(job.full_precision)
+            shadow = Job(job.pipe, job.full_precision, copied, job.run, job.steps, job.arguments)
+            shadow.handed["trajectories"] = trajectories
+            place.run(shadow)
+            plans.append(shadow.handed["plan"])
+        base, full = plans
+        probe = Probe(shadow.denoiser, full, self.ranges)
+        evaluations = probe.observe([*used, *held], job.run)
+        floating = copy.deepcopy(job.full_precision)
+        make_attention_explicit_(floating)
+        return self._problem(floating, full, base), probe, used, held, evaluations
+
+    def _problem(self, denoiser: nn.Module, full: Plan, base: Plan) -> _Problem:
+        """What is free in a network whose attention is explicit. The layers of `full` are in order of execution."""
+        order = list(full)
+        layers = quantizable(denoiser)
+        fixed = {name for rule in self.place.rules for name in fnmatch.filter(order, rule.pattern)}
+        if self.place.ends != "same":
+            fixed |= set(end_layers(order))
+        items = []
+        for name in order:
+            module = layers[name]
+            if name in fixed:
+                continue
+            if not isinstance(module, Matmul) and self._weights_are_free:
+                items.append(Item(name, "weights", self.bits))
+            behind_softmax = isinstance(module, Matmul) and module.role == "values"
+            if self.activation_bits is not None and not (behind_softmax and self.place.softmax_bits is not None):
+                items.append(Item(name, "activations", self.bits))
+        if not items:
+            raise SpecError("There is nothing to allocate: rules and ends leave no layer free.")
+        weights = {name: module.weight.detach() for name, module in layers.items() if not isinstance(module, Matmul)}
+        return _Problem(tuple(order), full, base, tuple(items), weights)
+
+    @property
+    def _weights_are_free(self) -> bool:
+        return any(budget is not None for budget in (self.weight_bits, self.max_bytes, self.max_drift))
+
+    def _check_budgets(self, problem: _Problem, costs: Costs) -> None:
+        """Raise SpecError with the smallest budget that is possible."""
+        least: Choice = {item: item.bits[0] for item in problem.items}
+        for operand, asked in (("weights", self.weight_bits), ("activations", self.activation_bits)):
+            found = costs.average(operand, least)
+            if asked is not None and any(i.operand == operand for i in problem.items) and found > asked + 1e-9:
+                raise SpecError(
+                    f"An average of {asked:g} bits for {operand} is not possible: with {self.bits[0]} bits in every "
+                    f"layer that is free to choose it is {found:.4g}. Ask for at least that much, or free more layers "
+                    "(ends: same, fewer rules)."
+                )
+        if self.max_bytes is not None and costs.total_bytes(least) > self.max_bytes:
+            raise SpecError(
+                f"{self.max_bytes} bytes for the layers are not possible: the least is {costs.total_bytes(least)}, "
+                f"with {self.bits[0]} bits in every layer that is free to choose."
+            )
+
+    def _scores(self, job: Job, probe: Probe, used: list[Trajectory], problem: _Problem) -> tuple[Scores, int]:
+        if self.score in ("final", "incoherent"):
+            coherent, incoherent, spent = final_scores(
+                probe, used, problem.items, projections=self.projections, run=job.run, keeper=job.keeper
+            )
+            return coherent if self.score == "final" else incoherent, spent
+        mse, relative, spent = output_scores(probe, used, problem.items, run=job.run)
+        return mse if self.score == "mse" else relative, spent
+
+    def _limits(self, problem: _Problem, costs: Costs) -> list[tuple[list[list[float]], float]]:
+        """Costs of all items' candidates (full precision last) and budgets."""
+        limits: list[tuple[list[list[float]], float]] = []
+        for operand, asked in (("weights", self.weight_bits), ("activations", self.activation_bits)):
+            if asked is None:
+                continue
+            fixed, elements = costs.fixed[operand]
+            own = [
+                [costs.bits(item, bits) if item.operand == operand else 0.0 for bits in (*item.bits, None)]
+                for item in problem.items
+            ]
+            limits.append((own, asked * elements - fixed))
+        if self.max_bytes is not None:
+            limits.append((_bytes(problem, costs), float(self.max_bytes - costs.fixed_bytes)))
+        return limits
+
+    def _chosen(self, problem: _Problem, scores: Scores, costs: Costs, bound: float | None = None) -> Choice:
+        """The solution under the budgets, or of the fewest bytes with a predicted drift of at most `bound`."""
+        objective = [[*scores[item].values(), 0.0] for item in problem.items]
+        limits = self._limits(problem, costs)
+        if bound is None:
+            places = solve(objective, limits)
+        else:
+            places = solve(_bytes(problem, costs), [*limits, (objective, bound**2)])
+        return {item: (*item.bits, None)[place] for item, place in zip(problem.items, places, strict=True)}
+
+    def _fits(self, costs: Costs, choice: Choice) -> bool:
+        return (
+            (self.weight_bits is None or costs.average("weights", choice) <= self.weight_bits + 1e-9)
+            and (self.activation_bits is None or costs.average("activations", choice) <= self.activation_bits + 1e-9)
+            and (self.max_bytes is None or costs.total_bytes(choice) <= self.max_bytes)
+        )
+
+    def _refined(self, choice: Choice, scores: Scores, costs: Costs, meter: _Meter) -> Choice:
+        """Keep those of the most doubtful changes that lower the measured drift by more than a standard error."""
+        if not self.refine:
+            return choice
+        present = meter.measure(choice, "the solution")
+        for change in _doubtful(choice, scores, lambda trial: self._fits(costs, trial))[: self.refine]:
+            trial = {**choice, **change}
+            if not self._fits(costs, trial):  # an earlier change took the room
+                continue
+            found = meter.measure(trial, _told(choice, change))
+            gain = present - found
+            if float(gain.mean()) > float(gain.std()) / math.sqrt(len(gain)):
+                choice, present = trial, found
+                meter.rows[-1]["kept"] = True
+        return choice
+
+    def _bounded(self, problem: _Problem, scores: Scores, costs: Costs, meter: _Meter) -> Choice:
+        """Fewest bytes whose measured drift keeps `max_drift`, by bisection of the bound on the predicted drift."""
+        wanted = self.max_drift
+        assert wanted is not None
+        bound, held, failed = wanted, 0.0, math.inf
+        best: Choice | None = None
+        least = math.inf
+        for _ in range(self.measured_runs):
+            trial = self._chosen(problem, scores, costs, bound)
+            drift = float(meter.measure(trial, f"predicted drift of at most {bound:.4g}").mean())
+            least = min(least, drift)
+            if drift <= wanted:
+                held = bound
+                best = trial
+                meter.rows[-1]["kept"] = True
+            else:
+                failed = bound
+            if best is trial and all(bits == item.bits[0] for item, bits in trial.items()):
+                break  # nothing is smaller
+            if held and math.isfinite(failed):
+                bound = math.sqrt(held * failed)
+            else:  # drift grows about as its prediction does, until it saturates
+                step = wanted / max(drift, 1e-300)
+                low, high = (2.0, MEASURED_BEYOND) if held else (1 / MEASURED_BEYOND, 0.5)
+                bound *= min(max(step, low), high)
+        if best is None:
+            raise CalibrationError(
+                f"No allocation of {self.measured_runs} that were measured keeps the final drift at or below "
+                f"{wanted:g}; the least was {least:.4g}. What is not free to choose may drift that much already: raise "
+                "max_drift or the bits of activations, or measured_runs."
+            )
+        return best
+
+
+class _Meter:
+    """Measures the final drift of the network rounded to nearest, on held-out images; remembers what it measured."""
+
+    def __init__(self, problem: _Problem, probe: Probe, held: list[Trajectory], job: Job) -> None:
+        self.problem, self.probe, self.held, self.job = problem, probe, held, job
+        self.rows: list[dict[str, object]] = []
+        self.evaluations = 0
+        self._known: dict[tuple[int | None, ...], Tensor] = {}
+
+    def measure(self, choice: Choice, what: str) -> Tensor:
+        """Final drift of each held-out image."""
+        key = tuple(choice[item] for item in self.problem.items)
+        if key not in self._known:
+            self.probe.install(self.problem.plan(choice))
+            images = sum(trajectory.batch for trajectory in self.held)
+            with self.job.run.progress.track("Measuring an allocation", images) as done:
+                self._known[key] = final_drift(self.probe.denoiser, self.held, done)
+            self.evaluations += sum(
+                call.prediction.shape[0] for one in self.held for step in one.steps for call in step.calls
+            )
+        found = self._known[key]
+        self.rows.append({"what": what, "drift": float(found.mean()), "kept": False})
+        return found
+
+    def drift_of(self, choice: Choice) -> float | None:
+        """Of a choice that was measured; None if it was not."""
+        found = self._known.get(tuple(choice[item] for item in self.problem.items))
+        return None if found is None else float(found.mean())
+
+
+def allocated(recipe: Recipe, **settings: object) -> Recipe:
+    """The recipe with `Allocate(**settings)` in the place of its `Place`, at the recipe's own rule for ranges.
+
+    Raises SpecError for a recipe without `Place`.
+    """
+    places = [number for number, stage in enumerate(recipe.stages) if isinstance(stage, Place)]
+    if len(places) != 1:
+        raise SpecError(f"Recipe {recipe.name!r} has {len(places)} stages Place, expected one to allocate bits for.")
+    place = recipe.stages[places[0]]
+    rules = [stage.rule for stage in recipe.stages if isinstance(stage, FitWeightRanges)]
+    own = {"place": place, **({"ranges": rules[0]} if rules else {}), **settings}
+    stages = list(recipe.stages)
+    stages[places[0]] = Allocate(**own)  # type: ignore[arg-type]
+    return Recipe(recipe.name, tuple(stages))
+
+
+def _split(trajectories: list[Trajectory], samples: int, held_out: int) -> tuple[list[Trajectory], list[Trajectory]]:
+    """First mini-batches with `samples` images and last ones with `held_out`; held-out images give way first."""
+    used: list[Trajectory] = []
+    for trajectory in trajectories[: max(1, len(trajectories) - 1)]:
+        if sum(len(one.seeds) for one in used) < samples:
+            used.append(trajectory)
+    held: list[Trajectory] = []
+    for trajectory in reversed(trajectories[len(used) :]):
+        if sum(len(one.seeds) for one in held) < held_out:
+            held.insert(0, trajectory)
+    return used, held
+
+
+def _costs_of(problem: _Problem, denoiser: nn.Module, activations: Mapping[str, float]) -> Costs:
+    """activations: values that enter each layer in one evaluation of one image; empty if not known yet."""
+    sizes = {"weights": {name: float(w.numel()) for name, w in problem.weights.items() if name in problem.order}}
+    sizes["activations"] = {name: activations.get(name, 0.0) for name in problem.order}
+    dtype = next(iter(problem.weights.values())).dtype
+    full_bits = 8 * dtype.itemsize
+    free = {(item.operand, item.layer) for item in problem.items}
+    fixed = {}
+    for operand, elements in sizes.items():
+        spent = 0.0
+        for name, count in elements.items():
+            scheme = problem.base.get(name, LayerScheme())
+            spec = scheme.weight if operand == "weights" else scheme.input
+            if (operand, name) not in free:
+                spent += count * (full_bits if spec is None else spec.bits)
+        fixed[operand] = (spent, sum(elements.values()))
+    modules = dict(denoiser.named_modules())
+    of_item: dict[Item, dict[int | None, int]] = {}
+    fixed_bytes = 0
+    items = {(item.operand, item.layer): item for item in problem.items}
+    for name in problem.order:
+        base, full = problem.base.get(name, LayerScheme()), problem.full[name]
+        if ("activations", name) in items:
+            item = items["activations", name]
+            of_item[item] = {**dict.fromkeys(item.bits, _TABLE_BYTES * len(operand_specs(full))), None: 0}
+        else:
+            fixed_bytes += _TABLE_BYTES * len(operand_specs(base))
+        if name not in sizes["weights"]:
+            continue
+        module, weight = modules[name], problem.weights[name]
+        fixed_bytes += 0 if module.bias is None else _plain_bytes(module, "bias")
+        if ("weights", name) in items:
+            item = items["weights", name]
+            specs = {bits: _at(full.weight, bits) for bits in (*item.bits, None)}
+            of_item[item] = {bits: _weight_bytes(module, weight, spec) for bits, spec in specs.items()}
+        else:
+            fixed_bytes += _weight_bytes(module, weight, base.weight)
+    of_items = {item: sizes[item.operand][item.layer] for item in problem.items}
+    return Costs(of_items, full_bits, of_item, fixed, fixed_bytes)
+
+
+def _weight_bytes(module: nn.Module, weight: Tensor, spec: QuantSpec | None) -> int:
+    """Levels, scales and zero points in a checkpoint, or the floating-point weight."""
+    if spec is None:
+        return _plain_bytes(module, "weight")
+    groups = 1 if spec.granularity == "tensor" else grouped(weight, spec).numel() // grouped(weight, spec).shape[-1]
+    return packed_bytes(weight.numel(), spec.bits) + groups * (4 + 1)
+
+
+def _plain_bytes(module: nn.Module, attribute: str) -> int:
+    stored = encoded(attribute, Slot(module, attribute, "plain"))
+    return stored.numel() * stored.element_size()
+
+
+def _bytes(problem: _Problem, costs: Costs) -> list[list[float]]:
+    return [[float(costs.bytes[item][bits]) for bits in (*item.bits, None)] for item in problem.items]
+
+
+def _total(scores: Scores, choice: Choice) -> float:
+    return sum(0.0 if bits is None else scores[item][bits] for item, bits in choice.items())
+
+
+def _doubtful(choice: Choice, scores: Scores, fits: Callable[[Choice], bool]) -> list[Choice]:
+    """Changes of one or two items by one candidate each that the budget allows, the least decided prediction first.
+
+    Decided means: the predicted change of the sum, relative to what the two items contribute before and after.
+    """
+
+    def score(item: Item, bits: int | None) -> float:
+        return 0.0 if bits is None else scores[item][bits]
+
+    ups: list[tuple[Item, int | None]] = []
+    downs: list[tuple[Item, int | None]] = []
+    for item, bits in choice.items():
+        known = (*item.bits, None)
+        place = known.index(bits)
+        ups += [(item, known[place + 1])] if place + 1 < len(known) else []
+        downs += [(item, known[place - 1])] if place else []
+    found: list[tuple[float, Choice]] = []
+    for up, more in ups:
+        for down, less in downs:
+            change: Choice = {up: more, down: less}
+            if up == down or up.operand != down.operand or not fits({**choice, **change}):
+                continue
+            terms = [score(up, more), -score(up, choice[up]), score(down, less), -score(down, choice[down])]
+            weight = sum(abs(term) for term in terms)
+            if weight > 0:
+                found.append((abs(sum(terms)) / weight, change))
+    found.sort(key=lambda entry: entry[0])
+    return [change for _, change in found]
+
+
+def _told(choice: Choice, change: Choice) -> str:
+    """What a change does, in words."""
+
+    def name(bits: int | None) -> str:
+        return "full" if bits is None else str(bits)
+
+    return ", ".join(
+        f"{item.layer} {item.operand} {name(choice[item])} to {name(bits)}" for item, bits in change.items()
+    )
+
+
+def _rules(problem: _Problem, choice: Choice, place: Place) -> tuple[LayerRule, ...]:
+    """One rule for every layer of which something was chosen, in order of execution."""
+    by_layer: dict[str, dict[str, int | None]] = {}
+    for item, bits in choice.items():
+        by_layer.setdefault(item.layer, {})[item.operand] = bits
+    rules = []
+    for name in problem.order:
+        if name not in by_layer:
+            continue
+        scheme = problem.base.get(name, LayerScheme())
+        weights = by_layer[name].get("weights", None if scheme.weight is None else scheme.weight.bits)
+        activations = by_layer[name].get("activations", None if scheme.input is None else scheme.input.bits)
+        rules.append(LayerRule(name, weights, activations, None if weights is None else place.group_size))
+    return tuple(rules)

@@ -1,0 +1,106 @@
+"""`stepquant allocate`: bits for every layer under a budget, as a file that people edit and `quantize` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from stepquant import api
+from stepquant.calibrate.allocation import Allocate
+from stepquant.cli.console import Settings, interruptible, progress_for, replace_text, stdout_console, write_json
+from stepquant.cli.outputs import refuse_existing
+from stepquant.cli.work import QuantizeRequest, device_named, prepare
+from stepquant.config import Resolved
+from stepquant.errors import SpecError
+from stepquant.recipe import Recipe
+from stepquant.run import Run
+
+__all__ = ["allocate", "plan_settings"]
+
+
+def allocate(request: QuantizeRequest, settings: Settings, json_target: str | None) -> None:
+    """Find the bits, write the plan, and say what it promises."""
+    out = request.out
+    if out is None:
+        raise SpecError("There is no file to write to: give -o plan.yaml.")
+    if out.is_dir():
+        raise SpecError(f"{out} is a folder, expected a file such as plan.yaml.")
+    refuse_existing(out, overwrite=request.overwrite)
+    resolved = request.resolved()
+    if not resolved.budget:
+        raise SpecError("There is no budget to allocate under: give --target, --max-bytes or --max-drift.")
+    prepare(settings)
+    pipe = api.open_model(resolved.model, device=device_named(resolved.device))
+    with interruptible("Nothing was written; an allocation starts from the beginning."):
+        found = api.quantize(
+            pipe,
+            _beginning(resolved.recipe),
+            steps=resolved.steps,
+            run=Run(seed=resolved.seed, progress=progress_for(settings)),
+            arguments=resolved.arguments,
+        ).figures[-1]
+    replace_text(out, _plan_text(resolved, found))
+    if json_target is not None:
+        write_json({"plan": str(out), **found}, json_target)
+    if json_target != "-" and not settings.quiet:
+        console = stdout_console()
+        console.print(f"{out} has bits for {len(found['rules'])} layers: {_summary(found)}.")
+        console.print(f"Edit its rules if you like. Next: stepquant quantize --config {out} -o OUT")
+
+
+def plan_settings(resolved: Resolved, rules: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings in the form of `run.yaml`, with the rules that were found in the place of the budget.
+
+    Rules that were given come last, so that they still win.
+    """
+    data = {key: value for key, value in resolved.to_dict().items() if key not in resolved.budget}
+    found = [
+        {
+            "pattern": rule["pattern"],
+            "weights": 16 if rule["weights"] is None else rule["weights"],
+            "activations": 16 if rule["activations"] is None else rule["activations"],
+            **({} if rule.get("group_size") is None else {"group_size": rule["group_size"]}),
+        }
+        for rule in rules
+    ]
+    return {**data, "rules": [*found, *(data.get("rules") or [])]}
+
+
+def _beginning(recipe: Recipe) -> Recipe:
+    """The stages up to the allocation, and of those only the ones that it needs."""
+    place = next(number for number, stage in enumerate(recipe.stages) if isinstance(stage, Allocate))
+    needed = set(recipe.stages[place].needs)
+    kept = [recipe.stages[place]]
+    for stage in reversed(recipe.stages[:place]):
+        if stage.gives & needed:
+            needed |= stage.needs
+            kept.insert(0, stage)
+    return Recipe("allocate", tuple(kept))
+
+
+def _summary(found: Mapping[str, Any]) -> str:
+    parts = [
+        f"{found['weight_bits']:.3g} bits a weight",
+        f"{found['activation_bits']:.3g} bits an activation",
+        f"{found['layer_bytes']:,} bytes of layers",
+    ]
+    if found["predicted_drift"] is not None:
+        parts.append(f"predicted drift {found['predicted_drift']:.3g}")
+    if found["measured_drift"] is not None:
+        parts.append(f"measured {found['measured_drift']:.3g} with everything rounded to nearest")
+    return ", ".join(parts)
+
+
+def _plan_text(resolved: Resolved, found: Mapping[str, Any]) -> str:
+    data = plan_settings(resolved, found["rules"])
+    budget = ", ".join(f"{key} {value}" for key, value in resolved.budget.items() if key != "allocation")
+    head = [
+        f"# Bits for {budget}: {_summary(found)}.",
+        "# The drift is the root mean square of the change of the final sample, from what was free to choose.",
+        "# Rules are tried in order and the last that matches wins. 16 leaves a tensor in floating point.",
+        "# `stepquant check` shows what this file stands for, `stepquant quantize --config` takes it.",
+    ]
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=160)
+    return "\n".join(head) + "\n" + text
