@@ -14,6 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from stepquant.errors import CheckpointError
 from stepquant.model.assembly import ClockStructure, LayerStructure, Structure
+from stepquant.model.plain_json import parse_json
+from stepquant.model.transform import TransformSpec
 from stepquant.numerics.spec import LayerScheme
 
 __all__ = [
@@ -27,11 +29,15 @@ __all__ = [
     "config_hash",
     "group_layers",
     "manifest_json",
+    "needed_version",
     "read_manifest",
+    "structure_of",
     "write_manifest",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Newest version that this stepquant reads. It writes the oldest that has all that a model needs."""
+
 MANIFEST_NAME = "stepquant.json"
 
 # Far above any real manifest (a hundred thousand layers), and small enough to be read at once.
@@ -78,11 +84,27 @@ class PipelineIdentity:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers that share scheme and rows. layers: full name -> shape of the weight, empty for a matmul."""
+    """Layers that share scheme, rows, transform and rank. layers: full name -> shape of the weight, empty for a matmul.
+
+    transform, rank: as in `LayerStructure`; since format version 2.
+    """
 
     scheme: LayerScheme
     rows: dict[str, int]
     layers: dict[str, tuple[int, ...]]
+    transform: TransformSpec | None = None
+    rank: int | None = None
+
+    @property
+    def additions(self) -> list[str]:
+        """What these layers have that format version 1 does not know."""
+        specs = (self.scheme.weight, self.scheme.input, self.scheme.second)
+        found = {
+            "levels at powers of two": any(spec is not None and spec.logarithmic for spec in specs),
+            "a transform of the input": self.transform is not None,
+            "a low-rank branch": self.rank is not None,
+        }
+        return [words for words, there in found.items() if there]
 
 
 @dataclass(frozen=True)
@@ -96,7 +118,7 @@ class Manifest:
     checksums: tensor -> SHA-256 of its bytes.
     """
 
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     stepquant: str
     torch: str
     diffusers: str
@@ -118,10 +140,7 @@ class Manifest:
     @property
     def structure(self) -> Structure:
         """What `assemble_` needs."""
-        layers = {
-            name: LayerStructure(group.scheme, dict(group.rows)) for group in self.layers for name in group.layers
-        }
-        return Structure(self.clock, layers, self.explicit_attention)
+        return structure_of(self.clock, self.layers, explicit_attention=self.explicit_attention)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -138,12 +157,30 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def group_layers(structure: Structure, shapes: Mapping[str, tuple[int, ...]]) -> tuple[LayerGroup, ...]:
-    """Put layers that share scheme and rows together, in the order in which they are met."""
+    """Put layers that share everything but their shape together, in the order in which they are met."""
     groups: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
     for name, layer in structure.layers.items():
-        key = (layer.scheme, tuple(sorted(layer.rows.items())))
+        key = (layer.scheme, tuple(sorted(layer.rows.items())), layer.transform, layer.rank)
         groups.setdefault(key, {})[name] = shapes[name]
-    return tuple(LayerGroup(scheme, dict(rows), layers) for (scheme, rows), layers in groups.items())
+    return tuple(
+        LayerGroup(scheme, dict(rows), layers, transform, rank)
+        for (scheme, rows, transform, rank), layers in groups.items()
+    )
+
+
+def structure_of(clock: ClockStructure, groups: Iterable[LayerGroup], *, explicit_attention: bool) -> Structure:
+    """The inverse of `group_layers`, up to the shapes."""
+    layers = {
+        name: LayerStructure(group.scheme, dict(group.rows), group.transform, group.rank)
+        for group in groups
+        for name in group.layers
+    }
+    return Structure(clock, layers, explicit_attention)
+
+
+def needed_version(layers: Iterable[LayerGroup]) -> Literal[1, 2]:
+    """The oldest format version that has all that these layers need."""
+    return 2 if any(group.additions for group in layers) else 1
 
 
 def manifest_json(manifest: Manifest) -> dict[str, Any]:
@@ -190,22 +227,33 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path} has {path.stat().st_size} bytes; a manifest has at most {MAX_MANIFEST_BYTES}.")
     text = path.read_bytes()
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is not JSON: the file is damaged.") from None
+        data = parse_json(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}. The file is damaged.") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}, expected an object.")
     version = data.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         writer = data.get("stepquant", "of unknown version")
         raise CheckpointError(
             f"{path} has format version {version!r}, written by stepquant {writer}; "
-            f"this stepquant reads version {FORMAT_VERSION}. Install the version that wrote it."
+            f"this stepquant reads versions 1 to {FORMAT_VERSION}. Install the version that wrote it."
         )
     manifest = _validated(path, text)
     _refuse_unknown_keys(path, data, _ADAPTER.dump_python(manifest, mode="json"))
     _check_names(path, manifest)
+    _check_version(path, manifest)
     return manifest
+
+
+def _check_version(path: Path, manifest: Manifest) -> None:
+    """A file says which version it needs: a reader of that version must understand all of it."""
+    if manifest.format_version < needed_version(manifest.layers):
+        group = next(group for group in manifest.layers if group.additions)
+        raise CheckpointError(
+            f"{path}: {next(iter(group.layers), 'a layer')} has {group.additions[0]}, which format version "
+            f"{manifest.format_version} does not have; the manifest has been edited."
+        )
 
 
 def _validated(path: Path, text: bytes) -> Manifest:

@@ -14,7 +14,8 @@ from stepquant.errors import CheckpointError, nearest
 from stepquant.manifest import MANIFEST_NAME, DenoiserIdentity
 from stepquant.model.clock import StepClock
 from stepquant.model.layer import QuantizedLayer
-from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
+from stepquant.model.quantizer import InputQuantizer, LogQuantizer, WeightQuantizer
+from stepquant.model.transform import InputTransform
 from stepquant.numerics.packing import pack, packed_bytes, unpack
 from stepquant.numerics.spec import QuantSpec
 from stepquant.storage import Entry
@@ -32,7 +33,7 @@ __all__ = [
     "slots_of",
 ]
 
-Role = Literal["levels", "weight_scale", "weight_zero", "input_scale", "input_zero", "rows", "edges", "plain"]
+Role = Literal["levels", "weight_scale", "weight_zero", "input_scale", "input_zero", "choice", "rows", "edges", "plain"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Slot:
         dtypes = {
             "weight_zero": torch.uint8,
             "input_zero": torch.uint8,
+            "choice": torch.uint8,
             "rows": torch.uint8 if self.rows <= 256 else torch.int32,
             "plain": None,
         }
@@ -89,13 +91,14 @@ def _slot(module: nn.Module, attribute: str) -> Slot | None:
         return Slot(module, attribute, "levels", quantizer.spec)
     if isinstance(module, WeightQuantizer):
         return Slot(module, attribute, "weight_scale" if attribute == "scale" else "weight_zero", module.spec)
-    if isinstance(module, InputQuantizer):
+    if isinstance(module, InputTransform):
+        return Slot(module, attribute, "input_scale")
+    if isinstance(module, InputQuantizer | LogQuantizer):
         if attribute == "row_of_bin":
             # With one row the table is all zeros.
             return Slot(module, attribute, "rows", module.spec, module.rows) if module.rows > 1 else None
-        return Slot(
-            module, attribute, "input_scale" if attribute == "scale" else "input_zero", module.spec, module.rows
-        )
+        roles: dict[str, Role] = {"scale": "input_scale", "zero_point": "input_zero", "logarithmic": "choice"}
+        return Slot(module, attribute, roles[attribute], module.spec, module.rows)
     if isinstance(module, StepClock):
         return Slot(module, attribute, "edges")
     return Slot(module, attribute, "plain")
@@ -163,6 +166,9 @@ def check_value(name: str, slot: Slot, stored: Tensor) -> None:
         fixed = -slot.spec.qmin if slot.spec.symmetric else 0
         if (slot.spec.symmetric or slot.spec.nonnegative) and not bool((stored == fixed).all()):
             raise CheckpointError(f"{name}: the zero point of a symmetric or nonnegative quantizer is {fixed}.")
+    elif slot.role == "choice":
+        if stored.numel() and int(stored.max()) > 1:
+            raise CheckpointError(f"{name}: {int(stored.max())} is no choice; it is 0 or 1.")
     elif slot.role == "rows":
         if stored.numel() and not 0 <= int(stored.min()) <= int(stored.max()) < slot.rows:
             raise CheckpointError(

@@ -43,6 +43,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "gac": {"iterations_weights": 3, "iterations_activations": 2, "lr_weights": 5e-2, "meta_iterations": 1},
     "cec": {"held_out": 2},
+    "ptq4dm": {"iterations": 3, "lr_weights": 5e-2, "draws": 6},
+    "pqd": {"iterations": 3, "lr_weights": 5e-2, "draws": 6},
+    "eda_dm": {"iterations": 3, "lr_weights": 5e-2, "draws": 6},
+    "pcr": {"iterations": 3, "lr_weights": 5e-2},
     "combined": {
         "block_iterations": 2,
         "block_lr": 5e-2,
@@ -53,6 +57,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lr_weights": 5e-2,
         "compensation": False,
     },
+    "tcaq_dm": {"rounds": 1, "together": 8},
+    "ptq4dit": {"together": 8},
+    "vidit_q": {"layer_rounding": True, "together": 8},
+    "svdquant": {"points": 2, "rank": 2, "refits": 1, "together": 8},
     "adp_dm": {"rounds": 2, "focus": 1, "groups": 2, "block_iterations": 2, "block_lr": 5e-2},
 }
 
@@ -159,7 +167,7 @@ def test_nothing_of_the_calibration_is_left_behind(method: str, finished: dict[s
     ]
 
 
-@pytest.mark.parametrize("method", ["q_diffusion", "accuquant", "gac", "combined"])
+@pytest.mark.parametrize("method", ["q_diffusion", "accuquant", "gac", "combined", "ptq4dm", "eda_dm"])
 def test_learning_methods_differ_from_rounding(method: str, finished: dict[str, Quantized]) -> None:
     rounded, learnt = bytes_of(finished["rtn"]), bytes_of(finished[method])
     assert rounded.keys() == learnt.keys()
@@ -192,8 +200,14 @@ INTERRUPTIONS = {
     "q_diffusion": [("block by block", 2), ("Fitting activation ranges", 1), ("activation scales", 3)],
     "accuquant": [("Rounding weights", 3), ("Fitting windows", 5), ("Fitting windows", 10)],
     "gac": [("block by block", 2), ("activation scales", 3)],
+    "eda_dm": [("Observing", 1), ("block by block", 2)],
+    "pcr": [("Calibrating step by step", 3)],
     "adp_dm": [("Searching timestep groups", 2)],
     "cec": [("Fitting corrections", 2)],
+    "tcaq_dm": [("layer by layer", 2), ("Watching softmax", 1)],
+    "ptq4dit": [("Balancing channels", 2)],
+    "vidit_q": [("Rotating channels", 2)],
+    "svdquant": [("Fitting low-rank", 2), ("layer by layer", 2)],
 }
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from stepquant.calibrate.qdrop import QDrop, dropping, mixed
 from stepquant.calibrate.rounding import (
     SoftRounding,
     annealed_beta,
@@ -30,7 +31,8 @@ from stepquant.errors import CalibrationError, SpecError
 from stepquant.model.clock import clock_of
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.quantizer import InputQuantizer
-from stepquant.model.surgery import Unit, quantized_layers, units_of
+from stepquant.model.surgery import Unit, operand_specs, quantized_layers, units_of
+from stepquant.numerics.spec import LayerScheme
 from stepquant.recipe import Figures, Job
 
 __all__ = [
@@ -143,14 +145,27 @@ class _Reached(Exception):  # noqa: N818 - control flow: leaves a forward call o
 
 @dataclass
 class _Cache:
-    """A unit's calls over the calibration set: arguments with samples concatenated, outputs `[N, ...]`, bins `[N]`."""
+    """A unit's calls over the calibration set: arguments with samples concatenated, outputs `[N, ...]`, bins `[N]`.
+
+    float_inputs: the arguments behind the full-precision prefix, where they are needed beside the quantized ones.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: Tensor
     bins: Tensor
+    float_inputs: Call | None = None
 
     def batch(self, chosen: Tensor) -> tuple[tuple[Any, ...], dict[str, Any], Tensor, Tensor]:
+        args, kwargs = self._taken((self.args, self.kwargs), chosen)
+        return args, kwargs, self.outputs[chosen], self.bins[chosen]
+
+    def float_batch(self, chosen: Tensor) -> Call:
+        """The arguments of the same samples behind the full-precision prefix."""
+        assert self.float_inputs is not None
+        return self._taken(self.float_inputs, chosen)
+
+    def _taken(self, call: Call, chosen: Tensor) -> Call:
         count = len(self.bins)
 
         def take(value: Any) -> Any:
@@ -158,8 +173,7 @@ class _Cache:
                 return value[chosen]
             return value
 
-        kwargs = {key: take(value) for key, value in self.kwargs.items()}
-        return tuple(take(value) for value in self.args), kwargs, self.outputs[chosen], self.bins[chosen]
+        return tuple(take(value) for value in call[0]), {key: take(value) for key, value in call[1].items()}
 
 
 def _first_tensor(value: Any) -> Tensor:
@@ -217,28 +231,41 @@ def _caches(
     batches: Sequence[Call],
     bins: Tensor,
     quantized_prefix: bool,
+    float_inputs: bool = False,
 ) -> dict[str, _Cache]:
-    """Inputs from the quantized or the full-precision prefix, outputs always from full precision."""
+    """Inputs from the quantized or the full-precision prefix, outputs always from full precision.
+
+    float_inputs: keep the inputs from full precision as well.
+    """
     if not units:
         return {}
-    wanted = _capture(full_precision, units, batches, with_inputs=not quantized_prefix)
+    wanted = _capture(full_precision, units, batches, with_inputs=float_inputs or not quantized_prefix)
     given = _capture(quantized, units, batches, with_inputs=True) if quantized_prefix else wanted
-    return {unit: _joined(given[unit], [output for _, _, output in wanted[unit]], bins) for unit in units}
+    found = {}
+    for unit in units:
+        outputs = [output for _, _, output in wanted[unit]]
+        sizes = [int(output.shape[0]) for output in outputs]
+        args, kwargs = _joined(given[unit], sizes)
+        plain = _joined(wanted[unit], sizes) if float_inputs else None
+        found[unit] = _Cache(args, kwargs, torch.cat(outputs), bins, plain)
+    return found
 
 
-def _joined(given: list[Captured], outputs: list[Tensor], bins: Tensor) -> _Cache:
-    sizes = [int(output.shape[0]) for output in outputs]
+def _joined(given: list[Captured], sizes: list[int]) -> Call:
+    """The arguments of several calls as those of one."""
     args = tuple(_join([call[0][i] for call in given], sizes) for i in range(len(given[0][0])))
-    kwargs = {key: _join([call[1][key] for call in given], sizes) for key in given[0][1]}
-    return _Cache(args, kwargs, torch.cat(outputs), bins)
+    return args, {key: _join([call[1][key] for call in given], sizes) for key in given[0][1]}
 
 
 @dataclass(frozen=True)
 class Fit:
     """How one unit is optimised: Adam for `iterations` mini-batches of `batch` calibration samples.
 
+    lr: of the rounding; of activation scales, relative to each, where no rounding is learnt.
     norm: the power p of the reconstruction loss. round_weight, warmup: AdaRound's regulariser.
     compute: what the unit's operators compute in while it is fitted; parameters, loss and optimizer stay in float32.
+    qdrop: how rounding and activation scales are learnt together; None learns one or the other.
+    layer_weight: of the reconstruction losses of the unit's layers in the loss.
     """
 
     iterations: int
@@ -248,11 +275,20 @@ class Fit:
     round_weight: float = 0.0
     warmup: float = 0.0
     compute: Compute = "float32"
+    qdrop: QDrop | None = None
+    layer_weight: float = 0.0
+
+    @property
+    def float_inputs(self) -> bool:
+        """Whether a unit's full-precision inputs are needed beside the quantized ones."""
+        return self.layer_weight > 0 or (self.qdrop is not None and self.qdrop.inputs > 0)
 
 
 @dataclass(frozen=True)
 class RoundBlocks:
-    """Learn the rounding of every unit's weights so that the unit's output stays, activations in full precision.
+    """Learn the rounding of every unit's weights so that the unit's output stays.
+
+    Activations are in full precision; with `qdrop` they are quantized, and their scales learn with the rounding.
 
     Source: Li et al. 2021 (BRECQ) and the public code of Q-Diffusion (Li et al. 2023) for every default.
     quantized_prefix: inputs of a unit come from the already rounded prefix (`asym=True`), targets from full precision.
@@ -264,6 +300,9 @@ class RoundBlocks:
         it keeps the directions that an earlier stage such as `RoundLayers` has found.
     compute: "bfloat16" runs the unit's operators in it; parameters, loss and optimizer stay in float32. Units with a
         weight of more than 4 bits are always fitted in float32: what bfloat16 loses is not small beside their error.
+    qdrop: quantize activations meanwhile, a random share of their elements at a time. Needs `FitInputRanges` before.
+    layer_weight: add this much of the reconstruction loss of every quantized layer of the unit but its last one
+        (EDA-DM's fine-grained loss). Layers' targets are those behind the full-precision prefix.
     """
 
     iterations: int = 20_000
@@ -276,6 +315,8 @@ class RoundBlocks:
     weighting: SampleWeighting | None = None
     keep_rounding: float = 0.0
     compute: Compute = "float32"
+    qdrop: QDrop | None = None
+    layer_weight: float = 0.0
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
@@ -286,19 +327,43 @@ class RoundBlocks:
             raise SpecError(f"keep_rounding must be from 0 to 1, found {self.keep_rounding}.")
         if self.compute not in ("float32", "bfloat16"):
             raise SpecError(f"compute must be 'float32' or 'bfloat16', found {self.compute!r}.")
+        if self.layer_weight < 0:
+            raise SpecError(f"layer_weight must not be negative, found {self.layer_weight}.")
+        if self.weighting is not None and (self.qdrop is not None or self.layer_weight):
+            raise SpecError(
+                "Learnt sample weights (weighting) know neither qdrop nor layer_weight: choose one of them."
+            )
+        if self.qdrop is not None and (not self.quantized_prefix or self.compute != "float32"):
+            raise SpecError(
+                "qdrop mixes inputs from both prefixes by its own `inputs` and computes in float32: leave "
+                "quantized_prefix=True and compute='float32'."
+            )
 
     def run(self, job: Job) -> Figures:
-        layers = {n: x for n, x in quantized_layers(job.denoiser).items() if isinstance(x, QuantizedLayer)}
+        every = quantized_layers(job.denoiser)
+        if self.qdrop is not None:
+            _check_ranges(job, every)
+        layers = {n: x for n, x in every.items() if isinstance(x, QuantizedLayer)}
         soften_all_(job, layers, keep=self.keep_rounding)
         units = units_of(job.denoiser, list(job.handed["plan"]))
         samples = _Samples.of(job, self.weighting)
         batches = list(_batches(job.handed["trajectories"], samples.captured, self.batch))
         bins = _bins_of(job.denoiser, batches)
-        fit = Fit(self.iterations, self.batch, self.lr, 2.0, self.round_weight, self.warmup, self.compute)
+        fit = Fit(
+            iterations=self.iterations,
+            batch=self.batch,
+            lr=self.lr,
+            norm=2.0,
+            round_weight=self.round_weight,
+            warmup=self.warmup,
+            compute=self.compute,
+            qdrop=self.qdrop,
+            layer_weight=self.layer_weight,
+        )
         losses: dict[str, Any] = {}
         with (
             job.run.progress.track("Rounding weights, block by block", len(units)) as advance,
-            without_input_quantizers(job.denoiser),
+            without_input_quantizers(job.denoiser) if self.qdrop is None else nullcontext(),
         ):
             for first in range(0, len(units), self.together):
                 group = units[first : first + self.together]
@@ -331,28 +396,43 @@ class RoundBlocks:
         soft = {
             unit.name: soft_roundings({name: layers[name] for name in unit.layers if name in layers}) for unit in group
         }
+        scales = _learnt_scales(job, group, fit)
         kept = job.keeper.load(f"units-{first}") if job.keeper else None
         if kept is not None:
             for roundings in soft.values():
                 for name, rounding in roundings.items():
                     rounding.alpha.data.copy_(kept[0][name])
+            for quantizers in scales.values():
+                for name, quantizer in quantizers.items():
+                    quantizer.scale.copy_(kept[0][_KEPT_SCALE + name])
             losses = kept[1]
             if samples.learner is not None:
                 samples.learner.logits = kept[0][_KEPT_LOGITS]
         else:
-            wanted = [unit.name for unit in group if soft[unit.name]]
-            caches = _caches(job.denoiser, job.full_precision, wanted, batches, bins, self.quantized_prefix)
+            wanted = [unit.name for unit in group if soft[unit.name] or scales[unit.name]]
+            caches = _caches(
+                job.denoiser, job.full_precision, wanted, batches, bins, self.quantized_prefix, fit.float_inputs
+            )
             losses = {}
             for number, unit in enumerate(group, start=first):
-                if soft[unit.name]:
+                if unit.name in caches:
                     cache = caches.pop(unit.name)
                     learnt = samples.learn_(job, unit, cache, soft[unit.name], number)
                     fitted = fit_unit(
-                        job, unit, cache, fit, soft=soft[unit.name], stream=("round", number), weights=samples.weights
+                        job,
+                        unit,
+                        cache,
+                        fit,
+                        soft=soft[unit.name],
+                        scales=scales[unit.name],
+                        stream=("round", number),
+                        weights=samples.weights,
                     )
                     losses[unit.name] = fitted | learnt
             if job.keeper:
                 tensors = {name: r.alpha.detach() for roundings in soft.values() for name, r in roundings.items()}
+                for quantizers in scales.values():
+                    tensors |= {_KEPT_SCALE + name: q.scale.detach() for name, q in quantizers.items()}
                 if samples.learner is not None:
                     tensors[_KEPT_LOGITS] = samples.learner.logits
                 job.keeper.save(f"units-{first}", tensors, losses)
@@ -364,6 +444,29 @@ class RoundBlocks:
 
 _KEPT_LOGITS = ".sample_logits"
 """Where sample weights are kept among roundings by layer name; no layer's name begins with a dot."""
+
+_KEPT_SCALE = ".scale."
+"""What precedes `layer.attribute` where a learnt activation scale is kept among roundings."""
+
+
+def _learnt_scales(job: Job, group: Sequence[Unit], fit: Fit) -> dict[str, dict[str, InputQuantizer]]:
+    """The activation quantizers of each unit whose scales learn with the rounding."""
+    if fit.qdrop is None or not fit.qdrop.lr_scales:
+        return {unit.name: {} for unit in group}
+    layers = quantized_layers(job.denoiser)
+    return {unit.name: input_scales({name: layers[name] for name in unit.layers}) for unit in group}
+
+
+def _check_ranges(job: Job, layers: Mapping[str, QuantizedLayer | QuantizedMatmul]) -> None:
+    """Raise CalibrationError for an activation that should be quantized and has no range yet."""
+    plan: dict[str, LayerScheme] = job.handed["plan"]
+    for name, layer in layers.items():
+        for attribute, _ in operand_specs(plan[name]):
+            if getattr(layer, attribute) is None:
+                raise CalibrationError(
+                    f"The {attribute} of {name} has no range yet, and qdrop quantizes activations: run the stage "
+                    "FitInputRanges before this one."
+                )
 
 
 @dataclass(frozen=True)
@@ -539,7 +642,8 @@ def _evaluations(fit: Fit, samples: int, units: int, together: int, passes: int)
     One iteration of every unit is one forward and backward (worth two forwards) of the whole network; a capture runs
     the network up to its units, half of it on average.
     """
-    return 3 * fit.batch * fit.iterations + passes * samples * -(-units // together) // 2
+    forward = 1 if fit.layer_weight else 0  # of the full-precision unit, for what its layers should return
+    return (3 + forward) * fit.batch * fit.iterations + passes * samples * -(-units // together) // 2
 
 
 def soft_roundings(layers: Mapping[str, Any]) -> dict[str, SoftRounding]:
@@ -570,53 +674,113 @@ def fit_unit(
     scales: Mapping[str, InputQuantizer] | None = None,
     weights: Tensor | None = None,
 ) -> Figures:
-    """Optimise the rounding variables or the activation scales of one unit; returns its loss before and after.
+    """Optimise the rounding variables, the activation scales or both of one unit; returns its loss before and after.
 
+    The loss that is returned is the unit's own on one mini-batch, of quantized inputs and with nothing dropped.
     weights: `[N]` with mean 1, of the cache's first N samples, which alone are fitted; None fits all of them alike.
     """
     module, clock = job.denoiser.get_submodule(unit.name), clocked(job.denoiser)
     roundings, quantizers = list((soft or {}).values()), dict(scales or {})
+    parameters: list[dict[str, Any]] = []
     if roundings:
-        optimizer = torch.optim.Adam([rounding.alpha for rounding in roundings], lr=fit.lr)
-    else:
-        optimizer = torch.optim.Adam(relative_groups(quantizers, fit.lr))
+        decay = {"base_lr": fit.lr} if fit.qdrop is not None and fit.qdrop.decay_rounding else {}
+        parameters.append({"params": [rounding.alpha for rounding in roundings], "lr": fit.lr, **decay})
+    if quantizers:
+        parameters += relative_groups(quantizers, fit.lr if fit.qdrop is None else fit.qdrop.lr_scales)
+    optimizer = torch.optim.Adam(parameters)
     least = {name: quantizer.scale.detach() / 10 for name, quantizer in quantizers.items()}
     generator = job.run.generator("blocks", *stream)
 
     short = fit.compute == "bfloat16" and all(rounding.quantizer.spec.bits <= MOST_BITS_SHORT for rounding in roundings)
 
-    def loss_of(chosen: Tensor, *, short: bool = False) -> Tensor:
+    layers = {name: layer for name, layer in quantized_layers(job.denoiser).items() if name in unit.layers}
+    inner = [name for name in unit.layers if isinstance(layers[name], QuantizedLayer)][:-1] if fit.layer_weight else []
+    drops = job.run.generator("drop", *stream)
+
+    def loss_of(chosen: Tensor, *, short: bool = False, fitting: bool = False) -> Tensor:
         args, kwargs, wanted, at = cache.batch(chosen)
+        if fitting and fit.qdrop is not None and fit.qdrop.inputs:
+            args, kwargs = _mixed_call((args, kwargs), cache.float_batch(chosen), fit.qdrop.inputs, drops)
         clock.bin = at
         counts = None if weights is None else weights[chosen]
-        with torch.autocast(wanted.device.type, torch.bfloat16) if short else nullcontext():
+        with (
+            torch.autocast(wanted.device.type, torch.bfloat16) if short else nullcontext(),
+            _outputs_of(job.denoiser, inner) as given,
+        ):
             found = _first_tensor(module(*args, **kwargs))
-        return reconstruction_loss(found.float() if short else found, wanted, fit.norm, counts)
+        loss = reconstruction_loss(found.float() if short else found, wanted, fit.norm, counts)
+        if fitting and inner:
+            loss = loss + fit.layer_weight * _layer_losses(
+                job, unit, cache.float_batch(chosen), given, fit.norm, counts
+            )
+        return loss
 
     count = len(cache.bins) if weights is None else len(weights)
     probe = torch.arange(min(count, fit.batch))
     with torch.no_grad():
         before = float(loss_of(probe))
-    for iteration in range(fit.iterations):
-        progress = iteration / fit.iterations
-        loss = loss_of(torch.randint(count, (min(fit.batch, count),), generator=generator), short=short)
-        beta = annealed_beta(progress, fit.warmup)
-        if beta is not None:
-            for rounding in roundings:
-                loss = loss + fit.round_weight * rounding.regulariser(beta)
-        if quantizers:
+    with dropping(layers if fit.qdrop else {}, fit.qdrop.activations if fit.qdrop else 0.0, drops):
+        for iteration in range(fit.iterations):
+            progress = iteration / fit.iterations
+            chosen = torch.randint(count, (min(fit.batch, count),), generator=generator)
+            loss = loss_of(chosen, short=short, fitting=True)
+            beta = annealed_beta(progress, fit.warmup) if fit.round_weight else None
+            if beta is not None:
+                for rounding in roundings:
+                    loss = loss + fit.round_weight * rounding.regulariser(beta)
             for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * cosine(progress)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        clamp_scales_(quantizers, least)
+                if "base_lr" in group:
+                    group["lr"] = group["base_lr"] * cosine(progress)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            clamp_scales_(quantizers, least)
     for quantizer in quantizers.values():
         quantizer.scale.requires_grad_(False)
         quantizer.scale.grad = None
     with torch.no_grad():
         after = float(loss_of(probe))
     return {"before": before, "after": after}
+
+
+def _mixed_call(quantized: Call, plain: Call, share: float, generator: torch.Generator) -> Call:
+    """A unit's arguments with a random share of the elements of each tensor from the full-precision prefix."""
+    (args, kwargs), (plain_args, plain_kwargs) = quantized, plain
+    return (
+        tuple(mixed(one, other, share, generator) for one, other in zip(args, plain_args, strict=True)),
+        {key: mixed(value, plain_kwargs[key], share, generator) for key, value in kwargs.items()},
+    )
+
+
+@contextmanager
+def _outputs_of(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Inside, the first output of each named layer in a call is noted."""
+    found: dict[str, Tensor] = {}
+
+    def note(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            found.setdefault(name, output)
+
+        return hook
+
+    handles = [network.get_submodule(name).register_forward_hook(note(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layer_losses(
+    job: Job, unit: Unit, call: Call, given: Mapping[str, Tensor], norm: float, counts: Tensor | None
+) -> Tensor:
+    """Sum of the reconstruction losses of layers of one unit.
+
+    call: the unit's full-precision inputs. given: the quantized layers' outputs, by name.
+    """
+    with torch.no_grad(), _outputs_of(job.full_precision, list(given)) as wanted:
+        job.full_precision.get_submodule(unit.name)(*call[0], **call[1])
+    return torch.stack([reconstruction_loss(given[name], wanted[name], norm, counts) for name in given]).sum()
 
 
 def _batches(trajectories: Sequence[Any], chosen: CalibrationSet, size: int) -> Iterator[Call]:

@@ -15,7 +15,7 @@ from stepquant.calibrate.trajectory import Trajectory, record, seal
 from stepquant.calibrate.windows import windows_of
 from stepquant.errors import SpecError
 from stepquant.model.clock import StepClock, attach_clock, edges_between
-from stepquant.model.families import make_attention_explicit_, timestep_argument
+from stepquant.model.families import make_attention_explicit_, sensitive_layers, timestep_argument
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.quantizer import DynamicQuantizer, InputQuantizer, WeightQuantizer
 from stepquant.model.surgery import (
@@ -90,17 +90,29 @@ class Record:
 class Select:
     """Calibrate on every `every`-th recorded step, `samples_per_step` samples each (None: all).
 
-    Source: Li et al. 2023 (Q-Diffusion), timestep-aware calibration: strided steps, the first n samples.
+    steps: S of the paper instead of `every`: the stride is T // S for T recorded steps, so where S does not divide T
+        there are a few more than S, as in the public code.
+    Source: Li et al. 2023 (Q-Diffusion), timestep-aware calibration: strided steps, the first n samples; of guided
+    pipelines both halves of each sample.
     """
 
     every: int = 1
     samples_per_step: int | None = None
+    steps: int | None = None
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories"})
     gives: ClassVar[frozenset[str]] = frozenset({"calibration"})
 
+    def __post_init__(self) -> None:
+        if self.steps is not None and (self.steps < 1 or self.every != 1):
+            raise SpecError(
+                f"Select takes `every` or at least one of `steps`, found every={self.every} and steps={self.steps}."
+            )
+
     def run(self, job: Job) -> Figures:
-        chosen = uniform(job.handed["trajectories"], every=self.every, samples_per_step=self.samples_per_step)
+        trajectories: list[Trajectory] = job.handed["trajectories"]
+        every = self.every if self.steps is None else max(1, len(trajectories[0].steps) // self.steps)
+        chosen = uniform(trajectories, every=every, samples_per_step=self.samples_per_step)
         job.handed["calibration"] = chosen
         return {"samples": len(chosen)}
 
@@ -124,13 +136,19 @@ class LayerRule:
         return LayerScheme(QuantSpec(self.weights, "group", group_size=self.group_size), scheme.input)
 
 
+FLOATING_SOFTMAX = 16
+"""The value of `softmax_bits` that leaves the softmax output in floating point."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Resolve bits and rules to a plan and put quantized layers in place.
 
     weights, activations: bits of every layer; None is floating point.
-    ends: first and last layer at 8 bits ("8bit"), like the others ("same") or in floating point ("full").
-    softmax_bits: at least this many bits for the softmax output in attention; None treats it like any activation.
+    ends: first and last layer at 8 bits ("8bit"), like the others ("same") or in floating point ("full"). Layers whose
+        precision diffusers itself keeps (`families.sensitive_layers`) go with them.
+    softmax_bits: at least this many bits for the softmax output in attention; None treats it like any activation, 16
+        leaves it in floating point (Q-Diffusion's setting for Stable Diffusion; levels have 8 bits at most).
     rules: exceptions by layer name.
     """
 
@@ -146,8 +164,11 @@ class Place:
 
     def __post_init__(self) -> None:
         LayerRule("*", self.weights, self.activations, self.group_size).scheme()  # checks the bits early
-        if self.softmax_bits is not None and not 2 <= self.softmax_bits <= 8:
-            raise SpecError(f"softmax_bits must be from 2 to 8, or null, found {self.softmax_bits}.")
+        if self.softmax_bits not in (None, 2, 3, 4, 5, 6, 7, 8, FLOATING_SOFTMAX):
+            raise SpecError(
+                f"softmax_bits must be from 2 to 8, or null, found {self.softmax_bits} ({FLOATING_SOFTMAX} leaves the "
+                "softmax output in floating point)."
+            )
 
     def run(self, job: Job) -> Figures:
         trajectories: list[Trajectory] = job.handed["trajectories"]
@@ -167,7 +188,16 @@ class Place:
 
     def _resolve(self, denoiser: torch.nn.Module, order: list[str]) -> dict[str, LayerScheme]:
         base = LayerRule("*", self.weights, self.activations, self.group_size).scheme()
-        rules = standard_rules(base, order, ends=self.ends, softmax_bits=self.softmax_bits)
+        floating = self.softmax_bits == FLOATING_SOFTMAX
+        rules = standard_rules(
+            base,
+            order,
+            ends=self.ends,
+            softmax_bits=None if floating else self.softmax_bits,
+            sensitive=sensitive_layers(denoiser, order),
+        )
+        if floating and base.input is not None:
+            rules += [Rule(name, LayerScheme(second=base.input)) for name in order if name.endswith("values")]
         return make_plan(denoiser, [*rules, *(Rule(rule.pattern, rule.scheme()) for rule in self.rules)])
 
     def check(self, job: Job) -> None:

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from stepquant.errors import EngineError
 from stepquant.model.clock import StepClock, clock_of
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
-from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
+from stepquant.model.quantizer import InputQuantizer, LogQuantizer, WeightQuantizer
 from stepquant.model.surgery import quantized_layers
 
 __all__ = [
@@ -122,7 +122,17 @@ def refusal(layer: QuantizedLayer | QuantizedMatmul) -> str | None:
                 "Its weight has several scales in an output channel, and integer kernels have one: it runs as "
                 "simulated arithmetic inside the graph."
             )
+        if layer.input_transform is not None or layer.branch is not None:
+            return (
+                "Its input is scaled or rotated first, or a low-rank branch runs beside it: it runs as simulated "
+                "arithmetic inside the graph."
+            )
     for name, found in operands.items():
+        if isinstance(found, LogQuantizer):
+            return (
+                f"Its {name} has levels at powers of two, and integer kernels have evenly spaced ones: it runs as "
+                "simulated arithmetic inside the graph."
+            )
         if found is None:
             return f"Its {name} is not quantized, so it runs in floating point inside the graph."
         if not isinstance(found, InputQuantizer):

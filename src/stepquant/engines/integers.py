@@ -47,6 +47,10 @@ def refuse_integers(layer: QuantizedLayer | QuantizedMatmul) -> str | None:
         return "Its weight has not been hardened."
     if weight.spec.granularity == "group":
         return "Its weight has a scale for each group of inputs; integer sums need one for each output."
+    if layer.input_transform is not None:
+        return "Its input is scaled or rotated in floating point first; this engine quantizes it as it comes."
+    if layer.branch is not None:
+        return "It has a low-rank branch in floating point, which this engine does not run."
     if given is None:
         return "Its input is not quantized."
     if not isinstance(given, InputQuantizer):

@@ -33,6 +33,8 @@ class PackedLayer(nn.Module):
         self.shape = layer.weight.shape
         self.weight_quantizer = quantizer
         self.input_quantizer = layer.input_quantizer
+        self.input_transform = layer.input_transform
+        self.branch = layer.branch
         self.bias = layer.bias
         levels = quantizer.levels(layer.weight.detach())
         if not torch.equal(quantizer.restore(levels).to(layer.weight.dtype), layer.weight):
@@ -51,9 +53,13 @@ class PackedLayer(nn.Module):
         return self.weight_quantizer.restore(levels.reshape(self.shape)).to(self.like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.input_transform is not None:
+            x = self.input_transform(x)
+        beside = None if self.branch is None else self.branch(x)
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return self.geometry.apply(x, self.weight, self.bias)
+        y = self.geometry.apply(x, self.weight, self.bias)
+        return y if beside is None else y + beside
 
     @property
     def in_features(self) -> int:

@@ -5,20 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from stepquant.calibrate.aligned import AlignLayers
+from stepquant.calibrate.allocation import Allocate
+from stepquant.calibrate.balance import BalanceChannels, RotateChannels
 from stepquant.calibrate.compensation import Compensate
+from stepquant.calibrate.density_variety import SelectDensityVariety
+from stepquant.calibrate.drawn import SelectDrawn
+from stepquant.calibrate.dynamic import DynamicInputs
 from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.group_search import SearchGroups
 from stepquant.calibrate.informative import SelectInformative
+from stepquant.calibrate.low_rank import AddLowRank, RoundFolded
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
+from stepquant.calibrate.softmax_levels import ChooseSoftmaxLevels
 from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, Place, Record, Select
+from stepquant.calibrate.walked_ranges import FitRangesProgressively
 from stepquant.calibrate.window_fitting import FitWindows
 from stepquant.methods import accuquant as _accuquant
 from stepquant.methods import adp_dm as _adp_dm
 from stepquant.methods import baseline as _baseline
 from stepquant.methods import cec as _cec
 from stepquant.methods import combined as _combined
+from stepquant.methods import eda_dm as _eda_dm
 from stepquant.methods import gac as _gac
+from stepquant.methods import pcr as _pcr
+from stepquant.methods import pqd as _pqd
+from stepquant.methods import ptq4dit as _ptq4dit
+from stepquant.methods import ptq4dm as _ptq4dm
 from stepquant.methods import q_diffusion as _q_diffusion
+from stepquant.methods import svdquant as _svdquant
+from stepquant.methods import tcaq_dm as _tcaq_dm
+from stepquant.methods import vidit_q as _vidit_q
 from stepquant.recipe import Recipe, Stage
 
 __all__ = ["ADD_ONS", "METHODS", "MODULES", "PRESETS", "STAGES"]
@@ -26,8 +43,16 @@ __all__ = ["ADD_ONS", "METHODS", "MODULES", "PRESETS", "STAGES"]
 MODULES: dict[str, Any] = {
     "rtn": _baseline,
     "q_diffusion": _q_diffusion,
+    "ptq4dm": _ptq4dm,
+    "pqd": _pqd,
+    "eda_dm": _eda_dm,
+    "pcr": _pcr,
     "gac": _gac,
     "adp_dm": _adp_dm,
+    "tcaq_dm": _tcaq_dm,
+    "ptq4dit": _ptq4dit,
+    "vidit_q": _vidit_q,
+    "svdquant": _svdquant,
     "accuquant": _accuquant,
     "cec": _cec,
     "combined": _combined,
@@ -48,6 +73,7 @@ STAGES: dict[str, type[Any]] = {
         Record,
         Select,
         Place,
+        Allocate,
         FitWeightRanges,
         FitInputRanges,
         RoundLayers,
@@ -55,7 +81,17 @@ STAGES: dict[str, type[Any]] = {
         ScaleBlocks,
         FitWindows,
         SelectInformative,
+        SelectDrawn,
+        SelectDensityVariety,
+        FitRangesProgressively,
         SearchGroups,
+        DynamicInputs,
+        BalanceChannels,
+        RotateChannels,
+        AddLowRank,
+        RoundFolded,
+        AlignLayers,
+        ChooseSoftmaxLevels,
         Compensate,
     )
 }

@@ -1,16 +1,18 @@
-"""Q-Diffusion in its plain block-reconstruction form.
+"""Q-Diffusion (2023): block reconstruction on strided timesteps.
 
 X. Li, Y. Liu, L. Lian, H. Yang, Z. Dong, D. Kang, S. Zhang, K. Keutzer, "Q-Diffusion: Quantizing Diffusion Models",
 ICCV 2023, arXiv:2302.04304.
 
-Calibration samples come from strided steps of the full-precision sampling run. Then, unit by unit in order of
-execution (BRECQ):
+Calibration samples are the first n images at every (T // S)-th of the T steps of the full-precision sampling run, with
+both the conditional and the unconditional input where there is guidance. S = 20, n = 256 for CIFAR-10 and LSUN; S = 25,
+n = 128 for Stable Diffusion. Then, unit by unit in order of execution (BRECQ):
 
     weights:      min over V of  || unit(x; W~(V)) - unit(x; W) ||_2^2 + 0.01 * sum(1 - |2 h(V) - 1|^beta)
                   activations in full precision, x from the rounded prefix, beta 20 -> 2
     activations:  min over s of  || unit(x; s) - unit(x) ||_2.4^2.4,  x from full precision, after all units' weights
 
-Letters of the paper and our names: V is `SoftRounding.alpha`, s is `InputQuantizer.scale`, W~ the soft weight.
+Letters of the paper and our names: S is `calibration_steps`, n `samples_per_step`, V is
+`SoftRounding.alpha`, s is `InputQuantizer.scale`, W~ the soft weight.
 
 Differs from the paper:
 - Activation scales learn at a rate relative to their size (`relative_groups`) instead of 4e-4 for all.
@@ -19,6 +21,10 @@ Differs from the paper:
   (`RoundLayers`), and blocks start from there instead of the full-precision fraction. The presets quick and standard
   do: with a few hundred iterations from the fraction, the method ends about level with rounding to nearest at 4-bit
   activations (docs/results.md).
+- `softmax_bits=16`, the code's setting for Stable Diffusion, leaves the softmax output in floating point: levels have 8
+  bits at most here.
+- Activations are asymmetric; the code has symmetric ones for CIFAR-10 and LSUN-Bedroom.
+- Without `calibration_steps` every recorded step calibrates (every `every`-th one). The preset full sets S and n.
 - Shortcuts are not split here; one quantizer sees the concatenated input.
 - Activation ranges are fitted after the weights are rounded, by range search on all observed samples; the code
   initialises on 64 samples and may overwrite the result by a running mean.
@@ -29,7 +35,7 @@ from __future__ import annotations
 
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
-from stepquant.calibrate.stages import FitInputRanges, LayerRule
+from stepquant.calibrate.stages import FitInputRanges, LayerRule, Select
 from stepquant.methods.baseline import layers_first, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe
@@ -67,7 +73,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "lr_activations": 5e-3,
         "together": 4,
     },
-    "full": {"samples": 256},
+    "full": {"samples": 256, "samples_per_step": 256, "calibration_steps": 20},
 }
 
 
@@ -79,6 +85,7 @@ def q_diffusion(
     batch: int = 32,
     every: int = 1,
     samples_per_step: int | None = None,
+    calibration_steps: int | None = None,
     iterations_weights: int = 20_000,
     iterations_activations: int = 5_000,
     lr_weights: float = 1e-3,
@@ -93,7 +100,7 @@ def q_diffusion(
     rules: tuple[LayerRule, ...] = (),
 ) -> Recipe:
     """Block-wise AdaRound for weights, then block-wise learned activation scales."""
-    beginning = start(
+    record, _, place, fit_weights = start(
         weights=weights,
         activations=activations,
         samples=samples,
@@ -113,7 +120,10 @@ def q_diffusion(
     return Recipe(
         "q_diffusion",
         (
-            *beginning,
+            record,
+            Select(every=every, samples_per_step=samples_per_step, steps=calibration_steps),
+            place,
+            fit_weights,
             *layers,
             RoundBlocks(
                 iterations=iterations_weights,

@@ -57,7 +57,8 @@ class StepClock(nn.Module):
 
     def set(self, timestep: Tensor | float) -> None:
         """Go to the bin(s) of `timestep`: a number, a 0-d tensor, `[1]` or `[B]`."""
-        value = torch.as_tensor(timestep, device=self.edges.device).reshape(-1).float()
+        # Pipelines expand one timestep over the batch, and bucketize warns of strides.
+        value = torch.as_tensor(timestep, device=self.edges.device).reshape(-1).float().contiguous()
         self.bin = torch.bucketize(value, self.edges)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StepClock:  # noqa: ARG002

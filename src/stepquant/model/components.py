@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from stepquant.errors import CheckpointError
+from stepquant.model.plain_json import parse_json
 
 __all__ = [
     "bounded_modules",
@@ -28,6 +29,15 @@ __all__ = [
     "load_component",
     "save_component",
 ]
+
+MAX_COUNT = 1_000_000
+"""The largest whole number in a scheduler's configuration; schedules have a thousand timesteps."""
+
+MAX_MODULES = 1_000_000
+"""Modules of a component beside the denoiser; the largest have some thousand."""
+
+MAX_BUFFER_VALUES = 64_000_000
+"""Values of buffers that a configuration determines and no file holds."""
 
 
 def class_identity(value: Any) -> tuple[Literal["diffusers", "transformers", "plain"], str]:
@@ -42,9 +52,11 @@ def class_identity(value: Any) -> tuple[Literal["diffusers", "transformers", "pl
 
 
 def json_config(value: Any) -> dict[str, Any]:
-    """A diffusers object's configuration as JSON values, without private entries and where it was loaded from."""
+    """A diffusers object's configuration as JSON values, without private entries and where it was loaded from, and
+    without what it says about quantization, which is the manifest's business.
+    """
     text: dict[str, Any] = json.loads(value.to_json_string())
-    return {key: entry for key, entry in text.items() if not key.startswith("_")}
+    return {key: entry for key, entry in text.items() if not key.startswith("_") and key != "quantization_config"}
 
 
 def _public_class(library: str, class_name: str, base: str) -> Any:
@@ -123,7 +135,8 @@ def load_component(folder: Path, library: str, class_name: str) -> Any:
     try:
         if (folder / "scheduler_config.json").is_file():
             kind = _public_class(library, class_name, "SchedulerMixin")
-            config = json.loads((folder / "scheduler_config.json").read_bytes())
+            config = parse_json((folder / "scheduler_config.json").read_bytes())
+            _refuse_huge_numbers(folder, config)
             return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
         kind = _public_class(library, class_name, "ConfigMixin")
         options: dict[str, Any] = {"local_files_only": True}
@@ -131,11 +144,35 @@ def load_component(folder: Path, library: str, class_name: str) -> Any:
             options |= {"use_safetensors": True}
             if library == "diffusers":
                 options |= {"low_cpu_mem_usage": False}
+                _refuse_more_than_there_is(folder, kind)
         return kind.from_pretrained(str(folder), **options)
     except CheckpointError:
         raise
     except Exception as error:  # third-party loaders given damaged files can raise anything
         raise CheckpointError(f"{folder} cannot be loaded as {library}'s {class_name}: {error}") from error
+
+
+def _refuse_huge_numbers(folder: Path, config: Any) -> None:
+    """A scheduler makes tables of `num_train_timesteps` and other counts before anybody could compare them."""
+    for key, value in config.items():
+        if isinstance(value, int) and abs(value) > MAX_COUNT:
+            raise CheckpointError(
+                f"{folder / 'scheduler_config.json'}: {key} is {value}; no schedule needs more than {MAX_COUNT}."
+            )
+
+
+def _refuse_more_than_there_is(folder: Path, kind: Any) -> None:
+    """A component's configuration must not ask for a larger model than its weight files hold."""
+    files = list(folder.glob("*.safetensors"))
+    held = sum(file.stat().st_size for file in files)
+    with bounded_modules(MAX_MODULES):
+        bones = build_denoiser(kind.__name__, parse_json((folder / "config.json").read_bytes()), "meta")
+    asked = sum(tensor.numel() for tensor in (*bones.parameters(), *bones.buffers()))
+    # One byte a value is the smallest dtype of weights; buffers that are not stored are small.
+    if asked > held + MAX_BUFFER_VALUES:
+        raise CheckpointError(
+            f"{folder}: the configuration asks for {asked} values, and the weight files have {held} bytes."
+        )
 
 
 def build_pipeline(class_name: str, components: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:

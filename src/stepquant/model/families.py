@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stepquant.errors import ModelError
+from stepquant.errors import ModelError, UnsupportedPipeline
 from stepquant.model.layer import Matmul
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "end_layers",
     "find_denoiser",
     "make_attention_explicit_",
+    "refuse_unsupported",
+    "sensitive_layers",
     "timestep_argument",
 ]
 
@@ -57,6 +61,53 @@ def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
     )
 
 
+def refuse_unsupported(pipe: Any) -> None:
+    """Raise UnsupportedPipeline for sampling that could not be replayed, as far as the pipeline's parts tell.
+
+    What only shows while sampling is found by `seal`.
+    """
+    name, denoiser = find_denoiser(pipe)
+    kind = type(pipe).__name__
+    if getattr(pipe, "scheduler", None) is None:
+        raise UnsupportedPipeline(f"{kind} has no scheduler, so its steps cannot be seen.")
+    if "generator" not in inspect.signature(pipe.__call__).parameters:
+        raise UnsupportedPipeline(
+            f"{kind} takes no `generator`, so its images cannot be tied to seeds. Wrap the denoiser and its scheduler "
+            "in stepquant.DenoiserPipeline."
+        )
+    adapted = [layer for layer, module in denoiser.named_modules() if hasattr(module, "base_layer")]
+    if adapted:
+        raise UnsupportedPipeline(
+            f"{len(adapted)} layers of {name} have adapters (LoRA), the first is {adapted[0]}, and a checkpoint has no "
+            "place for them. Make them part of the weights first: pipe.fuse_lora() and pipe.unload_lora_weights()."
+        )
+    if any(getattr(module, "fused_projections", False) for module in denoiser.modules()):
+        raise UnsupportedPipeline(
+            f"{name} has fused projections, whose layers a loaded model would not have: call "
+            f"pipe.{name}.unfuse_qkv_projections() before quantizing."
+        )
+    parts: dict[str, Any] = getattr(pipe, "components", {})
+    for other, part in parts.items():
+        if part is not denoiser and type(part) is type(denoiser):
+            raise UnsupportedPipeline(
+                f"{kind} switches between {name} and {other} on the way, and trajectories of two denoisers cannot be "
+                "replayed. Only pipelines with one denoiser are supported."
+            )
+    if isinstance(parts.get("controlnet"), nn.Module):
+        raise UnsupportedPipeline(
+            f"{kind} adds what its controlnet computes from the sample, which replay could not rebuild. Quantize "
+            f"the pipeline of the same family without the controlnet, and put its {name} in here afterwards."
+        )
+    latents = getattr(getattr(parts.get("vae"), "config", None), "latent_channels", None)
+    reads = getattr(getattr(denoiser, "config", None), "in_channels", None)
+    if "mask_image" in inspect.signature(pipe.__call__).parameters and latents is not None and latents == reads:
+        raise UnsupportedPipeline(
+            f"{kind} with a {name} of {reads} input channels writes the known part of the image into the sample after "
+            f"every step, which replay could not. Quantize the text-to-image pipeline and put its {name} in here "
+            f"afterwards, or take a {name} made for inpainting."
+        )
+
+
 def timestep_argument(denoiser: nn.Module) -> tuple[str, int]:
     """Name and position of the timestep among the arguments of the denoiser's `forward`."""
     names = list(inspect.signature(denoiser.forward).parameters)
@@ -73,6 +124,22 @@ def block_classes(denoiser: nn.Module) -> frozenset[str]:
     own = getattr(denoiser, "_repeated_blocks", None) or ()
     declared = getattr(denoiser, "stepquant_blocks", ())
     return BLOCK_CLASSES | set(own) | set(declared)
+
+
+def sensitive_layers(denoiser: nn.Module, layers: Iterable[str]) -> list[str]:
+    """The layers whose precision diffusers itself keeps, by the model's own lists.
+
+    `_skip_layerwise_casting_patterns` are regular expressions of module names that must not be stored in eight bits of
+    floating point (embeddings of patches and time, modulations of norms); `_keep_in_fp32_modules` are parts of names
+    that stay in float32 when the model is cast.
+    """
+    patterns = tuple(getattr(denoiser, "_skip_layerwise_casting_patterns", None) or ())
+    parts = set(getattr(denoiser, "_keep_in_fp32_modules", None) or ())
+    return [
+        name
+        for name in layers
+        if any(re.search(pattern, name) for pattern in patterns) or not parts.isdisjoint(name.split("."))
+    ]
 
 
 def end_layers(layers: list[str]) -> tuple[str, str]:

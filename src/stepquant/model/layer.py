@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepquant.errors import ModelError
+from stepquant.errors import ModelError, SpecError
 from stepquant.model.quantizer import WeightQuantizer
+from stepquant.model.transform import InputTransform
 
-__all__ = ["Geometry", "Matmul", "QuantizedLayer", "QuantizedMatmul", "geometry_of"]
+__all__ = ["Geometry", "LowRankBranch", "Matmul", "QuantizedLayer", "QuantizedMatmul", "geometry_of"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Geometry:
     dilation: tuple[int, ...] = ()
     groups: int = 1
     padding_mode: str = "zeros"
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the input channels, counted from the end so that it holds for every number of leading axes."""
+        return {"linear": -1, "conv1d": -2, "conv2d": -3}[self.kind]
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The operator itself. x: `[..., in]` (linear) or `[B, in, *spatial]`."""
@@ -63,12 +70,53 @@ def geometry_of(layer: nn.Module) -> Geometry:
     raise ModelError(f"Only Linear, Conv1d and Conv2d layers are quantized, found {type(layer).__name__}.")
 
 
+class LowRankBranch(nn.Module):
+    """A part of a layer's operator that is not quantized: `up (down x)`, of rank r, in floating point.
+
+    down `[r, C, *kernel]`: the layer's operator with r outputs. up `[O, r]`: mixes these at every position.
+    Parameters, so they have the model's dtype. Raises SpecError for shapes that do not go together.
+    """
+
+    def __init__(self, geometry: Geometry, down: Tensor, up: Tensor) -> None:
+        super().__init__()
+        if geometry.groups != 1:
+            raise SpecError(f"A low-rank branch is for layers without groups, found {geometry.groups}.")
+        if down.ndim < 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
+            raise SpecError(
+                f"A low-rank branch needs down [r, C, *kernel] and up [O, r], found {list(down.shape)} and "
+                f"{list(up.shape)}."
+            )
+        self.geometry = geometry
+        self.down = nn.Parameter(down, requires_grad=False)
+        self.up = nn.Parameter(up, requires_grad=False)
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.geometry.apply(x, self.down, None)
+        if self.geometry.kind == "linear":
+            return F.linear(hidden, self.up)
+        conv: Any = F.conv1d if self.geometry.kind == "conv1d" else F.conv2d
+        result: Tensor = conv(hidden, self.up.reshape(*self.up.shape, *(1,) * len(self.geometry.stride)))
+        return result
+
+    def product(self) -> Tensor:
+        """The weight that the branch stands for, `[O, C, *kernel]`."""
+        return (self.up @ self.down.flatten(1)).reshape(-1, *self.down.shape[1:])
+
+
 class QuantizedLayer(nn.Module):
     """A Linear, Conv1d or Conv2d whose weight and input pass through quantizers.
+
+        y = operator(Q(x_t), Q(W_t - up down)) + up (down x_t) + b,    x_t = input_transform(x)
 
     weight: float; on the quantizer's grid once `on_grid` is set, and then used as it is.
     weight_quantizer, input_quantizer: a quantizer of `model.quantizer`, None for floating point. While calibrating,
         anything with the same call may sit here.
+    input_transform: what happens to the input before anything else; its inverse is part of `weight`. None: nothing.
+    branch: the part of the operator that stays in floating point; it is no part of `weight`. None: there is none.
     """
 
     def __init__(self, geometry: Geometry, weight: Tensor, bias: Tensor | None) -> None:
@@ -78,15 +126,30 @@ class QuantizedLayer(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.weight_quantizer: nn.Module | None = None
         self.input_quantizer: nn.Module | None = None
+        self.input_transform: InputTransform | None = None
+        self.branch: LowRankBranch | None = None
         self.on_grid = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.input_transform is not None:
+            x = self.input_transform(x)
+        beside = None if self.branch is None else self.branch(x)
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         weight = self.weight
         if self.weight_quantizer is not None and not self.on_grid:
             weight = self.weight_quantizer(weight)
-        return self.geometry.apply(x, weight, self.bias)
+        y = self.geometry.apply(x, weight, self.bias)
+        return y if beside is None else y + beside
+
+    def folded(self, weight: Tensor) -> Tensor:
+        """What `self.weight` stands for in full precision: W_t less the branch, of the full-precision `weight`."""
+        wide = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+        if self.input_transform is not None:
+            wide = self.input_transform.fold(wide)
+        if self.branch is not None:
+            wide = wide - self.branch.product().to(wide.dtype)
+        return wide.to(weight.dtype)
 
     def harden_(self) -> None:
         """Replace the weight by its quantized value, so that it need not be rounded again. Needs a WeightQuantizer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,10 @@ from stepquant.numerics.affine import (
     quantize,
     range_of,
 )
+from stepquant.numerics.log2 import fake_quantize_log2
 from stepquant.numerics.spec import QuantSpec
 
-__all__ = ["DynamicQuantizer", "InputQuantizer", "WeightQuantizer"]
+__all__ = ["DynamicQuantizer", "InputQuantizer", "LogQuantizer", "WeightQuantizer"]
 
 
 class WeightQuantizer(nn.Module):
@@ -59,69 +61,42 @@ class WeightQuantizer(nn.Module):
         return self
 
 
-class InputQuantizer(nn.Module):
-    """Static quantizer of an activation, per tensor or per channel, with a table over time.
+class _TimestepTable(nn.Module):
+    """Rows of parameters and which of them each timestep bin uses.
 
-    scale, zero_point `[R]` (spec.granularity "tensor") or `[R, C]` ("channel"): one row per parameter set.
-    row_of_bin `[N]`: which row each timestep bin of the clock uses. One layer may use one row, another eight, another
-        one per step.
-    channel_axis: where the C channels are in the activation; ignored per tensor.
-
-    Raises SpecError for a spec of another granularity, and for tables of another shape.
+    row_of_bin `[N]`: the row of each bin of the clock. One layer may use one row, another eight, another one per step.
     """
 
     scale: Tensor
-    zero_point: Tensor
     row_of_bin: Tensor
+    clock: StepClock
+    channel_axis = -1
 
-    def __init__(
-        self,
-        spec: QuantSpec,
-        clock: StepClock,
-        params: QParams,
-        row_of_bin: Tensor | None = None,
-        *,
-        channel_axis: int = -1,
-    ) -> None:
-        super().__init__()
-        if spec.granularity not in ("tensor", "channel") or spec.dynamic:
-            raise SpecError(f"A static activation quantizer has one scale per tensor or per channel, found {spec}.")
-        if spec.granularity == "channel" and (params.scale.ndim != 2 or params.scale.shape != params.zero_point.shape):
-            raise SpecError(
-                "A quantizer per channel needs scales and zero points [rows, channels], found shapes "
-                f"{list(params.scale.shape)} and {list(params.zero_point.shape)}."
-            )
+    def _set_rows(self, clock: StepClock, row_of_bin: Tensor | None) -> None:
         if row_of_bin is None:
             row_of_bin = torch.zeros(clock.bins, dtype=torch.int64)
         if len(row_of_bin) != clock.bins:
             raise SpecError(f"row_of_bin must name a row for each of the {clock.bins} bins, found {len(row_of_bin)}.")
-        self.spec = spec
-        self.channel_axis = channel_axis
         # Not registered: the clock is the denoiser's submodule; a second path would double it in every state dict.
         object.__setattr__(self, "clock", clock)
-        shape = params.scale.shape if spec.granularity == "channel" else (-1,)
-        self.register_buffer("scale", params.scale.detach().float().reshape(shape).clone())
-        self.register_buffer("zero_point", params.zero_point.detach().float().reshape(shape).clone())
         self.register_buffer("row_of_bin", row_of_bin.detach().to(torch.int64).clone())
-
-    clock: StepClock
 
     @property
     def rows(self) -> int:
         """Number of parameter sets."""
         return len(self.scale)
 
-    def current(self, x: Tensor) -> QParams:
-        """Parameters at the clock's present bin(s), broadcastable against x."""
+    def _now(self, x: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+        """The rows of tables `[R]` or `[R, C]` at the clock's present bin(s), broadcastable against x."""
         if self.rows == 1:
-            return QParams(self._beside(self.scale, x), self._beside(self.zero_point, x))
+            return tuple(self._beside(table, x) for table in tables)
         row = self.row_of_bin.index_select(0, self.clock.bin)
-        scale, zero_point = self.scale.index_select(0, row), self.zero_point.index_select(0, row)
+        found = [table.index_select(0, row) for table in tables]
         if len(row) > 1:
             # Heads or frames may have been folded into the batch: each sample's parameters repeat for its parts.
             repeat = x.shape[0] // len(row)
-            scale, zero_point = scale.repeat_interleave(repeat, 0), zero_point.repeat_interleave(repeat, 0)
-        return QParams(self._beside(scale, x), self._beside(zero_point, x))
+            found = [values.repeat_interleave(repeat, 0) for values in found]
+        return tuple(self._beside(values, x) for values in found)
 
     def _beside(self, values: Tensor, x: Tensor) -> Tensor:
         """`[K]` or `[K, C]` with axes of length 1 put in, so that it broadcasts against x; K is 1 or the batch."""
@@ -134,12 +109,96 @@ class InputQuantizer(nn.Module):
             shape[self.channel_axis] = values.shape[1]
         return values.reshape(shape)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: ARG002
+        keep_float32(self, fn)
+        return self
+
+
+class InputQuantizer(_TimestepTable):
+    """Static quantizer of an activation, per tensor or per channel, with a table over time.
+
+    scale, zero_point `[R]` (spec.granularity "tensor") or `[R, C]` ("channel"): one row per parameter set.
+    row_of_bin `[N]`: which row each timestep bin of the clock uses.
+    channel_axis: where the C channels are in the activation; ignored per tensor.
+
+    Raises SpecError for a spec of another granularity, and for tables of another shape.
+    """
+
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        clock: StepClock,
+        params: QParams,
+        row_of_bin: Tensor | None = None,
+        *,
+        channel_axis: int = -1,
+    ) -> None:
+        super().__init__()
+        if spec.granularity not in ("tensor", "channel") or spec.dynamic or spec.logarithmic:
+            raise SpecError(
+                f"A static activation quantizer has evenly spaced levels and one scale per tensor or per channel, "
+                f"found {spec}."
+            )
+        if spec.granularity == "channel" and (params.scale.ndim != 2 or params.scale.shape != params.zero_point.shape):
+            raise SpecError(
+                "A quantizer per channel needs scales and zero points [rows, channels], found shapes "
+                f"{list(params.scale.shape)} and {list(params.zero_point.shape)}."
+            )
+        self.spec = spec
+        self.channel_axis = channel_axis
+        shape = params.scale.shape if spec.granularity == "channel" else (-1,)
+        self.register_buffer("scale", params.scale.detach().float().reshape(shape).clone())
+        self.register_buffer("zero_point", params.zero_point.detach().float().reshape(shape).clone())
+        self._set_rows(clock, row_of_bin)
+
+    def current(self, x: Tensor) -> QParams:
+        """Parameters at the clock's present bin(s), broadcastable against x."""
+        return QParams(*self._now(x, self.scale, self.zero_point))
+
     def forward(self, x: Tensor) -> Tensor:
         return fake_quantize(x, self.current(x), self.spec)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InputQuantizer:  # noqa: ARG002
-        keep_float32(self, fn)
-        return self
+
+class LogQuantizer(_TimestepTable):
+    """Static quantizer of an activation that is never negative, with levels at powers of two in some of its rows.
+
+    scale `[R]`: the largest value of a row with levels at powers of two, the step between levels of the others.
+    logarithmic `[R]`: bool, which rows have levels at powers of two (`numerics.log2`).
+    row_of_bin `[N]`: which row each timestep bin of the clock uses.
+
+    Raises SpecError for a spec without `logarithmic`, and for tables of another shape.
+    """
+
+    logarithmic: Tensor
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        clock: StepClock,
+        scale: Tensor,
+        logarithmic: Tensor,
+        row_of_bin: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if not spec.logarithmic:
+            raise SpecError(f"Levels at powers of two need a spec that says so (logarithmic=True), found {spec}.")
+        if scale.ndim != 1 or scale.shape != logarithmic.shape:
+            raise SpecError(
+                f"A quantizer with levels at powers of two needs scales and choices [rows], found shapes "
+                f"{list(scale.shape)} and {list(logarithmic.shape)}."
+            )
+        self.spec = spec
+        self.register_buffer("scale", scale.detach().float().clone())
+        self.register_buffer("logarithmic", logarithmic.detach().bool().clone())
+        self._set_rows(clock, row_of_bin)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, logarithmic = self._now(x, self.scale, self.logarithmic)
+        # Both are computed and one is taken: asking which it is would stop an accelerator at every call.
+        uniform = fake_quantize(x, QParams(scale, torch.zeros_like(scale)), self.spec)
+        return torch.where(logarithmic, fake_quantize_log2(x, scale, self.spec), uniform)
 
 
 class DynamicQuantizer(nn.Module):

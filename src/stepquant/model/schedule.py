@@ -152,7 +152,7 @@ def _shown(timesteps: tuple[float, ...]) -> str:
 
 def _json_config(scheduler: Any) -> dict[str, Any]:
     config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
-    decoded: dict[str, Any] = json.loads(json.dumps(config, default=_as_json))
+    decoded: dict[str, Any] = json.loads(json.dumps(config, default=_as_json), parse_constant=str)
     return decoded
 
 

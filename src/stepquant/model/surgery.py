@@ -90,12 +90,17 @@ def scheme_fitting(scheme: LayerScheme, module: nn.Module) -> LayerScheme:
 
 
 def standard_rules(
-    scheme: LayerScheme, layers: list[str], *, ends: Ends = "8bit", softmax_bits: int | None = 8
+    scheme: LayerScheme,
+    layers: list[str],
+    *,
+    ends: Ends = "8bit",
+    softmax_bits: int | None = 8,
+    sensitive: Iterable[str] = (),
 ) -> list[Rule]:
     """The rules that a bit setting stands for.
 
     layers: quantizable layers in order of execution.
-    ends: what happens to the first and last layer.
+    ends: what happens to the first and last layer, and to those that are `sensitive`.
     softmax_bits: bits of the softmax output; None means as every other activation.
     """
     if ends not in ("8bit", "same", "full"):
@@ -115,7 +120,8 @@ def standard_rules(
         weight=None if scheme.weight is None else replace(scheme.weight, bits=max(8, scheme.weight.bits)),
         input=None if scheme.input is None else replace(scheme.input, bits=max(8, scheme.input.bits)),
     )
-    return rules + [Rule(name, eight if ends == "8bit" else LayerScheme()) for name in end_layers(layers)]
+    kept = (*sensitive, *end_layers(layers))
+    return rules + [Rule(name, eight if ends == "8bit" else LayerScheme()) for name in kept]
 
 
 def make_plan(denoiser: nn.Module, rules: Sequence[Rule]) -> Plan:

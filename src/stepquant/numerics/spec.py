@@ -26,6 +26,8 @@ class QuantSpec:
     nonnegative: the tensor is never below zero (softmax output): the zero point is `qmin` and all levels are spent
         above zero.
     dynamic: the range is taken from each tensor at run time instead of from calibration (activations only).
+    logarithmic: the levels may lie at powers of two, `numerics.log2`, as each row of the timestep table says
+        (nonnegative static activations with one scale only).
     """
 
     bits: int
@@ -34,6 +36,7 @@ class QuantSpec:
     nonnegative: bool = False
     dynamic: bool = False
     group_size: int | None = None
+    logarithmic: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
@@ -51,6 +54,11 @@ class QuantSpec:
             raise SpecError("A tensor that is never negative wastes half of a symmetric range: choose one of the two.")
         if self.granularity == "token" and not self.dynamic:
             raise SpecError("One scale per token is only known at run time: granularity 'token' needs dynamic=True.")
+        if self.logarithmic and (not self.nonnegative or self.dynamic or self.granularity != "tensor"):
+            raise SpecError(
+                "Levels at powers of two are for static tensors that are never negative, with one scale: logarithmic "
+                f"needs nonnegative=True, dynamic=False and granularity 'tensor', found {self}."
+            )
 
     @property
     def qmin(self) -> int:

@@ -1,0 +1,63 @@
+"""Rounding again on the quantized model's own samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from stepquant.api import quantize, sample
+from stepquant.calibrate import aligned
+from stepquant.calibrate.aligned import AlignLayers
+from stepquant.calibrate.low_rank import RoundFolded
+from stepquant.calibrate.stages import FitInputRanges
+from stepquant.errors import SpecError
+from stepquant.methods.baseline import start
+from stepquant.recipe import Recipe
+from tiny_dit import tiny_dit_pipe
+
+
+def test_each_round_sees_samples_of_the_model_as_it_is_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[tuple[int, ...], torch.Tensor]] = []
+    plain: Any = vars(aligned)["record"]
+
+    def noting(pipe: Any, denoiser: Any, **options: Any) -> Any:
+        found = plain(pipe, denoiser, **options)
+        assert pipe.denoiser is denoiser
+        assert pipe is not original
+        seen.append((tuple(options["seeds"]), found[0].steps[-1].next_sample))
+        # What the model samples at this moment, from the same noise.
+        images = torch.as_tensor(sample(pipe, seeds=list(options["seeds"]), steps=3, batch_size=2))
+        mine = (found[0].steps[-1].next_sample / 2 + 0.5).clamp(0, 1)
+        assert torch.allclose(mine.flatten().sort().values, images.flatten().sort().values, atol=1e-5)
+        return found
+
+    monkeypatch.setattr(aligned, "record", noting)
+    original = tiny_dit_pipe()
+    before = str(original.denoiser)
+    beginning = start(
+        weights=4, activations=4, samples=2, batch=2, every=1, samples_per_step=None, ends="same",
+        softmax_bits=8, group_size=None, ranges="minmax", rules=(),
+    )  # fmt: skip
+    stages = (*beginning, RoundFolded(together=4), FitInputRanges("minmax"))
+    align = AlignLayers(rounds=2, batch=2, together=4, ranges="minmax")
+    quantized = quantize(original, Recipe("test", (*stages, align)), steps=3)
+    (first, one), (second, other) = seen
+    assert not set(first) & set(second)
+    assert min(first) > quantized.figures[0]["seeds"][1]
+    assert not torch.equal(one, other)
+    rounds = quantized.figures[-1]["rounds"]
+    assert len(rounds) == 2
+    assert all(entry["after"] <= entry["before"] for entry in rounds)
+    assert str(original.denoiser) == before
+    plainly = quantize(tiny_dit_pipe(), Recipe("test", stages), steps=3)
+    weights = [one.pipe.denoiser.state_dict() for one in (plainly, quantized)]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if name.endswith("weight"))
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(SpecError, match="rounds must be at least 1"):
+        AlignLayers(rounds=0)
+    with pytest.raises(SpecError, match="together of Round"):
+        AlignLayers(together=0)
