@@ -14,6 +14,7 @@ import importlib
 from typing import Any
 
 from stepquant._version import __version__
+from stepquant.integrations.registration import register_with_diffusers
 
 # Resolved on first use: importing torch takes a second, and `stepquant --help` needs none of it.
 _HOMES = {
@@ -54,3 +55,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+register_with_diffusers()

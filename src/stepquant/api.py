@@ -15,11 +15,12 @@ import inspect
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
@@ -29,16 +30,17 @@ from stepquant.calibrate.stages import Record
 from stepquant.calibrate.trajectory import Trajectory, quiet
 from stepquant.checkpoint import load_checkpoint, save_checkpoint
 from stepquant.engines.base import GraphEngine, place
-from stepquant.errors import CheckpointError, ModelError, SpecError, nearest
+from stepquant.errors import CheckpointError, ModelError, SpecError, UnsupportedPipeline, nearest
 from stepquant.manifest import MANIFEST_NAME, Manifest, read_manifest
 from stepquant.model.correction import CorrectedScheduler, StepCorrection
-from stepquant.model.families import find_denoiser
+from stepquant.model.families import find_denoiser, refuse_unsupported
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.schedule import ScheduleFingerprint, guard_schedule
 from stepquant.model.surgery import check_finite, quantized_layers
+from stepquant.pretrained import attach_
 from stepquant.recipe import Checked, Job, Recipe
 from stepquant.run import Progress, Run, SilentProgress
-from stepquant.work_folder import WorkFolder
+from stepquant.work_folder import WorkFolder, hold
 
 __all__ = [
     "SHIPPED_MODELS",
@@ -180,6 +182,7 @@ def quantize(
     if steps < 1:
         raise SpecError(f"steps must be at least 1, found {steps}.")
     name, full_precision = find_denoiser(pipe)
+    refuse_unsupported(pipe)
     check_finite(full_precision)
     with _still(full_precision):
         denoiser = copy.deepcopy(full_precision).requires_grad_(False)
@@ -187,15 +190,17 @@ def quantize(
         for stage in recipe.stages:
             if isinstance(stage, Checked):
                 stage.check(job)
-        work = None
-        if run.work is not None:
-            work = WorkFolder(run.work, _identity(recipe, run, steps, job.arguments, full_precision), resume=resume)
-        figures = _run_stages(job, recipe, work)
+        with nullcontext() if run.work is None else hold(run.work):
+            work = None
+            if run.work is not None:
+                work = WorkFolder(run.work, _identity(recipe, run, steps, job.arguments, full_precision), resume=resume)
+            figures = _run_stages(job, recipe, work)
     if "plan" not in job.handed:
         raise SpecError(f"Recipe {recipe.name!r} places no quantizers: it needs the stage Place.")
     for layer in quantized_layers(job.denoiser).values():
         if isinstance(layer, QuantizedLayer):
             layer.harden_()
+    attach_(job.denoiser)
     trajectories: list[Trajectory] = job.handed["trajectories"]
     quantized = with_denoiser(pipe, name, job.denoiser)
     correction: StepCorrection | None = job.handed.get("correction")
@@ -386,6 +391,7 @@ def _run_stages(job: Job, recipe: Recipe, work: WorkFolder | None) -> list[dict[
         figures.append(entry)
         if work is not None:
             work.finish(job, stage, entry)
+        job.run.finished(number, entry)
     return figures
 
 
@@ -438,11 +444,12 @@ def sample(
     arguments: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Images `[N, C, H, W]` in [0, 1], float32 on the CPU, one per seed.
+    """Images `[N, C, H, W]` in [0, 1], float32 on the CPU, one per seed; videos are `[N, frames, C, H, W]`.
 
     Every image has a generator of its own, so the noise of image 17 does not depend on which other seeds are asked for.
     Batches of another size may add in another order: equal up to rounding, which a quantizer can turn into a level.
     arguments: further arguments of the pipeline's call; a list with one entry per seed is cut with the seeds.
+    Raises UnsupportedPipeline for a pipeline that returns neither images nor frames.
     """
     return torch.cat(
         list(sampled(pipe, seeds=seeds, steps=steps, batch_size=batch_size, arguments=arguments, progress=progress))
@@ -480,6 +487,17 @@ def sampled(
             known = {key: value for key, value in offered.items() if key in accepted and key not in own}
             # A list of one generator is taken by diffusers as one generator for the batch: the same thing here.
             output = pipe(generator=generators, **known, **own)
-            images = torch.from_numpy(output.images).permute(0, 3, 1, 2).float()
+            images = torch.from_numpy(_pictures(pipe, output)).movedim(-1, -3).float()
             advance(len(chunk))
             yield images.contiguous()
+
+
+def _pictures(pipe: Any, output: Any) -> np.ndarray[Any, Any]:
+    """`[B, H, W, C]` of images or `[B, frames, H, W, C]` of videos, as diffusers' pipelines return them."""
+    for name in ("images", "frames"):
+        found = getattr(output, name, None)
+        if isinstance(found, np.ndarray):
+            return found
+    raise UnsupportedPipeline(
+        f"{type(pipe).__name__} returned {type(output).__name__}; expected an array in its `images` or `frames`."
+    )

@@ -7,9 +7,12 @@ computes bit for bit what the saved one computed, or there is a CheckpointError 
 from __future__ import annotations
 
 import copy
+import glob
 import json
 import os
+import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -29,6 +32,7 @@ from stepquant.manifest import (
     PipelineIdentity,
     config_hash,
     group_layers,
+    needed_version,
     read_manifest,
     write_manifest,
 )
@@ -54,6 +58,7 @@ from stepquant.model.layer import QuantizedLayer
 from stepquant.model.pipeline import DenoiserPipeline
 from stepquant.model.quantizer import WeightQuantizer
 from stepquant.model.surgery import check_finite, operand_specs, quantized_layers
+from stepquant.pretrained import INDEX_NAME, attach_, stock_config
 from stepquant.slots import (
     Dtypes,
     Slot,
@@ -66,7 +71,15 @@ from stepquant.slots import (
     restore_weight_,
     slots_of,
 )
-from stepquant.storage import Entry, TensorFile, checksum, open_tensors, read_header, write_tensors
+from stepquant.storage import (
+    Entry,
+    TensorFile,
+    checksum,
+    errors_name,
+    open_tensors,
+    read_header,
+    write_tensors,
+)
 
 __all__ = ["CORRECTION_PREFIX", "TENSORS_NAME", "check_folder", "load_checkpoint", "save_checkpoint", "skeleton"]
 
@@ -76,6 +89,9 @@ CORRECTION_PREFIX = "stepquant_correction"
 # Far above any schedule. The tables that assembling allocates grow with it.
 MAX_BINS = 65_536
 MAX_FILES = 10_000
+# Two bits become 32. Tables of positions, which are not stored, take a few megabytes.
+MAX_EXPANSION = 16
+MAX_BUFFER_BYTES = 256_000_000
 
 
 def save_checkpoint(
@@ -118,8 +134,9 @@ def save_checkpoint(
         name: tuple(layer.weight.shape) if isinstance(layer, QuantizedLayer) else () for name, layer in layers.items()
     }
     identity = _denoiser_identity(denoiser_name, denoiser)
+    groups = group_layers(structure, shapes)
     manifest = Manifest(
-        format_version=1,
+        format_version=needed_version(groups),
         stepquant=__version__,
         torch=torch.__version__,
         diffusers=diffusers.__version__,
@@ -130,7 +147,7 @@ def save_checkpoint(
         pipeline=_pipeline_identity(pipe, denoiser_name),
         clock=structure.clock,
         explicit_attention=structure.explicit_attention,
-        layers=group_layers(structure, shapes),
+        layers=groups,
         correction=None if correction is None else (correction.gain.shape[0], correction.gain.shape[1]),
         schedule=None if schedule is None else dict(schedule),
         recipe=dict(recipe or {}),
@@ -220,8 +237,11 @@ def _write_parts(folder: Path, pipe: Any, manifest: Manifest) -> None:
     identity = manifest.denoiser
     (folder / identity.name).mkdir()
     if identity.library == "diffusers":
-        config = {"_class_name": identity.class_name, **identity.config}
+        config = {"_class_name": identity.class_name, **identity.config, "quantization_config": stock_config(manifest)}
         _write_json(folder / identity.name / "config.json", config)
+        names = [name for name in manifest.checksums if not name.startswith(CORRECTION_PREFIX + ".")]
+        places = {"metadata": {}, "weight_map": dict.fromkeys(sorted(names), TENSORS_NAME)}
+        _write_json(folder / identity.name / INDEX_NAME, places)
     parts = _components(pipe)
     index: dict[str, Any] = {"_class_name": manifest.pipeline.class_name, "_diffusers_version": manifest.diffusers}
     for name, component in manifest.pipeline.components.items():
@@ -241,24 +261,56 @@ def _write_json(path: Path, value: Any) -> None:
 def _replacing(target: Path) -> Iterator[Path]:
     """A sibling folder to write into; it takes the target's place once the body has ended well."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    _tidy_after_killed(target)
+    # Processes of other machines may share the disk, so a process number alone would not do.
+    own = f".{target.name}.{_HOST}-{os.getpid()}"
+    partial, old = target.with_name(f"{own}.partial"), target.with_name(f"{own}.old")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        if target.exists():
-            target.rename(old)
+    with errors_name(target):
+        partial.mkdir()
         try:
-            partial.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
+            yield partial
+            if target.exists():
+                target.rename(old)
+            try:
+                partial.rename(target)
+            except OSError:
+                if old.exists():
+                    old.rename(target)
+                raise
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
             raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+_HOST = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())
+
+
+def _tidy_after_killed(target: Path) -> None:
+    """Remove what killed processes of this machine left; a checkpoint that one had just put aside is put back."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.{_HOST}-*"):
+        found = re.fullmatch(r"(\d+)\.(partial|old)", path.name.removeprefix(f".{target.name}.{_HOST}-"))
+        # A number of our own is that of a process before us: containers give the same one each time.
+        if found is None or (int(found[1]) != os.getpid() and _is_running(int(found[1]))):
+            continue
+        if found[2] == "old" and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    """Whether there is a process of this number; when in doubt there is one."""
+    if os.name != "posix":
+        return True  # there, signal 0 would end it
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def load_checkpoint(
@@ -285,6 +337,7 @@ def load_checkpoint(
     if bones is not None:
         _check_shapes(path, manifest, bones)
         check_entries(path, slots_of(bones), model_entries, dtypes)
+        _check_size(path, bones)
     with open_tensors(path) as file:
         _check_sums(file, manifest)
         model = _quantized_model(manifest, denoiser, len(entries))
@@ -292,6 +345,7 @@ def load_checkpoint(
         slots = slots_of(model)
         check_entries(path, slots, model_entries, dtypes)
         _fill_(slots, file, dtypes)
+        attach_(model)
         correction = _read_correction(file, manifest)
     return _rebuilt_pipeline(root, manifest, model, correction, components or {}), manifest
 
@@ -304,10 +358,20 @@ def check_folder(root: Path) -> None:
     for count, path in enumerate(root.rglob("*"), start=1):
         if count > MAX_FILES:
             raise CheckpointError(f"{root} holds more than {MAX_FILES} files: it is not a checkpoint.")
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+        if path.is_symlink() and not _leads(path).is_relative_to(inside):
             raise CheckpointError(
                 f"{path} is a link that leads out of the checkpoint. Copy the folder with its links resolved (cp -rL)."
             )
+        if not path.is_file() and not path.is_dir():
+            raise CheckpointError(f"{path} is neither a file nor a folder: reading a pipe or a device might never end.")
+
+
+def _leads(link: Path) -> Path:
+    """Where a link ends. Python 3.11 and 3.12 refuse one that leads to itself, later versions return it."""
+    try:
+        return link.resolve()
+    except (OSError, RuntimeError):
+        raise CheckpointError(f"{link} is a link that leads to itself.") from None
 
 
 def _inside(root: Path, *parts: str) -> Path:
@@ -346,6 +410,24 @@ def _check_declared(path: Path, manifest: Manifest, entries: Mapping[str, Entry]
                 raise CheckpointError(
                     f"{path}, {name}.{attribute}.scale: shape {found}, but the manifest declares {rows} rows."
                 )
+        if layer.rank is not None:
+            down = entries.get(f"{name}.branch.down")
+            if down is None or down.shape[:1] != (layer.rank,) or layer.rank < 1:
+                shape = None if down is None else list(down.shape)
+                raise CheckpointError(
+                    f"{path}, {name}.branch.down: shape {shape}, but the manifest declares rank {layer.rank}."
+                )
+
+
+def _check_size(path: Path, bones: nn.Module) -> None:
+    """Buffers that a configuration determines are not in the file, so the file says nothing about their size."""
+    asked = sum(tensor.numel() * tensor.element_size() for tensor in (*bones.parameters(), *bones.buffers()))
+    allowed = MAX_EXPANSION * path.stat().st_size + MAX_BUFFER_BYTES
+    if asked > allowed:
+        raise CheckpointError(
+            f"{path}: the configuration asks for a model of {asked} bytes; the file has {path.stat().st_size}, which "
+            f"justifies {allowed}."
+        )
 
 
 def _check_sums(file: TensorFile, manifest: Manifest) -> None:

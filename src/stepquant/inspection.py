@@ -20,6 +20,9 @@ from stepquant.storage import Entry, read_header
 
 __all__ = ["inspect_checkpoint"]
 
+PARTS = ("weight_quantizer", "input_quantizer", "second_quantizer", "input_transform", "branch")
+"""Modules inside of a quantized layer."""
+
 KINDS = {0: "matmul", 2: "linear", 3: "conv1d", 4: "conv2d"}
 
 
@@ -28,11 +31,12 @@ def inspect_checkpoint(folder: Path | str) -> dict[str, Any]:
 
     manifest: the manifest as it is in the file. base_model, created, stepquant, torch, diffusers, schedule: from it.
     layers: name, kind, shape, bits (`{"weight", "input", "second"}`, None for floating point; also `weight_bits`,
-        `input_bits`, `second_bits`), rows (the most parameter sets of an activation quantizer), bytes in the file,
+        `input_bits`, `second_bits`), rows (the most parameter sets of an activation quantizer), additions (transform,
+        branch and other things that format version 1 does not know, in words), bytes in the file,
         engine that runs it on the CPU, refusals (engine -> reason). engine is None for a denoiser that diffusers does
         not know.
-    bytes: of all files. bytes_by_kind: levels, weight_scales, activation_tables, corrections, unquantized,
-        tensor_header, manifest and other_files, which add up to bytes.
+    bytes: of all files. bytes_by_kind: levels, weight_scales, activation_tables, transforms, branches, corrections,
+        unquantized, tensor_header, manifest and other_files, which add up to bytes.
     float32_bytes: of the full-precision denoiser's tensors in float32. ratio: bytes of manifest and denoiser folder to
         these.
 
@@ -82,8 +86,7 @@ def _layers(manifest: Manifest, entries: Mapping[str, Entry]) -> list[dict[str, 
 def _owner(tensor: str) -> str:
     """The layer that a tensor belongs to: `conv.weight_quantizer.scale` and `conv.bias` both belong to `conv`."""
     parts = tensor.split(".")
-    inside_quantizer = len(parts) > 2 and parts[-2] in ("weight_quantizer", "input_quantizer", "second_quantizer")
-    return ".".join(parts[: -2 if inside_quantizer else -1])
+    return ".".join(parts[: -2 if len(parts) > 2 and parts[-2] in PARTS else -1])
 
 
 def _layer(name: str, shape: tuple[int, ...], group: LayerGroup) -> dict[str, Any]:
@@ -96,6 +99,7 @@ def _layer(name: str, shape: tuple[int, ...], group: LayerGroup) -> dict[str, An
         "bits": bits,
         **{f"{operand}_bits": value for operand, value in bits.items()},
         "rows": max(group.rows.values(), default=0),
+        "additions": group.additions,
     }
 
 
@@ -118,9 +122,13 @@ def _quantized_weights(manifest: Manifest) -> dict[str, int]:
     }
 
 
-def _kind(tensor: str, weights: Mapping[str, int]) -> str:
+def _kind(tensor: str, manifest: Manifest, weights: Mapping[str, int]) -> str:
     if tensor in weights:
         return "levels"
+    for part, kind in ((".input_transform.", "transforms"), (".branch.", "branches")):
+        # The model may have modules of that name itself.
+        if part in tensor and tensor.split(part)[0] in manifest.shapes:
+            return kind
     if tensor.startswith(CORRECTION_PREFIX + "."):
         return "corrections"
     if ".weight_quantizer." in tensor:
@@ -133,18 +141,20 @@ def _kind(tensor: str, weights: Mapping[str, int]) -> str:
 
 def _float32_bytes(manifest: Manifest, entries: Mapping[str, Entry]) -> int:
     weights = _quantized_weights(manifest)
-    plain = sum(math.prod(entry.shape) for name, entry in entries.items() if _kind(name, weights) == "unquantized")
+    plain = sum(
+        math.prod(entry.shape) for name, entry in entries.items() if _kind(name, manifest, weights) == "unquantized"
+    )
     return 4 * (plain + sum(weights.values()))
 
 
 def _bytes_by_kind(
     manifest: Manifest, entries: Mapping[str, Entry], path: Path, files: Mapping[Path, int]
 ) -> dict[str, int]:
-    kinds = ("levels", "weight_scales", "activation_tables", "corrections", "unquantized")
+    kinds = ("levels", "weight_scales", "activation_tables", "transforms", "branches", "corrections", "unquantized")
     found = dict.fromkeys(kinds, 0)
     weights = _quantized_weights(manifest)
     for name, entry in entries.items():
-        found[_kind(name, weights)] += entry.bytes
+        found[_kind(name, manifest, weights)] += entry.bytes
     found["tensor_header"] = path.stat().st_size - sum(found.values())
     found["manifest"] = files[Path(MANIFEST_NAME)]
     found["other_files"] = sum(files.values()) - sum(found.values())

@@ -116,6 +116,7 @@ def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
         "scheduler/scheduler_config.json",
         "stepquant.json",
         "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
         "unet/stepquant.safetensors",
     ]
     for path in files:
