@@ -20,7 +20,7 @@ from stepquant.calibrate.informative import (
     median_kernel,
 )
 from stepquant.calibrate.noising import check_drawn_noise_target, noise_scales, noise_target, noisy
-from stepquant.calibrate.ranges import Observer, RangeRule, fit_range, observing
+from stepquant.calibrate.ranges import Observer, RangeRule, observing
 from stepquant.calibrate.reconstruct import adam_state, clocked, load_adam_state_
 from stepquant.calibrate.steps import Step, copy_sharing, prediction_of
 from stepquant.calibrate.timestep_groups import (
@@ -379,7 +379,8 @@ def _observed_ranges(observer: Observer, bins: int, spec: QuantSpec, rule: Range
     shortest = min(len(values) for values in seen)
     ends = torch.tensor([observer.extremes[number] for number in range(bins)])
     values = torch.cat([torch.stack([values[:shortest] for values in seen]), ends], 1)
-    scale, zero_point = fit_range(values, replace(spec, granularity="channel"), rule)
+    params = observer.fit(values, replace(spec, granularity="channel"), rule)
+    scale, zero_point = params.scale, params.zero_point
     return ((spec.qmin - zero_point) * scale)[:, 0], ((spec.qmax - zero_point) * scale)[:, 0]
 
 

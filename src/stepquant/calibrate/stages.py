@@ -295,8 +295,9 @@ class FitInputRanges:
                         setattr(layers[name], attribute, DynamicQuantizer(spec))
                         continue
                     seen = observers[name, attribute]
-                    params = seen.params(spec, row_of_bin, self.rule, f"The {attribute} of {name}")
-                    quantizer = InputQuantizer(spec, clock, params, row_of_bin).to(clock.edges.device)
+                    rows = seen.own_rows() if seen.keeps_sample(spec) else row_of_bin
+                    params = seen.params(spec, rows, self.rule, f"The {attribute} of {name}")
+                    quantizer = InputQuantizer(spec, clock, params, rows).to(clock.edges.device)
                     setattr(layers[name], attribute, quantizer)
                     advance(1)
         return {"rows": len(self.windows or (0,)), "evaluations": count}

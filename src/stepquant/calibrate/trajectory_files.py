@@ -25,7 +25,7 @@ from stepquant.calibrate.forms import form_from_dict, scaled_sample
 from stepquant.calibrate.steps import DenoiserCall, Step, cached_tensors, copy_sharing, run_scheduler
 from stepquant.calibrate.trajectory import Trajectory
 from stepquant.errors import CalibrationError
-from stepquant.model.schedule import ScheduleFingerprint
+from stepquant.model.schedule import ScheduleFingerprint, with_constants
 
 __all__ = ["load_trajectories", "save_trajectories"]
 
@@ -203,7 +203,7 @@ def _fresh_scheduler(pipe_scheduler: Any, fingerprint: ScheduleFingerprint, argu
             f"{type(pipe_scheduler).__name__}. Give the "
             "pipeline that scheduler, or record again."
         )
-    scheduler = type(pipe_scheduler).from_config(dict(fingerprint.config))
+    scheduler = type(pipe_scheduler).from_config(with_constants(fingerprint.config))
     args, kwargs = arguments
     scheduler.set_timesteps(*args, **kwargs)
     return scheduler

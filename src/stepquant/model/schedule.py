@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from stepquant.errors import SpecError
 
-__all__ = ["ScheduleFingerprint", "guard_schedule"]
+__all__ = ["ScheduleFingerprint", "guard_schedule", "with_constants"]
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,14 @@ def _json_config(scheduler: Any) -> dict[str, Any]:
     config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
     decoded: dict[str, Any] = json.loads(json.dumps(config, default=_as_json), parse_constant=str)
     return decoded
+
+
+def with_constants(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint's configuration as a scheduler takes it: JSON has no infinity, so there it is a word."""
+    return {
+        key: float(value) if isinstance(value, str) and value in ("Infinity", "-Infinity", "NaN") else value
+        for key, value in config.items()
+    }
 
 
 def _as_json(value: Any) -> Any:
