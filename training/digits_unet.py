@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,12 +48,23 @@ def build_unet() -> UNet2DModel:
         in_channels=1,
         out_channels=1,
         layers_per_block=1,
-        block_out_channels=(32, 64, 128),
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 64, 128, 128),
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         attention_head_dim=32,
         norm_num_groups=16,
     )
+
+
+def begin_from(model: UNet2DModel, folder: Path) -> None:
+    """Take over the weights of an earlier export. One with a level less gives all but the coarsest level's."""
+    earlier = UNet2DModel.from_pretrained(folder / "unet", dtype=torch.float32)
+    state, missing = earlier.state_dict(), len(model.up_blocks) - len(earlier.up_blocks)
+    if missing:
+        block = re.compile(r"^up_blocks\.(\d+)")
+        state = {block.sub(lambda m: f"up_blocks.{int(m[1]) + missing}", key): value for key, value in state.items()}
+    new = model.load_state_dict(state, strict=not missing).missing_keys
+    print(f"{len(state)} tensors from {folder}, {len(new)} new", flush=True)
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -128,7 +140,7 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = build_unet()
     if args.init:
-        model.load_state_dict(UNet2DModel.from_pretrained(args.init / "unet", dtype=torch.float32).state_dict())
+        begin_from(model, args.init)
     model.to(device, memory_format=torch.channels_last)
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     optimizers = build_optimizers(model, args.optimizer, args.lr)

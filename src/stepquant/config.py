@@ -41,6 +41,8 @@ _MAX_BYTES = 256 * 1024
 _MAX_NODES = 20_000
 """Values in a file after all its aliases have been written out. A run needs a few dozen."""
 
+_MAX_DIGITS = 100
+
 _KEYWORD_OF = {
     "weights": "weights",
     "activations": "activations",
@@ -53,6 +55,13 @@ _KEYWORD_OF = {
 
 _BIT_KEYS = ("weights", "activations", "softmax_bits")
 """Where null is a value of its own: floating point, or for softmax_bits as every other activation."""
+
+
+_BUDGET_KEYS = ("target", "max_bytes", "max_drift")
+"""Keys of run.yaml that ask for bits to be allocated; one at a time. `allocation` holds what goes with them."""
+
+_NO_ALLOCATION_OPTIONS = ("place", "ranges", "weight_bits", "max_bytes", "max_drift")
+"""Settings of `Allocate` that come from the recipe and from the budget."""
 
 
 class RuleConfig(BaseModel):
@@ -86,6 +95,10 @@ class RunConfig(BaseModel):
     ends: Literal["8bit", "same", "full"] | None = None
     softmax_bits: int | None = None
     rules: list[RuleConfig] | None = None
+    target: str | float | None = None
+    max_bytes: int | None = None
+    max_drift: float | None = None
+    allocation: dict[str, Any] | None = None
     arguments: dict[str, Any] | None = None
     options: dict[str, Any] | None = None
     recipe: dict[str, Any] | list[dict[str, Any]] | None = None
@@ -97,6 +110,7 @@ class Resolved:
 
     method, preset: None where the recipe was written out by hand.
     keywords: what the method's function was called with, bits and rules in the form of `run.yaml`.
+    budget: the keys of `run.yaml` that have bits allocated, empty if none has.
     arguments: what the pipeline is called with beside seeds and steps.
     """
 
@@ -109,6 +123,7 @@ class Resolved:
     device: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     keywords: Mapping[str, Any] = field(default_factory=dict)
+    budget: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data in the form of `run.yaml`: resolving it again gives the same recipe."""
@@ -120,6 +135,7 @@ class Resolved:
             data |= {"method": self.method, "preset": self.preset}
             data |= {key_of[name]: value for name, value in self.keywords.items() if name in key_of}
             data["options"] = {name: value for name, value in self.keywords.items() if name not in key_of}
+            data |= self.budget
         tail = {"steps": self.steps, "seed": self.seed, "device": self.device, "arguments": dict(self.arguments)}
         plain: dict[str, Any] = json.loads(json.dumps(data | tail, default=str))
         return plain
@@ -133,12 +149,13 @@ def load_config(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
-        raw = path.read_bytes() if size <= _MAX_BYTES else b""
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            raw = file.read(_MAX_BYTES + 1)  # a device has no size and no end
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}.") from None
-    if size > _MAX_BYTES:
-        raise SpecError(f"{path}: has {size} bytes; a run's settings have at most {_MAX_BYTES}.")
+    if len(raw) > _MAX_BYTES:
+        raise SpecError(f"{path}: has {max(size, len(raw))} bytes; a run's settings have at most {_MAX_BYTES}.")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -178,6 +195,7 @@ def _check_size(root: yaml.Node, source: str) -> None:
         if id(node) in open_nodes:
             raise SpecError(f"{source}: line {node.start_mark.line + 1} refers to itself through an alias.")
         if id(node) not in sizes:
+            _refuse_endless_number(node, source)
             open_nodes.add(id(node))
             sizes[id(node)] = 1 + sum(size(child) for child in _children(node, source))
             open_nodes.remove(id(node))
@@ -185,6 +203,16 @@ def _check_size(root: yaml.Node, source: str) -> None:
 
     if size(root) > _MAX_NODES:
         raise SpecError(f"{source}: holds more than {_MAX_NODES} values when its aliases are written out.")
+
+
+def _refuse_endless_number(node: yaml.Node, source: str) -> None:
+    """Python reads no more than 4300 digits, but YAML also writes numbers in base 60, and those it multiplies."""
+    number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+    if number and isinstance(node, yaml.ScalarNode) and len(node.value) > _MAX_DIGITS:
+        raise SpecError(
+            f"{source}: line {node.start_mark.line + 1} has a number of {len(node.value)} characters; expected at most "
+            f"{_MAX_DIGITS}."
+        )
 
 
 def _children(node: yaml.Node, source: str) -> list[yaml.Node]:
@@ -291,11 +319,53 @@ def resolve(data: Mapping[str, Any], *, source: str = "run.yaml", flags: Mapping
         "device": merged.get("device", "auto"),
         "arguments": merged.get("arguments", {}),
     }
+    budget = _budget(layers)
     if "recipe" in merged:
+        if budget:
+            raise SpecError(
+                f"{next(iter(budget))}: goes with a method, but the recipe is written out stage by stage: write the "
+                "stage Allocate in the place of Place."
+            )
         return Resolved(method=None, preset=None, recipe=_written_recipe(layers), **common)
     method, preset = merged.get("method", "accuquant"), merged.get("preset", "standard")
     keywords, recipe = _method_recipe(method, preset, layers)
-    return Resolved(method=method, preset=preset, recipe=recipe, keywords=keywords, **common)
+    if budget:
+        recipe, budget = _allocated(recipe, budget, source)
+    return Resolved(method=method, preset=preset, recipe=recipe, keywords=keywords, budget=budget, **common)
+
+
+def _budget(layers: Iterable[_Layer]) -> dict[str, Any]:
+    """The budget of the last source that gives one, and `allocation` from all of them."""
+    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for layer in layers:
+        own = {key: layer.given[key] for key in _BUDGET_KEYS if layer.given.get(key) is not None}
+        if len(own) > 1:
+            raise SpecError(f"{layer.source}: {' and '.join(own)} are budgets of the same bits: keep one of them.")
+        found = own or found
+        options |= layer.given.get("allocation") or {}
+    if options and not found:
+        raise SpecError(f"allocation: goes with a budget: give one of {', '.join(_BUDGET_KEYS)} too.")
+    return found | ({"allocation": options} if options else {})
+
+
+def _allocated(recipe: Recipe, budget: Mapping[str, Any], source: str) -> tuple[Recipe, dict[str, Any]]:
+    """The method's recipe with bits to be allocated, and the budget with every option spelled out."""
+    from stepquant.calibrate.allocation import Allocate, allocated, parse_target
+
+    settings: dict[str, Any] = {key: budget[key] for key in ("max_bytes", "max_drift") if key in budget}
+    if "target" in budget:
+        settings["weight_bits"], settings["activation_bits"] = parse_target(budget["target"])
+    hints = typing.get_type_hints(Allocate)
+    known = [name for name in inspect.signature(Allocate).parameters if name not in _NO_ALLOCATION_OPTIONS]
+    for name, value in budget.get("allocation", {}).items():
+        where = f"{source}: allocation.{name}"
+        if name not in known:
+            raise SpecError(f"{where}: there is no such option.{nearest(name, known)}")
+        settings[name] = _fitting(value, hints[name], where)
+    recipe = allocated(recipe, **settings)
+    stage = next(stage for stage in recipe.stages if isinstance(stage, Allocate))
+    return recipe, {**budget, "allocation": _spelled({name: getattr(stage, name) for name in known})}
 
 
 def _checked(data: Mapping[str, Any], source: str) -> _Layer:
@@ -464,7 +534,14 @@ def _spelled(keywords: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dump(resolved: Resolved, path: str | Path) -> None:
-    """Write the resolved settings as YAML that `load_config` reads back."""
+    """Write the resolved settings as YAML that `load_config` reads back; the file is replaced at once."""
     text = yaml.safe_dump(resolved.to_dict(), sort_keys=False, allow_unicode=True)
     head = "# Every setting of this run, defaults included. `stepquant quantize --config` takes it as it is.\n"
-    Path(path).write_text(head + text, encoding="utf-8")
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(head + text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error

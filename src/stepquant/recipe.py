@@ -119,12 +119,16 @@ def recipe_from_dict(data: Mapping[str, Any], stages: Mapping[str, type[Any]]) -
     unknown = set(data) - {"name", "stages"}
     if unknown or "stages" not in data:
         raise SpecError(f"A recipe has the keys name and stages, found {sorted(map(str, data))}.")
+    if not isinstance(data["stages"], list):
+        raise SpecError(f"stages: expected a list of stages, found {data['stages']!r:.60}.")
     built: list[Stage] = []
     for number, entry in enumerate(data["stages"]):
+        where = f"stages[{number}]"
+        if not isinstance(entry, Mapping):
+            raise SpecError(f"{where}: expected settings such as {{stage: Record}}, found {entry!r:.60}.")
         settings = dict(entry)
         kind = settings.pop("stage", None)
-        where = f"stages[{number}]"
-        if kind not in stages:
+        if not isinstance(kind, str) or kind not in stages:
             raise SpecError(f"{where}.stage: there is no stage {kind!r}.{nearest(str(kind), stages)}")
         known = [entry.name for entry in dataclasses.fields(stages[kind])]
         for key in settings:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -30,17 +30,23 @@ class SilentProgress:
         yield lambda _done: None
 
 
+def _tell_nobody(number: int, figures: Mapping[str, Any]) -> None:
+    """The default of `Run.finished`."""
+
+
 @dataclass(frozen=True)
 class Run:
     """Seed, work folder and progress of one run.
 
     seed: root of every random stream of the run.
     work: folder for what a killed run needs to go on; None keeps nothing on disk.
+    finished: called with the number and the figures of every stage that has finished.
     """
 
     seed: int = 0
     work: Path | None = None
     progress: Progress = field(default_factory=SilentProgress)
+    finished: Callable[[int, Mapping[str, Any]], None] = _tell_nobody
 
     def generator(self, *name: object) -> torch.Generator:
         """A CPU generator of its own for each name.

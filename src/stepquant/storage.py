@@ -7,9 +7,10 @@ A file is eight bytes (header length n, little-endian), n bytes of JSON (`{"name
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import mmap
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from stepquant.errors import CheckpointError
+from stepquant.model.plain_json import parse_json
 
-__all__ = ["Entry", "TensorFile", "checksum", "open_tensors", "read_header", "write_tensors"]
+__all__ = [
+    "Entry",
+    "TensorFile",
+    "checksum",
+    "errors_name",
+    "open_tensors",
+    "parse_json",
+    "read_header",
+    "write_tensors",
+]
 
 # More than any model needs; a length field beyond it is damage, not a header to be read into memory.
 MAX_HEADER_BYTES = 100_000_000
@@ -61,6 +73,25 @@ def checksum(tensor: Tensor) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
+@contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Inside, an error of the disk that names no file is raised again as an OSError that names `path`.
+
+    A full disk is such an error: Python's `write` says only that there is no space, and safetensors says it in words.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a file. The same tensors give the same bytes."""
     # One entry of metadata: safetensors keeps it in a hash map, whose order would differ from run to run.
@@ -84,9 +115,9 @@ def read_header(path: Path) -> dict[str, Entry]:
             )
         text = file.read(length)
     try:
-        header = json.loads(text)
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path}: the header is not JSON.") from None
+        header = parse_json(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the header is not JSON: {error}.") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is a {type(header).__name__}, expected an object of tensors.")
     header.pop("__metadata__", None)

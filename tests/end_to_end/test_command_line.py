@@ -182,7 +182,7 @@ def test_ctrl_c_leaves_a_run_to_resume(interrupted: Interrupted) -> None:
     assert "--resume" in interrupted.complaint
     assert "Traceback" not in interrupted.complaint
     assert interrupted.left == ("out.work",)
-    assert {"run.yaml", "run.json", "stages.json", "trajectories", "model.json"} <= set(interrupted.kept)
+    assert {"run.yaml", "run.json", "stages.json", "trajectories", "model-06.json"} <= set(interrupted.kept)
     assert [name for name in interrupted.kept if "partial" in name] == ["partial-07-windows.safetensors"]
     assert [stage["stage"] for stage in interrupted.stages][-1] == "FitInputRanges"
 
@@ -273,7 +273,8 @@ def test_evaluate_then_report(folder: Path, resumed: Resumed, capsys: pytest.Cap
     assert (results["n"], results["seeds"], results["steps"]) == (4, [1000, 1003], 4)
     metrics = results["metrics"]
     # No shipped features fit 16 x 16 pixels: there are no Frechet distances, and a note says so.
-    assert set(metrics) == {"psnr", "ssim", "mae", "drift_final"}
+    assert set(metrics) >= {"psnr", "ssim", "mae", "drift_final"}
+    assert not any("frechet" in name for name in metrics)
     assert all(isinstance(metric["value"], float) for metric in metrics.values())
     assert 10 < metrics["psnr"]["value"] < 60
     assert 0 < metrics["drift_final"]["value"] < 1

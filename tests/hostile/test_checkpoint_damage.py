@@ -77,9 +77,10 @@ def test_the_pristine_checkpoint_loads(folder: Path) -> None:
 
 MANIFEST_DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "future version": (
-        lambda data: data.update(format_version=2, stepquant="9.9.0"),
-        r"format version 2, written by stepquant 9\.9\.0; this stepquant reads version 1",
+        lambda data: data.update(format_version=3, stepquant="9.9.0"),
+        r"format version 3, written by stepquant 9\.9\.0; this stepquant reads versions 1 to 2",
     ),
+    "version zero": (lambda data: data.update(format_version=0), "format version 0"),
     "no version": (lambda data: data.pop("format_version"), "format version None"),
     "version true": (lambda data: data.update(format_version=True), "format version True"),
     "missing field": (lambda data: data.pop("clock"), "clock: Field required"),

@@ -36,6 +36,17 @@ class FakePipe:
         self.unet = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1))
 
 
+class FakeWalks:
+    """Fakes walk nowhere."""
+
+    def __init__(self, _reference: Any, **_options: Any) -> None: ...
+
+    def add(self, _pipe: Any) -> None: ...
+
+    def found(self) -> dict[str, Any]:
+        return {"notes": ["No films."]}
+
+
 @dataclass
 class FakeQuantized:
     figures: tuple[dict[str, Any], ...] = ({"stage": "Record", "seconds": 61.0}, {"stage": "Place", "seconds": 0.5})
@@ -124,6 +135,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     monkeypatch.setattr("stepquant.inspection.inspect_checkpoint", describe)
     monkeypatch.setattr(work, "tune_allocator", lambda: True)
     monkeypatch.setattr("stepquant.report.groups.rows_over_time", lambda _pipe: ([], torch.zeros(0, 1), [0.0]))
+    monkeypatch.setattr("stepquant.report.walks.Walks", FakeWalks)
     return fake
 
 
@@ -182,7 +194,7 @@ def test_quantize_leaves_a_checkpoint_and_its_settings(run: Run, library: Librar
     status, text, _ = run("quantize", "digits-unet", "-o", out, "--method", "rtn", "--steps", "7", "--seed", "3")
     assert status == 0
     assert "1 min 2 s" in text
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.run.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.figures.jsonl", "out.run.yaml"]
     assert "method: rtn" in (tmp_path / "out.run.yaml").read_text()
     asked = library.asked("quantize")[0]
     assert (asked["steps"], asked["run"].seed, asked["base_model"], asked["resume"]) == (7, 3, "digits-unet", False)

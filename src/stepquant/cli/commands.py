@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ import typer
 
 from stepquant._version import __version__
 from stepquant.cli.console import Settings
+from stepquant.cli.logs import log_to
 from stepquant.cli.seeds import parse_seeds
 
 __all__ = ["app"]
@@ -63,12 +65,39 @@ def common(
     debug: Annotated[
         bool, typer.Option("--debug", help="Tracebacks and log messages. May stand after the command too.")
     ] = False,
+    log_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--log-file",
+            metavar="FILE",
+            help="Append what happens to FILE, one JSON object a line. May stand after the command too.",
+        ),
+    ] = None,
     version: Annotated[  # noqa: ARG001 - its callback has done it all
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
     ] = False,
 ) -> None:
     """Quantize diffusion models after training, and see what was lost, step by step."""
     ctx.obj = replace(ctx.obj or Settings(), quiet=quiet, debug=debug)
+    if log_file is not None:
+        log_to(log_file)
+        logging.getLogger(__name__).info("stepquant %s: %s", __version__, ctx.obj.command)
+
+
+Target = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BITS",
+        help="Choose bits by layer: 4.5bit is the average of weights, W4.5A6 that of weights and of activations.",
+    ),
+]
+MaxBytes = Annotated[
+    int | None, typer.Option(min=1, help="Choose bits by layer: the checkpoint's layers have at most this many bytes.")
+]
+MaxDrift = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="Choose bits by layer: the fewest bytes with at most this final drift, measured."),
+]
 
 
 @app.command()
@@ -90,6 +119,9 @@ def quantize(
     calibration_samples: Annotated[
         int | None, typer.Option(min=1, help="Images sampled to calibrate on.  [default: the preset's]")
     ] = None,
+    target: Target = None,
+    max_bytes: MaxBytes = None,
+    max_drift: MaxDrift = None,
     preset: Annotated[
         str | None, typer.Option(help="quick, standard or full: time against quality.  [default: standard]")
     ] = None,
@@ -109,6 +141,9 @@ def quantize(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     overwrite: Overwrite = False,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write what the stages measure there, for TensorBoard.")
+    ] = None,
     json_: Json = None,
 ) -> None:
     """Calibrate a low-bit checkpoint of a diffusion model.
@@ -127,13 +162,89 @@ def quantize(
         "preset": preset,
         "seed": seed,
         "device": device,
+        "target": target,
+        "max_bytes": max_bytes,
+        "max_drift": max_drift,
     }
     given = {key: value for key, value in flags.items() if value is not None}
-    request = work.QuantizeRequest(out, config, tuple(set_ or ()), given, resume=resume, overwrite=overwrite)
+    request = work.QuantizeRequest(
+        out, config, tuple(set_ or ()), given, resume=resume, overwrite=overwrite, tensorboard=tensorboard
+    )
     if dry_run:
         work.show_plan(request, _settings(ctx), json_)
     else:
         work.quantize(request, _settings(ctx), json_)
+
+
+@app.command()
+def allocate(
+    ctx: typer.Context,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="plan.yaml", help="File to write.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="digits-unet (shipped), a folder in diffusers format, or a hub id."),
+    ] = None,
+    target: Target = None,
+    max_bytes: MaxBytes = None,
+    max_drift: MaxDrift = None,
+    method: Annotated[
+        str | None, typer.Option(help="What `quantize` will use with the plan.  [default: accuquant]")
+    ] = None,
+    activations: Annotated[
+        int | None, typer.Option(help="Bits of activations where they are not allocated.  [default: 8]")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps to calibrate for.  [default: 20]")] = None,
+    calibration_samples: Annotated[
+        int | None, typer.Option(min=1, help="Images sampled to calibrate on.  [default: the preset's]")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="quick, standard or full.  [default: standard]")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="run.yaml", help="Settings from a file; options given here win over it.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any setting by its path in run.yaml, e.g. allocation.refine=0. May be repeated.",
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Root of all random numbers.  [default: 0]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.  [default: auto]")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    overwrite: Overwrite = False,
+    json_: Json = None,
+) -> None:
+    """Choose bits for every layer by what they do to the final image, and write them as a plan to edit.
+
+    `quantize` does the same with the same options. Here the result is a run.yaml with one rule a layer.
+
+    Example: stepquant allocate digits-unet -o plan.yaml --target 4.5bit
+    """
+    from stepquant.cli import allocate as allocation
+    from stepquant.cli import work
+
+    flags = {
+        "model": model,
+        "method": method,
+        "activations": activations,
+        "steps": steps,
+        "calibration_samples": calibration_samples,
+        "preset": preset,
+        "seed": seed,
+        "device": device,
+        "target": target,
+        "max_bytes": max_bytes,
+        "max_drift": max_drift,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    request = work.QuantizeRequest(out, config, tuple(set_ or ()), given, overwrite=overwrite)
+    if dry_run:
+        work.show_plan(request, _settings(ctx), json_)
+    else:
+        allocation.allocate(request, _settings(ctx), json_)
 
 
 @app.command()
@@ -168,28 +279,79 @@ def sample(
 @app.command()
 def evaluate(
     ctx: typer.Context,
-    checkpoint: Annotated[Path, typer.Argument(help="What `quantize` wrote.")],
+    candidate: Annotated[
+        str,
+        typer.Argument(help="A checkpoint, a diffusers folder, a hub id, or a folder of images named by their seeds."),
+    ],
     against: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The full-precision model.  [default: the one that was quantized]"),
+        typer.Option(
+            metavar="REFERENCE",
+            help="The full-precision side: the same choice.  [default: the model that the checkpoint was made from]",
+        ),
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Such as 1000-1255; calibration never uses these.")] = "1000-1255",
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.  [default: the checkpoint's]")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Such as 1000-1255.  [default: those of the images, else 1000-1255]")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps.  [default: the checkpoint's, or 20]")
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[=FILE]",
+            help="For FID and the like: digits, inception=FILE, mobilenetv2=FILE, none.  "
+            "[default: digits where they fit]",
+        ),
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="clean, torch-fidelity, adm or as-sampled: rounding, resizing, splits.  [default: by the features]"
+        ),
+    ] = None,
+    lpips: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Weights of torchvision's AlexNet or VGG-16, for LPIPS.")
+    ] = None,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option("--fail-if", metavar="GATE", help="Exit status 3 if so, e.g. 'psnr<28'. May be repeated."),
+    ] = None,
     engine: Engine = "auto",
     device: Device = "auto",
     batch_size: Batch = 16,
     argument: Arguments = None,
     schedule: Schedule = "strict",
+    allow_calibration_seeds: Annotated[
+        bool, typer.Option("--allow-calibration-seeds", help="Also evaluate on seeds that were calibrated on.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an evaluation that was interrupted.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew where an evaluation was interrupted.")
+    ] = False,
     json_: Json = None,
 ) -> None:
     """Measure what was lost: paired with the full-precision model at equal seeds, image by image and step by step.
 
-    The result is also kept as CHECKPOINT.evaluation.json, where `stepquant report` finds it.
+    The result is also kept as CANDIDATE.evaluation.json, where `stepquant report` finds it.
+
+    Example: stepquant evaluate digits-w4a8 --fail-if "psnr<28" --fail-if "frechet_to_fp>2"
     """
     from stepquant.cli import work
 
-    sampling = work.Sampling(parse_seeds(seeds), steps, batch_size, tuple(argument or ()), engine, device, schedule)
-    work.evaluate(checkpoint, against, sampling, _settings(ctx), json_)
+    chosen = [] if seeds is None else parse_seeds(seeds)
+    sampling = work.Sampling(chosen, steps, batch_size, tuple(argument or ()), engine, device, schedule)
+    measuring = work.Measuring(
+        features,
+        protocol,
+        lpips,
+        tuple(fail_if or ()),
+        resume=resume,
+        overwrite=overwrite,
+        allow_calibration_seeds=allow_calibration_seeds,
+    )
+    if not work.evaluate(candidate, against, sampling, measuring, _settings(ctx), json_):
+        raise typer.Exit(3)
 
 
 @app.command()
@@ -253,6 +415,57 @@ def report(
     from stepquant.cli import work
 
     work.report(checkpoints, out, parse_seeds(seeds), _settings(ctx), (device, batch_size), overwrite=overwrite)
+
+
+@app.command()
+def doctor(
+    ctx: typer.Context,
+    source: Annotated[
+        str,
+        typer.Argument(metavar="CHECKPOINT_OR_PIPELINE", help="What `quantize` takes or what it wrote."),
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The full-precision model, or none to compare with nothing.  [default: the one that was quantized]",
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="A few, such as 1000-1003; calibration never uses these.")] = "1000-1003",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps.  [default: the checkpoint's, or 20]")
+    ] = None,
+    top: Annotated[int, typer.Option(min=0, help="Layers to restore to full precision one by one, to be sure.")] = 3,
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="When to call it a fault, e.g. cosine=0.9. May be repeated."),
+    ] = None,
+    patch: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write settings for `quantize --config` that mend what was found."),
+    ] = None,
+    engine: Engine = "auto",
+    device: Device = "auto",
+    batch_size: Batch = 4,
+    argument: Arguments = None,
+    schedule: Schedule = "strict",
+    overwrite: Overwrite = False,
+    json_: Json = None,
+) -> None:
+    """Say what is wrong with a checkpoint or a pipeline: which layer, from which step on, and what to do about it.
+
+    Looks at every layer while a few images are sampled: NaN, values outside of quantizers' ranges, dead and outlier
+    channels, what float16 cannot hold, black images. With the full-precision model also which layers are far from it,
+    and which ones drive the error of the final image. Python: stepquant.doctor.examine.
+
+    Example: stepquant doctor digits-w4a8 --patch mended.yaml
+    """
+    from stepquant.cli import doctor as examination
+    from stepquant.cli import work
+
+    sampling = work.Sampling(parse_seeds(seeds), steps, batch_size, tuple(argument or ()), engine, device, schedule)
+    request = examination.DoctorRequest(source, against, sampling, top, tuple(threshold or ()), patch, overwrite)
+    examination.doctor(request, _settings(ctx), json_)
 
 
 @app.command()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,15 +23,19 @@ __all__ = [
     "BarProgress",
     "Interrupted",
     "LineProgress",
+    "LoggedProgress",
     "NoProgress",
     "Settings",
     "duration",
     "interruptible",
     "progress_for",
+    "replace_text",
     "stderr_console",
     "stdout_console",
     "write_json",
 ]
+
+logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -67,12 +73,27 @@ def stderr_console() -> Console:
 
 
 def write_json(data: Any, target: str) -> None:
-    """Write JSON to a file, or to standard output if `target` is "-"."""
-    text = json.dumps(data, indent=2, ensure_ascii=False, default=_plain)
+    """Write JSON to a file, or to standard output if `target` is "-". A file is replaced when the new one is whole."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, default=_plain) + "\n"
+    path = Path(target)
     if target == "-":
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(text)
+    elif path.exists() and not path.is_file():  # a pipe or a device
+        path.write_text(text, encoding="utf-8")
     else:
-        Path(target).write_text(text + "\n", encoding="utf-8")
+        replace_text(path, text)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write beside the file and rename. An OSError names the file, also where the disk is full."""
+    path = path.resolve()
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _plain(value: Any) -> Any:
@@ -91,11 +112,38 @@ def duration(seconds: float) -> str:
 
 
 def progress_for(settings: Settings) -> ProgressProtocol:
-    """Bars on a terminal, a line now and then elsewhere, nothing with `--quiet`."""
+    """Bars on a terminal, a line now and then elsewhere, nothing with `--quiet`; and log messages in any case."""
     if settings.quiet:
-        return NoProgress()
+        return LoggedProgress(NoProgress())
     console = stderr_console()
-    return BarProgress(console) if console.is_terminal else LineProgress()
+    return LoggedProgress(BarProgress(console) if _moves_its_cursor(console) else LineProgress())
+
+
+def _moves_its_cursor(console: Console) -> bool:
+    """Whether bars can be drawn anew. A notebook's `!stepquant ...` looks like a terminal, but only adds lines."""
+    return console.is_terminal and not console.is_dumb_terminal and "JPY_PARENT_PID" not in os.environ
+
+
+class LoggedProgress:
+    """Shows what another one shows, and logs when work begins, now and then how far it is, and when it ends."""
+
+    def __init__(self, shown: ProgressProtocol) -> None:
+        self._shown = shown
+        self._lines = LineProgress(logger.info)
+
+    @contextmanager
+    def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """See `stepquant.run.Progress`."""
+        started = time.monotonic()
+        logger.info("%s: %d to do", what, total)
+        with self._shown.track(what, total) as show, self._lines.track(what, total) as log:
+
+            def advance(done: int) -> None:
+                show(done)
+                log(done)
+
+            yield advance
+        logger.info("%s: done in %s", what, duration(time.monotonic() - started))
 
 
 class NoProgress:

@@ -12,44 +12,55 @@ import typer
 
 from stepquant.cli.commands import app
 from stepquant.cli.console import Interrupted, Settings, stderr_console
+from stepquant.cli.logs import logging_set_up
 from stepquant.errors import StepquantError
 
 __all__ = ["main"]
+
+logger = logging.getLogger(__name__)
+
+_WITH_VALUE = ("--log-file",)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit. No traceback is shown unless `--debug` is among the arguments."""
     given = list(sys.argv[1:] if args is None else args)
     arguments, debug = arranged(given)
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
     settings = Settings(command=shlex.join(["stepquant", *given]), debug=debug)
     command = typer.main.get_command(app)
-    try:
-        command.main(arguments, prog_name="stepquant", obj=settings)
-    except Interrupted as stop:
-        _complain(str(stop))
-        sys.exit(130)
-    except KeyboardInterrupt:
-        _complain("Interrupted.")
-        sys.exit(130)
-    except Exception as error:
-        if debug:
-            raise
-        _complain(_sentence(error))
-        sys.exit(1)
+    with logging_set_up(debug=debug):
+        try:
+            command.main(arguments, prog_name="stepquant", obj=settings)
+        except Interrupted as stop:
+            logger.warning("%s", stop, extra={"told": True})
+            _complain(str(stop))
+            sys.exit(130)
+        except KeyboardInterrupt:
+            logger.warning("Interrupted.", extra={"told": True})
+            _complain("Interrupted.")
+            sys.exit(130)
+        except Exception as error:
+            logger.error("%s", _sentence(error), exc_info=True, extra={"told": True})
+            if debug:
+                raise
+            _complain(_sentence(error))
+            sys.exit(1)
     sys.exit(0)
 
 
 def arranged(arguments: Sequence[str]) -> tuple[list[str], bool]:
     """Arguments with what belongs to every command put first, and whether `--debug` is among them.
 
-    `--debug`, `--quiet` and `-q` may stand anywhere. `--json` with nothing after it, or an option, means `--json -`.
+    `--debug`, `--quiet`, `-q` and `--log-file FILE` may stand anywhere. `--json` with nothing after it, or an option,
+    means `--json -`.
     """
     first: list[str] = []
     rest: list[str] = []
     end = arguments.index("--") if "--" in arguments else len(arguments)
+    wants_value = False
     for position, argument in enumerate(arguments[:end]):
-        if argument in ("--debug", "--quiet", "-q"):
+        if wants_value or argument in ("--debug", "--quiet", "-q") or argument.partition("=")[0] in _WITH_VALUE:
+            wants_value = not wants_value and argument in _WITH_VALUE
             first.append(argument)
             continue
         rest.append(argument)

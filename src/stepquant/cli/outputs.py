@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from stepquant.cli.console import replace_text
 from stepquant.errors import CheckpointError, EvaluationError, SpecError
 
 __all__ = [
     "FINISHED_STAGES",
+    "SAVING_MARK",
     "WORK_MARK",
     "clear_work",
     "evaluation_path",
+    "figures_path",
+    "is_finished",
     "read_evaluation",
+    "read_origin",
     "refuse_existing",
     "refuse_no_checkpoint",
     "refuse_used_folder",
+    "remove_work",
     "settings_path",
+    "speed_path",
     "work_folder",
+    "write_figures",
 ]
 
 WORK_MARK = "run.yaml"
@@ -27,6 +39,11 @@ WORK_MARK = "run.yaml"
 
 FINISHED_STAGES = "stages.json"
 """In a work folder once its first stage is done; `stepquant.work_folder` writes it."""
+
+SAVING_MARK = "saving"
+"""In a work folder while a checkpoint is written where there was none: if there is one, it is this run's."""
+
+_LOCK_FILES = {"lock", "owner.json"}
 
 
 def _beside(out: Path, suffix: str) -> Path:
@@ -42,6 +59,40 @@ def work_folder(out: Path) -> Path:
 def settings_path(out: Path) -> Path:
     """`OUT.run.yaml`: every setting of the run that made the checkpoint."""
     return _beside(out, ".run.yaml")
+
+
+def figures_path(out: Path) -> Path:
+    """`OUT.figures.jsonl`: what every stage of the run measured, losses and times included; one stage a line."""
+    return _beside(out, ".figures.jsonl")
+
+
+def speed_path(checkpoint: Path) -> Path:
+    """`CHECKPOINT.speed.json`: what `benchmarks/engines.py --json` measured, put there by whoever wants it shown."""
+    return _beside(checkpoint, ".speed.json")
+
+
+def write_figures(figures: Iterable[Mapping[str, Any]], out: Path) -> None:
+    """Keep the figures of the stages beside a checkpoint, for `report`."""
+    lines = "".join(json.dumps(dict(entry)) + "\n" for entry in figures)
+    replace_text(figures_path(out), lines)
+
+
+def read_origin(checkpoint: Path) -> dict[str, Any]:
+    """What is kept beside a checkpoint about how it came about: see `report.page.Origin`. What is missing is left out.
+
+    Raises EvaluationError for a file that cannot be read.
+    """
+    found: dict[str, Any] = {}
+    if (path := settings_path(checkpoint)).is_file():
+        found |= {"settings_file": str(path), "settings": path.read_text(encoding="utf-8")}
+    try:
+        if (path := figures_path(checkpoint)).is_file():
+            found["figures"] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if (path := speed_path(checkpoint)).is_file():
+            found["speed"] = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise EvaluationError(f"{path} is damaged ({error}). Delete it: the report does without it.") from None
+    return found
 
 
 def evaluation_path(checkpoint: Path) -> Path:
@@ -79,9 +130,37 @@ def clear_work(work: Path, *, resume: bool, overwrite: bool) -> None:
         raise SpecError(
             f"{work} holds a run that was interrupted. Give --resume to go on with it, or --overwrite to start anew."
         )
-    if not (work / WORK_MARK).is_file():
+    names = {path.name for path in work.iterdir()}
+    if WORK_MARK not in names and (not names or names - _LOCK_FILES):
         raise SpecError(f"{work} is no work folder of stepquant: move it away first.")
-    shutil.rmtree(work)
+    remove_work(work)
+
+
+def remove_work(work: Path) -> None:
+    """Remove a work folder, if there is one: a run that is killed on the way leaves all of it or none under its name.
+
+    Also removes what runs that were killed here left under the other name.
+    """
+    if work.exists():
+        work.rename(work.with_name(f".{work.name}.{os.getpid()}.removed"))
+    for removed in work.parent.glob(f".{glob.escape(work.name)}.*.removed"):
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def is_finished(out: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint `out` is there and is what a run with these settings, in the form of `run.yaml`, made.
+
+    A run may be killed after its checkpoint is complete, with the work folder still there or gone.
+    """
+    from stepquant.config import load_config
+
+    work = work_folder(out)
+    known = work / WORK_MARK if (work / SAVING_MARK).exists() else settings_path(out)
+    if not out.is_dir() or not known.is_file() or (work.exists() and known.parent != work):
+        return False
+    with suppress(SpecError):
+        return load_config(known) == dict(settings)
+    return False
 
 
 def read_evaluation(checkpoint: Path) -> dict[str, Any] | None:

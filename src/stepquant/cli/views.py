@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from rich.table import Column, Table
 
-from stepquant.cli.console import duration, stdout_console, write_json
+from stepquant.cli.console import duration, stderr_console, stdout_console, write_json
 from stepquant.cli.seeds import format_seeds
 from stepquant.errors import SpecError, nearest
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stepquant.recipe import Job
 
 __all__ = [
+    "complain_of_gates",
     "plan_of",
     "show_compensated",
     "show_inspection",
@@ -35,9 +36,16 @@ _METRIC_NAMES = {
     "psnr": "PSNR",
     "ssim": "SSIM",
     "mae": "mean absolute error",
+    "lpips": "LPIPS",
     "frechet_to_fp": "Frechet distance to full precision",
     "frechet_to_data": "Frechet distance to real data",
+    "sfid_to_fp": "sFID to full precision",
+    "kid_to_fp": "KID to full precision",
+    "inception_score": "Inception score",
     "drift_final": "drift after the last step",
+    "cosine_final": "cosine of the final samples",
+    "noise_level": "noise level of the final samples",
+    "white_point_shift": "shift of the white point",
 }
 
 
@@ -187,19 +195,31 @@ def _bytes_text(count: int) -> str:
 def show_results(results: Mapping[str, Any]) -> None:
     """The metrics of one evaluation."""
     console = stdout_console()
+    steps = "" if results["steps"] is None else f" {results['steps']} steps ({results['scheduler']}),"
     console.print(
-        f"{results['candidate']} beside {results['against']}: {results['n']} images, {results['steps']} steps "
-        f"({results['scheduler']}), seeds {_seeds_text(results)}"
+        f"{results['candidate']} beside {results['against']}: {results['n']} images,{steps} seeds "
+        f"{_seeds_text(results)}"
     )
+    if results.get("features"):
+        console.print(f"Features: {results['features']}, protocol {results.get('protocol', 'as-sampled')}")
     table = Table("metric", "value", "95 % interval")
     for key, metric in results["metrics"].items():
         unit = f" {metric['unit']}" if metric.get("unit") else ""
         low, high = metric.get("low"), metric.get("high")
         interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
-        table.add_row(_METRIC_NAMES.get(key, key), f"{metric['value']:.4g}{unit}", interval)
+        beside = f" (full precision {metric['reference_value']:.4g})" if "reference_value" in metric else ""
+        table.add_row(_METRIC_NAMES.get(key, key), f"{metric['value']:.4g}{unit}{beside}", interval)
     console.print(table)
     for note in results.get("notes", []):
         console.print(f"Note: {note}")
+
+
+def complain_of_gates(failed: Sequence[Mapping[str, Any]]) -> None:
+    """One line on standard error for each gate that did not hold."""
+    console = stderr_console()
+    for gate in failed:
+        found = "it was not measured" if gate["value"] is None else f"it is {gate['value']:.6g}"
+        console.print(f"Failed: {gate['gate']} ({found})", style="red", soft_wrap=True)
 
 
 def _seeds_text(results: Mapping[str, Any]) -> str:

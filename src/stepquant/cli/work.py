@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -16,25 +19,43 @@ from stepquant.cli import views
 from stepquant.cli.console import Interrupted, Settings, interruptible, progress_for, stdout_console, write_json
 from stepquant.cli.outputs import (
     FINISHED_STAGES,
+    SAVING_MARK,
     WORK_MARK,
     clear_work,
     evaluation_path,
+    is_finished,
     read_evaluation,
+    read_origin,
     refuse_existing,
     refuse_no_checkpoint,
     refuse_used_folder,
+    remove_work,
     settings_path,
     work_folder,
+    write_figures,
 )
+from stepquant.cli.scalars import Scalars
 from stepquant.config import Resolved, apply_overrides, dump, load_config, parse_yaml, resolve
-from stepquant.errors import CheckpointError, SpecError, nearest
+from stepquant.errors import CheckpointError, SpecError, StepquantError, nearest
+from stepquant.evaluate.compare import METRICS
 from stepquant.evaluate.compare import evaluate as compare
+from stepquant.evaluate.features import Features
+from stepquant.evaluate.folder import discard
+from stepquant.evaluate.gates import check_gates, parse_gates
 from stepquant.evaluate.images import save_png, to_grid
+from stepquant.evaluate.lpips import Lpips
+from stepquant.evaluate.named_features import features_named
+from stepquant.evaluate.seeds import refuse_calibration_seeds
+from stepquant.evaluate.source import PipelineSource, Source, open_source
+from stepquant.evaluate.weights import MissingWeights
 from stepquant.inspection import inspect_checkpoint
+from stepquant.manifest import MANIFEST_NAME
 from stepquant.run import Run
+from stepquant.work_folder import hold
 
 __all__ = [
     "CompensateRequest",
+    "Measuring",
     "QuantizeRequest",
     "Sampling",
     "compensate",
@@ -52,7 +73,11 @@ __all__ = [
     "write_page",
 ]
 
+logger = logging.getLogger(__name__)
+
 _IMAGES_IN_REPORT = 8
+_EVALUATED = range(1000, 1256)
+"""Seeds of an evaluation that names none and compares no folder of images."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +85,7 @@ class QuantizeRequest:
     """What the user asked `quantize` or `check` for.
 
     out: None where nothing is to be written.
+    tensorboard: folder for scalars of the stages' figures, None for none.
     flags: settings of the command line under their names in `run.yaml`.
     """
 
@@ -69,6 +95,7 @@ class QuantizeRequest:
     flags: Mapping[str, Any]
     resume: bool = False
     overwrite: bool = False
+    tensorboard: Path | None = None
 
     def resolved(self) -> Resolved:
         """preset < file < command line."""
@@ -92,6 +119,23 @@ class Sampling:
     def pipeline_arguments(self) -> dict[str, Any]:
         """The `--argument KEY=VALUE` of the command line as keyword arguments."""
         return _pipeline_arguments(self.arguments)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What `evaluate` measures beside the defaults, and what it does with what is there already.
+
+    features: "digits", "inception=FILE", "mobilenetv2=FILE" or "none"; None takes the shipped ones where they fit.
+    protocol: a preset of `evaluate.protocol`. lpips: weights of its backbone. gates: such as "psnr<28".
+    """
+
+    features: str | None = None
+    protocol: str | None = None
+    lpips: Path | None = None
+    gates: tuple[str, ...] = ()
+    resume: bool = False
+    overwrite: bool = False
+    allow_calibration_seeds: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,6 +204,12 @@ def show_plan(request: QuantizeRequest, settings: Settings, json_target: str | N
 def quantize(request: QuantizeRequest, settings: Settings, json_target: str | None) -> None:
     """Quantize and say what came out."""
     out = _required(request.out)
+    work = work_folder(out)
+    if request.resume and not request.overwrite and out.exists():
+        resolved = request.resolved()
+        if is_finished(out, resolved.to_dict()):
+            _show_finished(resolved, out, settings, json_target)
+            return
     refuse_existing(out, overwrite=request.overwrite)
     refuse_no_checkpoint(out)
     if request.config is not None and request.config.resolve() == settings_path(out).resolve():
@@ -167,9 +217,17 @@ def quantize(request: QuantizeRequest, settings: Settings, json_target: str | No
             f"The settings of the run will be written to {settings_path(out)}, which is the file given with --config: "
             "choose another OUT."
         )
-    clear_work(work_folder(out), resume=request.resume, overwrite=request.overwrite)
+    with hold(work) if (work / WORK_MARK).is_file() else nullcontext():
+        clear_work(work, resume=request.resume, overwrite=request.overwrite)
     resolved = request.resolved()
-    figures = run_quantize(resolved, out, settings, resume=request.resume, overwrite=request.overwrite)
+    figures = run_quantize(
+        resolved,
+        out,
+        settings,
+        resume=request.resume,
+        overwrite=request.overwrite,
+        tensorboard=request.tensorboard,
+    )
     description = inspect_checkpoint(out)
     if json_target is not None:
         write_json({"checkpoint": str(out), "bytes": description.get("bytes"), "figures": figures}, json_target)
@@ -178,20 +236,33 @@ def quantize(request: QuantizeRequest, settings: Settings, json_target: str | No
 
 
 def run_quantize(
-    resolved: Resolved, out: Path, settings: Settings, *, resume: bool = False, overwrite: bool = False
+    resolved: Resolved,
+    out: Path,
+    settings: Settings,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    tensorboard: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Quantize, save, and remove the work folder. Returns the figures of the stages."""
     prepare(settings)
+    scalars = None if tensorboard is None else Scalars(tensorboard)
+
+    def finished(number: int, figures: Mapping[str, Any]) -> None:
+        logger.info("Stage %d, %s, has finished.", number + 1, figures["stage"], extra={"data": figures})
+        if scalars is not None:
+            scalars.add(number, figures)
+
     pipe = api.open_model(resolved.model, device=device_named(resolved.device))
     work = work_folder(out)
-    work.mkdir(parents=True, exist_ok=True)
-    if not (work / WORK_MARK).exists():
-        dump(resolved, work / WORK_MARK)
-    run = Run(seed=resolved.seed, work=work, progress=progress_for(settings))
+    run = Run(seed=resolved.seed, work=work, progress=progress_for(settings), finished=finished)
     with (
+        hold(work),
         _kept_if_worth_it(work),
         interruptible(f"What is done so far is in {work}; go on with the same command and --resume."),
     ):
+        if not (work / WORK_MARK).exists():
+            dump(resolved, work / WORK_MARK)
         quantized = api.quantize(
             pipe,
             resolved.recipe,
@@ -201,12 +272,37 @@ def run_quantize(
             base_model=resolved.model,
             resume=resume,
         )
+        if not out.exists():
+            (work / SAVING_MARK).touch()
         quantized.save(out, overwrite=overwrite)
+        _conclude(resolved, out, quantized.figures)
+    if scalars is not None:
+        scalars.close()
+    return list(quantized.figures)
+
+
+def _conclude(resolved: Resolved, out: Path, figures: Iterable[Mapping[str, Any]]) -> None:
+    """What is left to do once the checkpoint is complete: the files beside it, then the work folder goes."""
     dump(resolved, settings_path(out))
+    write_figures(figures, out)
     # An evaluation of the checkpoint that was here before says nothing about this one.
     evaluation_path(out).unlink(missing_ok=True)
-    shutil.rmtree(work)
-    return list(quantized.figures)
+    remove_work(work_folder(out))
+
+
+def _show_finished(resolved: Resolved, out: Path, settings: Settings, json_target: str | None) -> None:
+    """`--resume` for a run that was killed after its checkpoint was complete, or that has nothing left to do at all."""
+    work = work_folder(out)
+    if work.exists():
+        with hold(work):
+            _conclude(resolved, out, json.loads((work / FINISHED_STAGES).read_text()))
+    else:
+        remove_work(work)
+    description, figures = inspect_checkpoint(out), read_origin(out).get("figures", [])
+    if json_target is not None:
+        write_json({"checkpoint": str(out), "bytes": description.get("bytes"), "figures": figures}, json_target)
+    if json_target != "-" and not settings.quiet:
+        stdout_console().print(f"{out} is complete: nothing was left to do.")
 
 
 @contextmanager
@@ -258,52 +354,157 @@ def write_images(images: Any, seeds: Sequence[int], folder: Path, *, grid: bool)
 
 
 def evaluate(
-    checkpoint: Path, against: str | None, sampling: Sampling, settings: Settings, json_target: str | None
-) -> None:
-    """Evaluate, keep the result beside the checkpoint, and show it."""
-    results = measure(checkpoint, against, sampling, settings)
-    kept = _keep(results, checkpoint)
+    candidate: str,
+    against: str | None,
+    sampling: Sampling,
+    measuring: Measuring,
+    settings: Settings,
+    json_target: str | None,
+) -> bool:
+    """Evaluate, keep the result beside the candidate, and show it. Returns whether all gates held."""
+    gates = parse_gates(measuring.gates, METRICS)
+    if measuring.overwrite:
+        discard(_evaluation_work(candidate))
+    results = measure(candidate, against, sampling, settings, measuring)
+    if gates:
+        results["gates"] = check_gates(gates, results["metrics"])
+    kept = _keep(results, Path(candidate))
     if json_target is not None:
         write_json(results, json_target)
+    if kept or json_target is not None:
+        discard(_evaluation_work(candidate))
     if json_target != "-" and not settings.quiet:
         views.show_results(results)
         if kept:
-            stdout_console().print(f"Kept as {evaluation_path(checkpoint)} for `stepquant report`.")
+            stdout_console().print(f"Kept as {evaluation_path(Path(candidate))} for `stepquant report`.")
+    failed = [gate for gate in results.get("gates", []) if gate["failed"]]
+    views.complain_of_gates(failed)
+    return not failed
 
 
-def measure(checkpoint: Path, against: str | None, sampling: Sampling, settings: Settings) -> dict[str, Any]:
-    """Results of schema 1 for a checkpoint beside its full-precision model."""
+def measure(
+    candidate: str | Path,
+    against: str | None,
+    sampling: Sampling,
+    settings: Settings,
+    measuring: Measuring | None = None,
+) -> dict[str, Any]:
+    """Results of schema 1. candidate and against: whatever `evaluate.source.open_source` opens.
+
+    against None: the model that the candidate, a checkpoint then, was made from.
+    """
+    measuring = measuring or Measuring()
     arguments = sampling.pipeline_arguments()
-    description = inspect_checkpoint(checkpoint)
     prepare(settings)
     device = device_named(sampling.device)
-    base = against or _base_model(checkpoint, description)
-    reference = api.open_model(base, device=device)
-    candidate = api.load(checkpoint, engine=sampling.engine, device=device, schedule=sampling.schedule)
-    with interruptible("Nothing was written; an evaluation starts from the beginning."):
+    options = {"device": device, "engine": sampling.engine, "schedule": sampling.schedule}
+    source = open_source(str(candidate), **options)
+    base = against or _base_model(Path(candidate), _description(candidate))
+    reference = open_source(base, **options)
+    seeds = sampling.seeds or source.seeds or reference.seeds or list(_EVALUATED)
+    if not measuring.allow_calibration_seeds:
+        for name in (str(candidate), base):
+            refuse_calibration_seeds(seeds, _description(name).get("manifest") or {}, name=name)
+    features, lpips, remarks = _networks(measuring, device)
+    work = _evaluation_work(candidate)
+    with (
+        _evaluation_kept(work),
+        interruptible(f"What is measured so far is in {work}; go on with the same command and --resume."),
+    ):
         results = compare(
-            candidate,
+            source,
             reference,
-            seeds=sampling.seeds,
-            steps=sampling.steps or _steps_of(description),
+            seeds=seeds,
+            steps=_common_steps(sampling, (source, reference)),
             batch_size=sampling.batch_size,
-            run=Run(progress=progress_for(settings)),
+            run=Run(work=work if os.access(work.parent, os.W_OK) else None, progress=progress_for(settings)),
             arguments=arguments,
+            features=features,
+            protocol=measuring.protocol,
+            lpips=lpips,
+            resume=measuring.resume,
+            remarks=remarks,
         )
-    return {**results, "candidate": str(checkpoint), "against": base, "command": settings.command}
+    return {**results, "candidate": str(Path(candidate)), "against": base, "command": settings.command}
+
+
+def _description(source: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds; nothing for any other source."""
+    return inspect_checkpoint(Path(source)) if (Path(source) / MANIFEST_NAME).is_file() else {}
+
+
+def _common_steps(sampling: Sampling, sources: Iterable[Source]) -> int | None:
+    """Steps as asked for, else of the first checkpoint, else 20; None if there is nothing to sample."""
+    pipelines = [source for source in sources if source.seeds is None]
+    if sampling.steps is not None or not pipelines:
+        return sampling.steps
+    described = [_description(source.name) for source in pipelines]
+    return next((_steps_of(found) for found in described if found), 20)
+
+
+def _networks(
+    measuring: Measuring, device: Any
+) -> tuple[Features | Literal["shipped", "none"], Lpips | None, list[str]]:
+    """Networks whose weights the user named. One whose file is not there is a remark: other figures do not need it."""
+    features: Features | Literal["shipped", "none"] = "shipped"
+    lpips, remarks = None, []
+    if measuring.features == "none":
+        features = "none"
+    elif measuring.features is not None:
+        try:
+            features = features_named(measuring.features, device=device)
+        except MissingWeights as error:
+            features = "none"
+            remarks.append(f"No distances of distributions (FID and the like): {error}")
+    if measuring.lpips is not None:
+        try:
+            lpips = Lpips(measuring.lpips, device=device)
+        except MissingWeights as error:
+            remarks.append(f"No LPIPS: {error}")
+    return features, lpips, remarks
+
+
+def _evaluation_work(candidate: str | Path) -> Path:
+    """`CANDIDATE.evaluation.work`; of a model that is no folder here, in the current one."""
+    path = Path(candidate)
+    beside = path if path.exists() else Path(str(candidate).replace("/", "--"))
+    return evaluation_path(beside).with_suffix(".work")
+
+
+@contextmanager
+def _evaluation_kept(work: Path) -> Iterator[None]:
+    """Leave nothing of an evaluation that cannot go on as it is, or has nothing to go on from.
+
+    What was there before stays, and so does what an interruption or a lack of memory has left.
+    """
+    before = work.exists()
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        if not before and (isinstance(error, StepquantError) or not any(work.glob("*.safetensors"))):
+            discard(work)
+        raise
 
 
 def evaluate_and_keep(checkpoint: Path, sampling: Sampling, settings: Settings) -> dict[str, Any]:
-    """Evaluate against the model that was quantized, and keep the result beside the checkpoint."""
-    results = measure(checkpoint, None, sampling, settings)
+    """Evaluate against the model that was quantized, and keep the result beside the checkpoint.
+
+    Goes on with what an interruption left.
+    """
+    results = measure(checkpoint, None, sampling, settings, Measuring(resume=True))
     _keep(results, checkpoint)
+    discard(_evaluation_work(checkpoint))
     return results
 
 
-def _keep(results: Mapping[str, Any], checkpoint: Path) -> bool:
-    """Write the results beside the checkpoint; a place where nothing can be written is no reason to lose them."""
+def _keep(results: Mapping[str, Any], candidate: Path) -> bool:
+    """Write the results beside the candidate; a place where nothing can be written is no reason to lose them."""
+    if not candidate.is_dir():  # a shipped model or a hub id has no place of its own
+        return False
     try:
-        write_json(results, str(evaluation_path(checkpoint)))
+        write_json(results, str(evaluation_path(candidate)))
     except OSError:
         return False
     return True
@@ -339,6 +540,7 @@ def compensate(
         made.save(request.out, overwrite=overwrite)
     evaluation_path(request.out).unlink(missing_ok=True)
     figures = list(made.figures)
+    write_figures(figures, request.out)
     if json_target is not None:
         write_json({"checkpoint": str(request.out), "against": base, "figures": figures}, json_target)
     if json_target != "-" and not settings.quiet:
@@ -376,11 +578,13 @@ def write_page(
     device_and_batch: tuple[str, int],
 ) -> dict[str, Any]:
     """Sample the images to show, write the page, and return the images (see `report.page.Images`)."""
-    from stepquant.report.page import write_report  # matplotlib is slow to import
+    from stepquant.report.page import Origin, write_report  # matplotlib is slow to import
 
     descriptions = [inspect_checkpoint(checkpoint) for checkpoint in checkpoints]
+    origins = [cast(Origin, read_origin(checkpoint)) for checkpoint in checkpoints]
     images = _images_for(checkpoints, results, settings, device_and_batch)
-    write_report([dict(result) for result in results], images, descriptions, out)
+    found = [dict(result) for result in results]
+    write_report(found, images, descriptions, out, origins=origins, command=settings.command)
     return images
 
 
@@ -390,8 +594,11 @@ def _images_for(
     settings: Settings,
     device_and_batch: tuple[str, int],
 ) -> dict[str, Any]:
-    """The same few seeds of the full-precision model and of every checkpoint, and the checkpoints' rows over time."""
+    """The same few seeds of the reference and of every checkpoint, and the way of each from noise to image
+    (see `report.page.Images`).
+    """
     from stepquant.report.groups import rows_over_time  # matplotlib is slow to import
+    from stepquant.report.walks import Walks
 
     name, batch_size = device_and_batch
     prepare(settings)
@@ -400,15 +607,23 @@ def _images_for(
     seeds = [int(seed) for seed in first["images"]["seeds"]][:_IMAGES_IN_REPORT]
     common: dict[str, Any] = {"seeds": seeds, "steps": int(first["steps"]), "batch_size": batch_size}
     progress = progress_for(settings)
-    reference = api.open_model(str(first["against"]), device=device)
+    reference = open_source(str(first["against"]), device=device, schedule="nearest")
     found: dict[str, Any] = {"seeds": seeds, "candidates": [], "rows": []}
     with interruptible("The report was not written; evaluations that were finished are kept."):
-        found["reference"] = api.sample(reference, progress=progress, **common)
+        walks = None
+        if isinstance(reference, PipelineSource):
+            found["reference"] = api.sample(reference.pipe, progress=progress, **common)
+            walks = Walks(reference.pipe, seeds=seeds, steps=common["steps"], run=Run(progress=progress))
+        else:
+            found["reference"] = reference.images(seeds, steps=None, arguments={})
+            found["notes"] = ["No films and no errors of layers: the reference is a folder of images."]
         for checkpoint in checkpoints:
             pipe = api.load(checkpoint, device=device, schedule="nearest")
             found["candidates"].append(api.sample(pipe, progress=progress, **common))
             found["rows"].append(rows_over_time(pipe))
-    return found
+            if walks is not None:
+                walks.add(pipe)
+    return found if walks is None else found | walks.found()
 
 
 def _base_model(checkpoint: Path, description: Mapping[str, Any]) -> str:
