@@ -15,7 +15,7 @@ import copy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from stepquant.calibrate.low_rank import RoundFolded
+from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.stages import FitInputRanges, calibration_seeds
 from stepquant.calibrate.trajectory import Trajectory, record, seal
@@ -31,7 +31,7 @@ class AlignLayers:
     """Sample with the quantized model, then round layers and fit activation ranges again; `rounds` times.
 
     Each round has as many samples as were recorded, from noise that no other round had.
-    samples, batch, together: of `RoundFolded`. ranges: of `FitInputRanges`.
+    samples, batch, together: of `RoundLayers`. ranges: of `FitInputRanges`.
     Later stages see the full-precision trajectories as before.
     """
 
@@ -47,10 +47,10 @@ class AlignLayers:
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise SpecError(f"rounds must be at least 1, found {self.rounds}.")
-        RoundFolded(samples=self.samples, batch=self.batch, together=self.together)  # checks its settings
+        RoundLayers(samples=self.samples, batch=self.batch, together=self.together)  # checks its settings
 
     def run(self, job: Job) -> Figures:
-        rounding = RoundFolded(samples=self.samples, batch=self.batch, together=self.together)
+        rounding = RoundLayers(samples=self.samples, batch=self.batch, together=self.together)
         entries: list[Any] = []
         evaluations = 0
         for number in range(1, self.rounds + 1):

@@ -30,16 +30,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepquant.calibrate.reconstruct import float_layers, without_input_quantizers
+from stepquant.calibrate.reconstruct import rounding_targets, without_input_quantizers
 from stepquant.calibrate.rounding import SoftRounding
 from stepquant.calibrate.select import CalibrationSet, inputs
 from stepquant.errors import CalibrationError, SpecError
 from stepquant.model.layer import Geometry, QuantizedLayer
 from stepquant.model.quantizer import WeightQuantizer
 from stepquant.model.surgery import Unit, quantized_layers, units_of
+from stepquant.model.transform import InputTransform
 from stepquant.recipe import Figures, Job
 
-__all__ = ["RoundLayers", "columns", "descended", "layer_losses"]
+__all__ = ["RoundLayers", "columns", "descended", "layer_losses", "transformed_gram", "transformed_patches"]
 
 CHUNK = 1 << 24
 """Elements of im2col columns that are in memory at a time."""
@@ -241,13 +242,14 @@ class RoundLayers:
                 layer.weight.data.copy_(kept[0][name])
             return kept[1]
         grams = self._grams(job, group, layers, spread)
-        weights = float_layers(job.full_precision, list(layers))
+        weights = rounding_targets(job, list(layers))
         losses: dict[str, Any] = {}
         for name, layer in layers.items():
             gram = grams.pop(name)
             if gram.total is None:
                 continue  # it never ran
-            before, after = round_layer_(layer, weights[name], gram.total)
+            total = transformed_gram(layer.input_transform, gram.total)
+            before, after = round_layer_(layer, weights[name], total)
             losses[name] = {"before": before / gram.count, "after": after / gram.count}
         if job.keeper:
             job.keeper.save(f"units-{first}", {name: layer.weight for name, layer in layers.items()}, losses)
@@ -292,3 +294,19 @@ def round_layer_(layer: QuantizedLayer, full_precision: Tensor, gram: Tensor) ->
     after = float(layer_losses(gram, found - weight).sum())
     layer.weight.data = found.reshape(layer.weight.shape).to(dtype)
     return before, after
+
+
+def transformed_gram(transform: InputTransform | None, gram: Tensor) -> Tensor:
+    """The Gram matrix `[1, K, K]` of x_t, from that of x: T G T^T with x_t = T x."""
+    if transform is None:
+        return gram
+    once = transformed_patches(transform, gram[0])
+    return transformed_patches(transform, once.mT.contiguous())[None]
+
+
+def transformed_patches(transform: InputTransform | None, patches: Tensor) -> Tensor:
+    """x_t of patches `[N, K]`."""
+    if transform is None:
+        return patches
+    parts = patches.reshape(len(patches), transform.channels, -1)
+    return transform.of_last_axis(parts.mT).mT.reshape(patches.shape)

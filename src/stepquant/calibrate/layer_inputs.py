@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepquant.calibrate.gram import columns
+from stepquant.calibrate.gram import columns, transformed_patches
 from stepquant.calibrate.ranges import RangeRule, fit_range, weight_params
 from stepquant.calibrate.reconstruct import float_layers
 from stepquant.calibrate.select import CalibrationSet, inputs
@@ -22,7 +22,6 @@ from stepquant.errors import CalibrationError, SpecError, nearest
 from stepquant.model.layer import Geometry, QuantizedLayer, geometry_of
 from stepquant.model.quantizer import DynamicQuantizer, WeightQuantizer
 from stepquant.model.surgery import Plan, quantized_layers
-from stepquant.model.transform import InputTransform
 from stepquant.numerics.affine import fake_quantize
 from stepquant.numerics.spec import QuantSpec
 from stepquant.recipe import Job
@@ -35,7 +34,6 @@ __all__ = [
     "output_error",
     "refit_",
     "rounded_inputs",
-    "transformed_patches",
 ]
 
 
@@ -145,14 +143,6 @@ def captured(
             handle.remove()
     found = {name: LayerInputs(torch.cat(one.parts), one.peaks) for name, one in seen.items() if one.parts}
     return found, count
-
-
-def transformed_patches(transform: InputTransform | None, patches: Tensor) -> Tensor:
-    """x_t of patches `[N, K]`."""
-    if transform is None:
-        return patches
-    parts = patches.reshape(len(patches), transform.channels, -1)
-    return transform.of_last_axis(parts.mT).mT.reshape(patches.shape)
 
 
 def rounded_inputs(patches: Tensor, spec: QuantSpec | None) -> Tensor:

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from stepquant.calibrate.gram import RoundLayers, round_layer_
 from stepquant.calibrate.layer_inputs import (
     captured,
     check_patterns,
@@ -24,18 +23,15 @@ from stepquant.calibrate.layer_inputs import (
     originals,
     output_error,
     refit_,
-    transformed_patches,
 )
 from stepquant.calibrate.ranges import RangeRule
-from stepquant.calibrate.reconstruct import float_layers
 from stepquant.errors import SpecError
 from stepquant.model.layer import LowRankBranch, QuantizedLayer
 from stepquant.model.surgery import Plan, quantizable
-from stepquant.model.transform import InputTransform
 from stepquant.numerics.spec import QuantSpec
 from stepquant.recipe import Figures, Job
 
-__all__ = ["AddLowRank", "RoundFolded", "nearest_of_rank", "transformed_gram"]
+__all__ = ["AddLowRank", "nearest_of_rank"]
 
 LARGEST_SHARE = 4
 """A branch has at most a quarter of the rank that the layer can have: beyond that it is the layer itself."""
@@ -143,39 +139,3 @@ class AddLowRank:
 
 def _most(layer: QuantizedLayer) -> int:
     return min(layer.out_features, layer.weight[0].numel()) // LARGEST_SHARE
-
-
-def transformed_gram(transform: InputTransform | None, gram: Tensor) -> Tensor:
-    """The Gram matrix `[1, K, K]` of x_t, from that of x: T G T^T with x_t = T x."""
-    if transform is None:
-        return gram
-    once = transformed_patches(transform, gram[0])
-    return transformed_patches(transform, once.mT.contiguous())[None]
-
-
-@dataclass(frozen=True)
-class RoundFolded(RoundLayers):
-    """`RoundLayers` for models with transforms and branches: rounds what these leave of every layer's weight.
-
-    Layers without either are rounded as `RoundLayers` does.
-    """
-
-    def _group(self, job: Job, group: Any, layers: Any, spread: list[int], first: int) -> Figures:
-        kept = job.keeper.load(f"units-{first}") if job.keeper else None
-        if kept is not None:
-            for name, layer in layers.items():
-                layer.weight.data.copy_(kept[0][name])
-            return kept[1]
-        grams = self._grams(job, group, layers, spread)
-        weights = float_layers(job.full_precision, list(layers))
-        losses: dict[str, Any] = {}
-        for name, layer in layers.items():
-            gram = grams.pop(name)
-            if gram.total is None:
-                continue  # it never ran
-            total = transformed_gram(layer.input_transform, gram.total)
-            before, after = round_layer_(layer, layer.folded(weights[name]), total)
-            losses[name] = {"before": before / gram.count, "after": after / gram.count}
-        if job.keeper:
-            job.keeper.save(f"units-{first}", {name: layer.weight for name, layer in layers.items()}, losses)
-        return losses

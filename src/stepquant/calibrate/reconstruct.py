@@ -46,6 +46,7 @@ __all__ = [
     "float_layers",
     "load_adam_state_",
     "reconstruction_loss",
+    "rounding_targets",
     "sample_losses",
     "soft_roundings",
     "soften_all_",
@@ -89,6 +90,17 @@ def float_layers(full_precision: nn.Module, names: Sequence[str]) -> dict[str, T
     """Full-precision weights of layers, by name."""
     modules = dict(full_precision.named_modules())
     return {name: modules[name].weight.detach() for name in names}
+
+
+def rounding_targets(job: Job, names: Sequence[str]) -> dict[str, Tensor]:
+    """What the weights of layers stand for in full precision, by name: transforms and branches folded in."""
+    layers = quantized_layers(job.denoiser)
+    found = {}
+    for name, weight in float_layers(job.full_precision, names).items():
+        layer = layers[name]
+        assert isinstance(layer, QuantizedLayer)
+        found[name] = layer.folded(weight)
+    return found
 
 
 @contextmanager
@@ -527,7 +539,7 @@ def _fixed_weights(chosen: CalibrationSet) -> Tensor | None:
 
 def _theta_of(job: Job, soft: Mapping[str, SoftRounding], hardness: float) -> Theta:
     """Rounding variables between where they are and their nearest rounding."""
-    weights = float_layers(job.full_precision, list(soft))
+    weights = rounding_targets(job, list(soft))
     found = []
     for name, rounding in soft.items():
         h = rounding.h().detach()
@@ -658,7 +670,7 @@ def soft_roundings(layers: Mapping[str, Any]) -> dict[str, SoftRounding]:
 def soften_all_(job: Job, layers: Mapping[str, QuantizedLayer], keep: float) -> None:
     """Reopen the rounding of every layer whose weight is quantized, from its full-precision weight."""
     names = [name for name, layer in layers.items() if layer.weight_quantizer is not None]
-    weights = float_layers(job.full_precision, names)
+    weights = rounding_targets(job, names)
     for name in names:
         soften_(layers[name], weights[name], keep)
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from stepquant.calibrate.ranges import RangeRule, observing, weight_params
-from stepquant.calibrate.reconstruct import clocked, float_layers
+from stepquant.calibrate.reconstruct import clocked, rounding_targets
 from stepquant.calibrate.select import inputs, uniform
 from stepquant.calibrate.trajectory import Trajectory, record, seal
 from stepquant.calibrate.windows import windows_of
@@ -237,7 +237,7 @@ class FitWeightRanges:
         plan: dict[str, LayerScheme] = job.handed["plan"]
         layers = quantized_layers(job.denoiser)
         named = [name for name, scheme in plan.items() if scheme.weight is not None]
-        weights = float_layers(job.full_precision, named)
+        weights = rounding_targets(job, named)
         with job.run.progress.track("Fitting weight ranges", len(named)) as advance:
             for name in named:
                 layer, spec = layers[name], plan[name].weight
@@ -246,6 +246,7 @@ class FitWeightRanges:
                 layer.weight_quantizer = WeightQuantizer(spec, weight_params(weights[name], spec, self.rule)).to(
                     layer.weight.device
                 )
+                layer.weight.data = weights[name].to(layer.weight.dtype, copy=True)
                 layer.on_grid = False
                 layer.harden_()
                 advance(1)

@@ -15,7 +15,7 @@ from stepquant.calibrate.dynamic import DynamicInputs
 from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.group_search import SearchGroups
 from stepquant.calibrate.informative import SelectInformative
-from stepquant.calibrate.low_rank import AddLowRank, RoundFolded
+from stepquant.calibrate.low_rank import AddLowRank
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
 from stepquant.calibrate.softmax_levels import ChooseSoftmaxLevels
 from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, Place, Record, Select
@@ -89,7 +89,6 @@ STAGES: dict[str, type[Any]] = {
         BalanceChannels,
         RotateChannels,
         AddLowRank,
-        RoundFolded,
         AlignLayers,
         ChooseSoftmaxLevels,
         Compensate,

@@ -16,7 +16,7 @@ Letters of the paper and our names: s is `InputTransform.scale`, eta is computed
 Differs from the paper (from summaries of it and of its public code):
 - s is applied to every linear layer and convolution (`layers` restricts it), and stays at the layer's input at run
   time; the paper folds it into the modulation and the linear layers before, where it costs nothing.
-- Weights are rounded for the least error of the layer's output (`RoundFolded`), activation ranges by search. The public
+- Weights are rounded for the least error of the layer's output (`RoundLayers`), activation ranges by search. The public
   code reconstructs blocks with weights and activations together (20 000 iterations).
 - First and last layer are at 8 bits unless `ends="same"`.
 """
@@ -24,7 +24,7 @@ Differs from the paper (from summaries of it and of its public code):
 from __future__ import annotations
 
 from stepquant.calibrate.balance import BalanceChannels
-from stepquant.calibrate.low_rank import RoundFolded
+from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.stages import FitInputRanges, LayerRule
 from stepquant.methods.baseline import start
@@ -82,5 +82,5 @@ def ptq4dit(
     if activations is not None:
         stages.append(BalanceChannels(rule="salience", layers=tuple(layers), batch=batch, ranges=ranges))
     if weights is not None and layer_rounding:
-        stages.append(RoundFolded(batch=batch, together=together))
+        stages.append(RoundLayers(batch=batch, together=together))
     return Recipe("ptq4dit", (*beginning, *stages, FitInputRanges(ranges)))

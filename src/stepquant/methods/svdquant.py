@@ -22,7 +22,7 @@ Differs from the paper (from its public code where that is known to us; the rest
   is a candidate too: it costs nothing at run time. What the layer sees is that of the full-precision model.
 - A branch has at most a quarter of the rank that its layer can have; layers too small for any are left without.
 - Behind the paper's round-to-nearest, `layer_rounding` rounds R for the least error of the layer's output
-  (`RoundFolded`); `layer_rounding=False` is the paper.
+  (`RoundLayers`); `layer_rounding=False` is the paper.
 - 1/s stays at the layer's input; it is not folded into what comes before. The fused kernels of the paper are not there:
   the branch is simulated.
 - Softmax outputs keep static ranges, queries, keys and values too.
@@ -32,7 +32,8 @@ from __future__ import annotations
 
 from stepquant.calibrate.balance import BalanceChannels
 from stepquant.calibrate.dynamic import DynamicInputs
-from stepquant.calibrate.low_rank import AddLowRank, RoundFolded
+from stepquant.calibrate.gram import RoundLayers
+from stepquant.calibrate.low_rank import AddLowRank
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.stages import FitInputRanges, LayerRule
 from stepquant.methods.baseline import start
@@ -97,5 +98,5 @@ def svdquant(
         stages.append(BalanceChannels(rule="search", points=points, layers=tuple(layers), batch=batch, ranges=ranges))
     if weights is not None:
         stages.append(AddLowRank(rank=rank, refits=refits, layers=tuple(layers), batch=batch, ranges=ranges))
-        stages += [RoundFolded(batch=batch, together=together)] if layer_rounding else []
+        stages += [RoundLayers(batch=batch, together=together)] if layer_rounding else []
     return Recipe("svdquant", (*beginning, *stages, FitInputRanges(ranges)))

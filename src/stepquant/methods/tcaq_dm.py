@@ -25,7 +25,7 @@ Differs from the paper (from summaries of it and a re-implementation; where thes
   `softmax_choice="error"`, as in the presets quick and standard, takes the levels with less error instead: at 8 bits
   evenly spaced levels are finer almost everywhere, whatever the distribution. The last level of log2 means 0.
 - The number of groups (`groups`, 4), of aligned rounds (`rounds`, 2).
-- What is reconstructed: layers are rounded for the least error of their output (`RoundFolded`), in round 0 and in the
+- What is reconstructed: layers are rounded for the least error of their output (`RoundLayers`), in round 0 and in the
   aligned rounds, and activation ranges are searched. The paper reconstructs blocks by gradient and learns scales.
 - The aligned rounds do not change the softmax's levels, which are chosen after them.
 - First and last layer are at 8 bits unless `ends="same"`.
@@ -35,7 +35,7 @@ from __future__ import annotations
 
 from stepquant.calibrate.aligned import AlignLayers
 from stepquant.calibrate.balance import BalanceChannels
-from stepquant.calibrate.low_rank import RoundFolded
+from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.softmax_levels import ChooseSoftmaxLevels, LevelChoice
 from stepquant.calibrate.stages import FitInputRanges, LayerRule
@@ -97,7 +97,7 @@ def tcaq_dm(
     if activations is not None:
         stages.append(BalanceChannels(rule="timesteps", most=most, layers=tuple(layers), batch=batch, ranges=ranges))
     if weights is not None:
-        stages.append(RoundFolded(batch=batch, together=together))
+        stages.append(RoundLayers(batch=batch, together=together))
     stages.append(FitInputRanges(ranges))
     if weights is not None and rounds:
         stages.append(AlignLayers(rounds=rounds, batch=batch, together=together, ranges=ranges))

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from stepquant.calibrate.balance import BalanceChannels, RotateChannels
 from stepquant.calibrate.dynamic import DynamicInputs
-from stepquant.calibrate.low_rank import RoundFolded
+from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.stages import FitInputRanges, LayerRule
 from stepquant.methods.baseline import start
@@ -95,5 +95,5 @@ def vidit_q(
         )
         stages.append(RotateChannels(layers=tuple(layers), largest=largest_block, ranges=ranges))
     if weights is not None and layer_rounding:
-        stages.append(RoundFolded(batch=batch, together=together))
+        stages.append(RoundLayers(batch=batch, together=together))
     return Recipe("vidit_q", (*beginning, *stages, FitInputRanges(ranges)))

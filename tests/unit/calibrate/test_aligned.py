@@ -10,7 +10,7 @@ import torch
 from stepquant.api import quantize, sample
 from stepquant.calibrate import aligned
 from stepquant.calibrate.aligned import AlignLayers
-from stepquant.calibrate.low_rank import RoundFolded
+from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.stages import FitInputRanges
 from stepquant.errors import SpecError
 from stepquant.methods.baseline import start
@@ -40,7 +40,7 @@ def test_each_round_sees_samples_of_the_model_as_it_is_then(monkeypatch: pytest.
         weights=4, activations=4, samples=2, batch=2, every=1, samples_per_step=None, ends="same",
         softmax_bits=8, group_size=None, ranges="minmax", rules=(),
     )  # fmt: skip
-    stages = (*beginning, RoundFolded(together=4), FitInputRanges("minmax"))
+    stages = (*beginning, RoundLayers(together=4), FitInputRanges("minmax"))
     align = AlignLayers(rounds=2, batch=2, together=4, ranges="minmax")
     quantized = quantize(original, Recipe("test", (*stages, align)), steps=3)
     (first, one), (second, other) = seen

@@ -19,9 +19,9 @@ from stepquant.calibrate.balance import (
     timestep_scale,
 )
 from stepquant.calibrate.dynamic import DynamicInputs
-from stepquant.calibrate.gram import columns
+from stepquant.calibrate.gram import RoundLayers, columns, transformed_gram
 from stepquant.calibrate.layer_inputs import output_error, refit_, transformed_patches
-from stepquant.calibrate.low_rank import AddLowRank, RoundFolded, nearest_of_rank, transformed_gram
+from stepquant.calibrate.low_rank import AddLowRank, nearest_of_rank
 from stepquant.calibrate.softmax_levels import ChooseSoftmaxLevels, power_law_gain
 from stepquant.calibrate.stages import FitInputRanges
 from stepquant.errors import SpecError
@@ -172,7 +172,7 @@ def prepared() -> Quantized:
         BalanceChannels(samples=6, patches=64, points=4, ranges="minmax"),
         RotateChannels(layers=("*ff*",), largest=8, ranges="minmax"),
         AddLowRank(rank=2, refits=3, samples=6, patches=64, ranges="minmax"),
-        RoundFolded(samples=6, together=4),
+        RoundLayers(samples=6, together=4),
         FitInputRanges(),
     )
 
@@ -217,7 +217,7 @@ def test_branches_lower_the_error_and_small_layers_get_none(prepared: Quantized)
 
 
 def test_rounding_starts_from_the_folded_weight_and_lowers_the_error(prepared: Quantized) -> None:
-    losses = figures_of(prepared, "RoundFolded")["losses"]
+    losses = figures_of(prepared, "RoundLayers")["losses"]
     assert all(entry["after"] <= entry["before"] for entry in losses.values())
     assert losses[FF]["after"] < 0.9 * losses[FF]["before"]
     pipe, layer = tiny_dit_pipe(), layers_of(prepared)[FF]
