@@ -29,6 +29,7 @@ _HOMES = {
     "open_model": "stepquant.api",
     "quantize": "stepquant.api",
     "sample": "stepquant.api",
+    "use_beta_timesteps_": "stepquant.model.beta_schedule",
 }
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "open_model",
     "quantize",
     "sample",
+    "use_beta_timesteps_",
 ]
 
 

@@ -35,6 +35,7 @@ from stepquant.manifest import MANIFEST_NAME, Manifest, read_manifest
 from stepquant.model.correction import CorrectedScheduler, StepCorrection
 from stepquant.model.families import find_denoiser, refuse_unsupported
 from stepquant.model.layer import QuantizedLayer
+from stepquant.model.pipeline import arguments_of_batch
 from stepquant.model.schedule import ScheduleFingerprint, guard_schedule
 from stepquant.model.surgery import check_finite, quantized_layers
 from stepquant.pretrained import attach_
@@ -474,12 +475,7 @@ def sampled(
     with quiet(pipe), (progress or SilentProgress()).track("Sampling", len(seeds)) as advance:
         for start in range(0, len(seeds), batch_size):
             chunk = seeds[start : start + batch_size]
-            own = {
-                key: value[start : start + batch_size]
-                if isinstance(value, list) and len(value) == len(seeds)
-                else value
-                for key, value in (arguments or {}).items()
-            }
+            own = arguments_of_batch(arguments or {}, slice(start, start + batch_size), len(seeds))
             generators = [torch.Generator().manual_seed(seed) for seed in chunk]
             offered = {"batch_size": len(chunk), "num_inference_steps": steps, "output_type": "np"}
             if any(key.startswith("prompt") for key in own) and isinstance(own.get("prompt"), list):

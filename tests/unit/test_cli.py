@@ -166,7 +166,22 @@ def test_help_comes_without_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["quantize", "sample", "evaluate", "report", "inspect", "methods", "check", "demo"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "quantize",
+        "sample",
+        "evaluate",
+        "compensate",
+        "report",
+        "doctor",
+        "allocate",
+        "inspect",
+        "methods",
+        "check",
+        "demo",
+    ],
+)
 def test_every_command_explains_itself(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0

@@ -159,6 +159,9 @@ class Place:
     group_size: int | None = None
     rules: tuple[LayerRule, ...] = ()
 
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    """`Allocate` has one inside, and a nested dataclass ignores unknown keys otherwise."""
+
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories"})
     gives: ClassVar[frozenset[str]] = frozenset({"model", "plan"})
 

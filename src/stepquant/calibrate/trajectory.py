@@ -42,6 +42,7 @@ from stepquant.calibrate.steps import (
     run_scheduler,
 )
 from stepquant.errors import CalibrationError, UnsupportedPipeline
+from stepquant.model.pipeline import arguments_of_batch
 from stepquant.model.schedule import ScheduleFingerprint
 from stepquant.run import Run
 
@@ -141,10 +142,7 @@ def record(
 def _record_chunk(
     pipe: Any, denoiser: nn.Module, seeds: tuple[int, ...], chunk: slice, steps: int, arguments: Mapping[str, Any]
 ) -> Trajectory:
-    chosen = {
-        name: value[chunk] if isinstance(value, list) and len(value) == len(seeds) else value
-        for name, value in arguments.items()
-    }
+    chosen = arguments_of_batch(arguments, chunk, len(seeds))
     call = _pipeline_arguments(pipe, seeds[chunk], steps, chosen)
     device = next(denoiser.parameters(), torch.empty(0)).device
     # Pipelines that do not hand their generators to the scheduler (DiT) draw from the global one: repeatable here.

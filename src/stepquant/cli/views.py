@@ -74,7 +74,7 @@ def plan_of(resolved: Resolved) -> dict[str, Any]:
     if pipe is None:
         return data | {"note": f"{resolved.model} is not on this machine, so layers and cost are not shown."}
     from stepquant.model.families import find_denoiser
-    from stepquant.recipe import Job
+    from stepquant.recipe import Checked, Job
     from stepquant.run import Run
 
     denoiser = find_denoiser(pipe)[1]
@@ -84,6 +84,8 @@ def plan_of(resolved: Resolved) -> dict[str, Any]:
     for stage, entry in zip(resolved.recipe.stages, data["stages"], strict=True):
         if isinstance(stage, Counting):
             entry["evaluations"] = stage.evaluations(job)
+        if isinstance(stage, Checked):
+            stage.check(job)
     layers = {name: _scheme_bits(scheme) for plan in plans for name, scheme in plan.items()}
     return data | {"layers": layers}
 

@@ -538,7 +538,9 @@ def compensate(
             run=Run(seed=request.seed, progress=progress_for(settings)),
         )
         made.save(request.out, overwrite=overwrite)
+    # What is known of a checkpoint that was here before says nothing about this one.
     evaluation_path(request.out).unlink(missing_ok=True)
+    settings_path(request.out).unlink(missing_ok=True)
     figures = list(made.figures)
     write_figures(figures, request.out)
     if json_target is not None:

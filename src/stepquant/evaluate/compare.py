@@ -32,6 +32,7 @@ from stepquant.evaluate.protocol import Protocol, protocol_named
 from stepquant.evaluate.source import PipelineSource, Source, as_source, check_same_schedule
 from stepquant.model.correction import correction_of
 from stepquant.model.families import find_denoiser
+from stepquant.model.pipeline import arguments_of_batch
 from stepquant.run import Run
 
 __all__ = ["METRICS", "SCHEMA", "evaluate", "features_for"]
@@ -89,12 +90,8 @@ class _Setting:
         return [slice(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
 
     def arguments_of(self, batch: slice) -> dict[str, Any]:
-        """Lists with one entry for each seed are cut with the seeds."""
-        n = len(self.seeds)
-        return {
-            key: value[batch] if isinstance(value, list) and len(value) == n else value
-            for key, value in self.arguments.items()
-        }
+        """What has one entry for each seed is cut with the seeds."""
+        return arguments_of_batch(self.arguments, batch, len(self.seeds))
 
     def rules(self) -> Protocol:
         """The protocol, once the features are known."""

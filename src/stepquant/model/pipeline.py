@@ -9,7 +9,7 @@ It is for models that have no diffusers pipeline of their own: the demo models, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -20,10 +20,32 @@ from torch import Tensor, nn
 
 from stepquant.errors import SpecError
 
-__all__ = ["DenoiserPipeline", "Generators", "PipelineOutput"]
+__all__ = ["DenoiserPipeline", "Generators", "PipelineOutput", "arguments_of_batch"]
 
 OutputType = Literal["np", "pil", "pt", "latent"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+SCHEDULE_ARGUMENTS = ("timesteps", "sigmas")
+"""Arguments of pipelines that have one entry for each step: with as many steps as images they must not be cut."""
+
+
+def arguments_of_batch(arguments: Mapping[str, Any], batch: slice, count: int) -> dict[str, Any]:
+    """The arguments of a pipeline's call for some of `count` images.
+
+    Lists of `count` entries (prompts, class labels) and tensors of `count` rows (prompt embeddings) are cut; everything
+    else is for all images.
+    """
+    return {
+        name: value[batch]
+        if isinstance(value, list | Tensor) and _rows(value) == count and name not in SCHEDULE_ARGUMENTS
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def _rows(value: list[Any] | Tensor) -> int | None:
+    return None if isinstance(value, Tensor) and value.ndim == 0 else len(value)
 
 
 @dataclass(frozen=True)

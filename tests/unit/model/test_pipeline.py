@@ -11,7 +11,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, EulerDiscreteScheduler, FlowM
 from torch import Tensor, nn
 
 from stepquant.errors import SpecError
-from stepquant.model.pipeline import DenoiserPipeline
+from stepquant.model.pipeline import DenoiserPipeline, arguments_of_batch
 
 
 class Half(nn.Module):
@@ -115,3 +115,17 @@ def test_misuse_is_named() -> None:
 
     with pytest.raises(SpecError, match="returned SimpleNamespace"):
         DenoiserPipeline(Wrong(), DDIMScheduler(), (1, 4, 4))(num_inference_steps=1)
+
+
+def test_what_has_an_entry_for_each_image_is_cut_with_the_images() -> None:
+    embeddings, one = torch.arange(12.0).reshape(4, 3), torch.tensor(2.0)
+    arguments = {
+        "prompt": list("abcd"),
+        "prompt_embeds": embeddings,
+        "timesteps": [9, 7, 5, 3],
+        "scale": one,
+        "size": [8],
+    }
+    found = arguments_of_batch(arguments, slice(1, 3), 4)
+    assert found.pop("prompt_embeds").equal(embeddings[1:3])
+    assert found == {"prompt": ["b", "c"], "timesteps": [9, 7, 5, 3], "scale": one, "size": [8]}
