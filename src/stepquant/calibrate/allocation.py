@@ -40,7 +40,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from stepquant.calibrate.ranges import RangeRule
+from stepquant.calibrate.ranges import SAMPLE_MARGIN_BITS, RangeRule
 from stepquant.calibrate.sensitivity import (
     SCORES,
     Item,
@@ -284,7 +284,7 @@ class Allocate:
 
     def run(self, job: Job) -> Figures:
         problem, probe, used, held, evaluations = self._prepare(job)
-        costs = _costs_of(problem, probe.denoiser, probe.elements)
+        costs = _costs_of(problem, probe.denoiser, probe.elements, probe.sample_rows())
         self._check_budgets(problem, costs)
         scores, spent = self._scores(job, probe, used, problem)
         scores = {item: levelled(values) for item, values in scores.items()}
@@ -526,8 +526,15 @@ def _split(trajectories: list[Trajectory], samples: int, held_out: int) -> tuple
     return used, held
 
 
-def _costs_of(problem: _Problem, denoiser: nn.Module, activations: Mapping[str, float]) -> Costs:
-    """activations: values that enter each layer in one evaluation of one image; empty if not known yet."""
+def _costs_of(
+    problem: _Problem,
+    denoiser: nn.Module,
+    activations: Mapping[str, float],
+    sample_rows: Mapping[str, tuple[int, int]] | None = None,
+) -> Costs:
+    """activations: values that enter each layer in one evaluation of one image; empty if not known yet.
+    sample_rows: of `Probe.sample_rows`; None if not known yet.
+    """
     sizes = {"weights": {name: float(w.numel()) for name, w in problem.weights.items() if name in problem.order}}
     sizes["activations"] = {name: activations.get(name, 0.0) for name in problem.order}
     dtype = next(iter(problem.weights.values())).dtype
@@ -550,21 +557,34 @@ def _costs_of(problem: _Problem, denoiser: nn.Module, activations: Mapping[str, 
         base, full = problem.base.get(name, LayerScheme()), problem.full[name]
         if ("activations", name) in items:
             item = items["activations", name]
-            of_item[item] = {**dict.fromkeys(item.bits, _TABLE_BYTES * len(operand_specs(full))), None: 0}
+            of_item[item] = {None: 0}
+            for bits in item.bits:
+                specs = [_at(spec, bits) for _, spec in operand_specs(full)]
+                of_item[item][bits] = sum(_table_bytes(spec, (sample_rows or {}).get(name)) for spec in specs)
         else:
-            fixed_bytes += _TABLE_BYTES * len(operand_specs(base))
+            specs = [spec for _, spec in operand_specs(base)]
+            fixed_bytes += sum(_table_bytes(spec, (sample_rows or {}).get(name)) for spec in specs)
         if name not in sizes["weights"]:
             continue
         module, weight = modules[name], problem.weights[name]
         fixed_bytes += 0 if module.bias is None else _plain_bytes(module, "bias")
         if ("weights", name) in items:
             item = items["weights", name]
-            specs = {bits: _at(full.weight, bits) for bits in (*item.bits, None)}
-            of_item[item] = {bits: _weight_bytes(module, weight, spec) for bits, spec in specs.items()}
+            of_weight = {bits: _at(full.weight, bits) for bits in (*item.bits, None)}
+            of_item[item] = {bits: _weight_bytes(module, weight, spec) for bits, spec in of_weight.items()}
         else:
             fixed_bytes += _weight_bytes(module, weight, base.weight)
     of_items = {item: sizes[item.operand][item.layer] for item in problem.items}
     return Costs(of_items, full_bits, of_item, fixed, fixed_bytes)
+
+
+def _table_bytes(spec: QuantSpec | None, sample_rows: tuple[int, int] | None) -> int:
+    """Of an activation's ranges; several rows also need the row of every bin."""
+    assert spec is not None
+    if sample_rows is None or spec.bits < SAMPLE_MARGIN_BITS or sample_rows[0] == 1:
+        return _TABLE_BYTES
+    rows, bins = sample_rows
+    return rows * _TABLE_BYTES + bins * (1 if rows <= 256 else 2)
 
 
 def _weight_bytes(module: nn.Module, weight: Tensor, spec: QuantSpec | None) -> int:

@@ -20,8 +20,8 @@ from stepquant.calibrate.informative import (
     median_kernel,
 )
 from stepquant.calibrate.noising import check_drawn_noise_target, noise_scales, noise_target, noisy
-from stepquant.calibrate.ranges import Observer, RangeRule, observing
-from stepquant.calibrate.reconstruct import adam_state, clocked, load_adam_state_
+from stepquant.calibrate.ranges import Observer, RangeRule, fit_range, observing
+from stepquant.calibrate.reconstruct import adam_state, clocked, load_adam_state_, readers_of_sample
 from stepquant.calibrate.steps import Step, copy_sharing, prediction_of
 from stepquant.calibrate.timestep_groups import (
     ChannelBuckets,
@@ -326,7 +326,10 @@ def _places(stage: SearchGroups, job: Job) -> dict[tuple[str, str], InputQuantiz
     """The static quantizers to search, by layer and attribute."""
     layers = quantized_layers(job.denoiser)
     found: dict[tuple[str, str], InputQuantizer] = {}
+    readers = readers_of_sample(job)
     for name in stage._matching(list(layers)):
+        if name in readers:
+            continue
         for attribute in ("input_quantizer", "second_quantizer"):
             quantizer = getattr(layers[name], attribute, None)
             if isinstance(quantizer, InputQuantizer):
@@ -379,8 +382,7 @@ def _observed_ranges(observer: Observer, bins: int, spec: QuantSpec, rule: Range
     shortest = min(len(values) for values in seen)
     ends = torch.tensor([observer.extremes[number] for number in range(bins)])
     values = torch.cat([torch.stack([values[:shortest] for values in seen]), ends], 1)
-    params = observer.fit(values, replace(spec, granularity="channel"), rule)
-    scale, zero_point = params.scale, params.zero_point
+    scale, zero_point = fit_range(values, replace(spec, granularity="channel"), rule)
     return ((spec.qmin - zero_point) * scale)[:, 0], ((spec.qmax - zero_point) * scale)[:, 0]
 
 

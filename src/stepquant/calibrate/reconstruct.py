@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from stepquant.calibrate.qdrop import QDrop, dropping, mixed
+from stepquant.calibrate.ranges import sample_readers
 from stepquant.calibrate.rounding import (
     SoftRounding,
     annealed_beta,
@@ -45,6 +46,7 @@ __all__ = [
     "fit_unit",
     "float_layers",
     "load_adam_state_",
+    "readers_of_sample",
     "reconstruction_loss",
     "rounding_targets",
     "sample_losses",
@@ -465,8 +467,18 @@ def _learnt_scales(job: Job, group: Sequence[Unit], fit: Fit) -> dict[str, dict[
     """The activation quantizers of each unit whose scales learn with the rounding."""
     if fit.qdrop is None or not fit.qdrop.lr_scales:
         return {unit.name: {} for unit in group}
-    layers = quantized_layers(job.denoiser)
-    return {unit.name: input_scales({name: layers[name] for name in unit.layers}) for unit in group}
+    return _scales_of(job, group)
+
+
+def _scales_of(job: Job, group: Sequence[Unit]) -> dict[str, dict[str, InputQuantizer]]:
+    layers, readers = quantized_layers(job.denoiser), readers_of_sample(job)
+    return {unit.name: input_scales({name: layers[name] for name in unit.layers}, readers) for unit in group}
+
+
+def readers_of_sample(job: Job) -> frozenset[str]:
+    """`sample_readers`, by one of the recorded calls."""
+    call = job.handed["trajectories"][0].steps[0].calls[0]
+    return sample_readers(job.denoiser, call.args, call.kwargs)
 
 
 def _check_ranges(job: Job, layers: Mapping[str, QuantizedLayer | QuantizedMatmul]) -> None:
@@ -595,7 +607,6 @@ class ScaleBlocks:
         _check_loop(self.iterations, self.batch, self.together)
 
     def run(self, job: Job) -> Figures:
-        layers = quantized_layers(job.denoiser)
         units = units_of(job.denoiser, list(job.handed["plan"]))
         chosen: CalibrationSet = job.handed["calibration"]
         batches = list(_batches(job.handed["trajectories"], chosen, self.batch))
@@ -605,7 +616,7 @@ class ScaleBlocks:
         with job.run.progress.track("Fitting activation scales, block by block", len(units)) as advance:
             for first in range(0, len(units), self.together):
                 group = units[first : first + self.together]
-                losses |= self._group(job, group, layers, batches, bins, first, fit, _fixed_weights(chosen))
+                losses |= self._group(job, group, batches, bins, first, fit, _fixed_weights(chosen))
                 advance(len(group))
         evaluations = _evaluations(fit, len(chosen), len(units), self.together, 1)
         return {"losses": losses, "evaluations": evaluations}
@@ -614,14 +625,13 @@ class ScaleBlocks:
         self,
         job: Job,
         group: Sequence[Unit],
-        layers: Mapping[str, QuantizedLayer | QuantizedMatmul],
         batches: Sequence[Call],
         bins: Tensor,
         first: int,
         fit: Fit,
         weights: Tensor | None,
     ) -> Figures:
-        scales = {unit.name: input_scales({name: layers[name] for name in unit.layers}) for unit in group}
+        scales = _scales_of(job, group)
         kept = job.keeper.load(f"units-{first}") if job.keeper else None
         if kept is not None:
             for quantizers in scales.values():

@@ -11,7 +11,7 @@ BRECQ and Q-Diffusion:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -135,10 +135,14 @@ def materialised(layers: Mapping[str, QuantizedLayer]) -> Iterator[None]:
             layer.on_grid = False
 
 
-def input_scales(layers: Mapping[str, QuantizedLayer | QuantizedMatmul]) -> dict[str, InputQuantizer]:
-    """The static activation quantizers of some layers, by `layer.attribute`."""
+def input_scales(
+    layers: Mapping[str, QuantizedLayer | QuantizedMatmul], without: Container[str] = ()
+) -> dict[str, InputQuantizer]:
+    """The static activation quantizers of some layers, by `layer.attribute`; `without` some layers."""
     found: dict[str, InputQuantizer] = {}
     for name, layer in layers.items():
+        if name in without:
+            continue
         for attribute in ("input_quantizer", "second_quantizer"):
             quantizer = getattr(layer, attribute, None)
             if isinstance(quantizer, InputQuantizer):

@@ -118,6 +118,11 @@ class Probe:
         self._observers = observers
         return sum(call.prediction.shape[0] for call in calls)
 
+    def sample_rows(self) -> dict[str, tuple[int, int]]:
+        """Layers that read the sample itself: how many rows `FitInputRanges` gives them, and of how many bins."""
+        bins = clocked(self.denoiser).bins
+        return {name: (len(seen.seen), bins) for (name, _), seen in self._observers.items() if seen.reads_sample}
+
     def weight_params(self, name: str, spec: QuantSpec) -> QParams:
         """Scale and zero point of a weight, fitted once."""
         key = (name, "weight", spec)

@@ -15,6 +15,7 @@ from stepquant.calibrate.reconstruct import (
     adam_state,
     clamp_scales_,
     load_adam_state_,
+    readers_of_sample,
     soft_roundings,
     soften_all_,
 )
@@ -155,9 +156,10 @@ class _Fitting:
     def begin(cls, stage: FitWindows, job: Job) -> _Fitting:
         every = quantized_layers(job.denoiser)
         layers = {name: layer for name, layer in every.items() if isinstance(layer, QuantizedLayer)}
+        scales = input_scales(every, readers_of_sample(job))
         if stage.learn_weights:
             soften_all_(job, layers, keep=stage.keep_rounding)
-        soft, scales = soft_roundings(layers), input_scales(every)
+        soft = soft_roundings(layers)
         return cls(
             stage=stage,
             job=job,

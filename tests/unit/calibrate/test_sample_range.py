@@ -14,6 +14,7 @@ from stepquant.api import quantize
 from stepquant.calibrate.ranges import SAMPLE_MARGIN, Observer, observing
 from stepquant.calibrate.stages import calibration_seeds
 from stepquant.calibrate.trajectory import record
+from stepquant.methods import METHODS
 from stepquant.methods.baseline import rtn
 from stepquant.model.clock import StepClock, attach_clock
 from stepquant.model.quantizer import InputQuantizer
@@ -85,3 +86,22 @@ def test_bins_that_were_not_seen_use_the_next_noisier() -> None:
     seen = [int(clock_bin) for clock_bin in sorted(observer.seen)]
     assert seen == [2, 4]
     assert observer.own_rows().tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_ranges_of_the_sample_are_not_learnt(pipe: Any) -> None:
+    common: dict[str, Any] = {"weights": 4, "activations": 8, "samples": 4, "batch": 4}
+    made = {
+        name: quantize(pipe, METHODS[name](**common, **options), steps=STEPS, run=Run(seed=3)).pipe.unet
+        for name, options in {
+            "rtn": {},
+            "accuquant": {"iterations": 3, "window": 2, "block_iterations": 0, "scale_iterations": 0},
+            "q_diffusion": {"iterations_weights": 1, "iterations_activations": 3},
+        }.items()
+    }
+    rounded = made.pop("rtn")
+    start, other = rounded.conv_in.input_quantizer, rounded.mid_block.resnets[0].conv1.input_quantizer.scale
+    for name, unet in made.items():
+        found = unet.conv_in.input_quantizer
+        assert torch.equal(found.scale, start.scale), name
+        assert torch.equal(found.row_of_bin, start.row_of_bin), name
+        assert not torch.equal(unet.mid_block.resnets[0].conv1.input_quantizer.scale, other), name

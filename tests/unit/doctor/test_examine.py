@@ -87,13 +87,11 @@ def layers(pipe: Any) -> dict[str, Any]:
 
 
 def from_step(quantizer: Any, first: int, **changed: float) -> None:
-    """Give a quantizer with one row a second one from a step on. Bins count upwards with the timestep."""
-    scale, zero_point = quantizer.scale[0], quantizer.zero_point[0]
-    quantizer.scale = torch.stack([scale, scale * changed.get("scale", 1.0)])
-    quantizer.zero_point = torch.stack([zero_point, zero_point + changed.get("zero_point", 0.0)])
-    row = torch.zeros(STEPS, dtype=torch.int64)
-    row[: STEPS - first] = 1
-    quantizer.row_of_bin = row
+    """Change a quantizer from a step on. Bins count upwards with the timestep."""
+    scale, zero_point = quantizer.scale[quantizer.row_of_bin], quantizer.zero_point[quantizer.row_of_bin]
+    scale[: STEPS - first] *= changed.get("scale", 1.0)
+    zero_point[: STEPS - first] += changed.get("zero_point", 0.0)
+    quantizer.scale, quantizer.zero_point, quantizer.row_of_bin = scale, zero_point, torch.arange(STEPS)
 
 
 # Faults of quantized models: what is done to a model, and which kind, layer and step must be named.
@@ -225,7 +223,7 @@ def test_the_layer_that_drives_the_drift_is_named_and_its_share_is_measured(pati
 
 
 def test_estimates_that_do_not_add_up_are_called_so(patient: Any, exact: Any, quantized: Any) -> None:
-    patient.denoiser.leave.weight.data *= -30
+    patient.denoiser.leave.weight.data *= 100
     notes = examined(patient, exact, top=0).notes
     assert [note for note in notes if "add up to" in note]
     assert examined(quantized, exact, top=0).notes == ()
