@@ -217,12 +217,36 @@ def export(args: argparse.Namespace) -> None:
     print(f"exported step {state['step']} to {args.export}")
 
 
+@torch.no_grad()
+def compare(args: argparse.Namespace, count: int = 256) -> None:
+    """Squared error of the predicted image on test images, beside that of the mean posterior over the training set.
+
+    The second is the best that copying training images can do: a network above it has not learnt what there is.
+    """
+    model = UNet2DModel.from_pretrained(args.compare / "unet", dtype=torch.float32).eval()
+    data = load_images(args.data).flatten(1).float() / 127.5 - 1
+    halved = data.square().sum(1) / 2
+    test = torch.nn.functional.pad(torch.from_numpy(np.load(args.data)["test_x"]), (2, 2, 2, 2))[:, None]
+    generator = torch.Generator().manual_seed(args.seed)
+    clean = test[torch.randperm(len(test), generator=generator)[:count]].float() / 127.5 - 1
+    for timestep in range(100, TRAIN_TIMESTEPS, 100):
+        level = build_scheduler().alphas_cumprod[timestep].view(1, 1, 1, 1)
+        noise = torch.randn(clean.shape, generator=generator)
+        noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
+        predicted = (noisy - (1 - level).sqrt() * model(noisy, timestep).sample) / level.sqrt()
+        errors = [
+            (found - clean).square().mean().item() for found in (predicted, posterior_mean(noisy, level, data, halved))
+        ]
+        print(f"t = {timestep}: network {errors[0]:.4f}, training set {errors[1]:.4f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/mnist.npz"))
     parser.add_argument("--work", type=Path, default=Path("runs/digits-unet"))
     parser.add_argument("--init", type=Path, help="begin with the weights of this pipeline folder (an earlier export)")
     parser.add_argument("--export", type=Path, help="write the pipeline here instead of training")
+    parser.add_argument("--compare", type=Path, help="only measure the pipeline in this folder on test images")
     parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -233,7 +257,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
-    if args.export:
+    if args.compare:
+        compare(args)
+    elif args.export:
         export(args)
     else:
         train(args)
