@@ -58,6 +58,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         for gradient in ("identity", "exact", "per_step")
         for window in (5, 2, 10, 20, 1)
     },
+    "accuquant identity M=5, scales only": ("accuquant", {"gradient": "identity", "window": 5, "learn_weights": False}),
     "layers": ("combined", {"window_iterations": 0}),
     "combined": ("combined", {}),
     "combined with a row per window": ("combined", {"rows": "window", "row_windows": (5, 5, 5, 5)}),
