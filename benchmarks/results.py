@@ -29,6 +29,7 @@ import torch
 
 from stepquant.allocator import tune_allocator
 from stepquant.api import compensate, open_model, quantize, sample
+from stepquant.calibrate import ranges
 from stepquant.calibrate.trajectory import record, seal
 from stepquant.evaluate.drift import measure_drift
 from stepquant.evaluate.features import DigitFeatures, weights_identity
@@ -40,6 +41,7 @@ from stepquant.model.families import find_denoiser
 from stepquant.numerics.spec import parse_bits
 from stepquant.run import Run
 
+MOST_BITS = 8
 STEPS = 20
 SAMPLES = 64
 BATCH = 8
@@ -164,6 +166,9 @@ class Reference:
 
 def run(args: argparse.Namespace) -> None:
     tune_allocator()
+    if args.searched_sample_range:
+        ranges.SAMPLE_MARGIN_BITS = MOST_BITS + 1
+        args.json = args.json.with_suffix(".searched-range.jsonl")
     args.json.parent.mkdir(parents=True, exist_ok=True)
     part, parts = map(int, args.part.split("/"))
     asked = args.methods.split(";")
@@ -309,6 +314,11 @@ def main() -> None:
     first.add_argument("--part", default="1/1")
     first.add_argument("--json", type=Path, default=Path("runs/results.jsonl"))
     second = commands.add_parser("table")
+    first.add_argument(
+        "--searched-sample-range",
+        action="store_true",
+        help="search the range of the layer that reads the sample like any other, into a file of its own",
+    )
     second.add_argument("--json", type=Path, default=Path("runs/results.jsonl"))
     second.add_argument("--into", type=Path, default=Path("docs/results.md"))
     for name in ("memory", "memory-of"):

@@ -22,6 +22,7 @@ import signal
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def main() -> int:
     return 0
 
 
-class Task:
+class Task(ABC):
     """A command, what it leaves, and what an undisturbed run left.
 
     arguments: of the command. files: what is there after it, beside the checkpoint.
@@ -78,13 +79,13 @@ class Task:
         self.folder = folder
         self.expected: dict[str, Any] = {}
 
+    @abstractmethod
     def contents(self) -> dict[str, Any]:
         """All that it leaves, by name, without what may differ."""
-        raise NotImplementedError
 
+    @abstractmethod
     def clear(self) -> None:
         """Make room for the next run."""
-        raise NotImplementedError
 
 
 class Quantize(Task):

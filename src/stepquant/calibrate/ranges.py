@@ -91,12 +91,7 @@ class Observer(nn.Module):
     reads_sample: whether what was seen is that sample, untouched.
     """
 
-    def __init__(
-        self,
-        clock: StepClock,
-        generator: torch.Generator,
-        keep: int = 4096,
-    ) -> None:
+    def __init__(self, clock: StepClock, generator: torch.Generator, keep: int = 4096) -> None:
         super().__init__()
         self.sample: list[Tensor] = []
         self.reads_sample = False

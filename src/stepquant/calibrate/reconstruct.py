@@ -358,6 +358,8 @@ class RoundBlocks:
         if self.qdrop is not None:
             _check_ranges(job, every)
         layers = {n: x for n, x in every.items() if isinstance(x, QuantizedLayer)}
+        learns_scales = self.qdrop is not None and self.qdrop.lr_scales
+        readers = readers_of_sample(job) if learns_scales else frozenset()
         soften_all_(job, layers, keep=self.keep_rounding)
         units = units_of(job.denoiser, list(job.handed["plan"]))
         samples = _Samples.of(job, self.weighting)
@@ -381,7 +383,7 @@ class RoundBlocks:
         ):
             for first in range(0, len(units), self.together):
                 group = units[first : first + self.together]
-                losses |= self._group(job, group, layers, batches, bins, first, fit, samples)
+                losses |= self._group(job, group, layers, batches, bins, first, fit, samples, readers)
                 advance(len(group))
         passes = 2 if self.quantized_prefix else 1
         evaluations = _evaluations(fit, len(samples.captured), len(units), self.together, passes)
@@ -405,12 +407,13 @@ class RoundBlocks:
         first: int,
         fit: Fit,
         samples: _Samples,
+        readers: frozenset[str],
     ) -> Figures:
         """Round the units that are captured together. Kept as a whole: a resumed run captures what this one did."""
         soft = {
             unit.name: soft_roundings({name: layers[name] for name in unit.layers if name in layers}) for unit in group
         }
-        scales = _learnt_scales(job, group, fit)
+        scales = _learnt_scales(job, group, fit, readers)
         kept = job.keeper.load(f"units-{first}") if job.keeper else None
         if kept is not None:
             for roundings in soft.values():
@@ -463,20 +466,22 @@ _KEPT_SCALE = ".scale."
 """What precedes `layer.attribute` where a learnt activation scale is kept among roundings."""
 
 
-def _learnt_scales(job: Job, group: Sequence[Unit], fit: Fit) -> dict[str, dict[str, InputQuantizer]]:
+def _learnt_scales(
+    job: Job, group: Sequence[Unit], fit: Fit, readers: frozenset[str]
+) -> dict[str, dict[str, InputQuantizer]]:
     """The activation quantizers of each unit whose scales learn with the rounding."""
     if fit.qdrop is None or not fit.qdrop.lr_scales:
         return {unit.name: {} for unit in group}
-    return _scales_of(job, group)
+    return _scales_of(job, group, readers)
 
 
-def _scales_of(job: Job, group: Sequence[Unit]) -> dict[str, dict[str, InputQuantizer]]:
-    layers, readers = quantized_layers(job.denoiser), readers_of_sample(job)
+def _scales_of(job: Job, group: Sequence[Unit], readers: frozenset[str]) -> dict[str, dict[str, InputQuantizer]]:
+    layers = quantized_layers(job.denoiser)
     return {unit.name: input_scales({name: layers[name] for name in unit.layers}, readers) for unit in group}
 
 
 def readers_of_sample(job: Job) -> frozenset[str]:
-    """`sample_readers`, by one of the recorded calls."""
+    """`sample_readers`, by one of the recorded calls; the one batch it takes is not among a stage's `evaluations`."""
     call = job.handed["trajectories"][0].steps[0].calls[0]
     return sample_readers(job.denoiser, call.args, call.kwargs)
 
@@ -612,11 +617,12 @@ class ScaleBlocks:
         batches = list(_batches(job.handed["trajectories"], chosen, self.batch))
         bins = _bins_of(job.denoiser, batches)
         fit = Fit(self.iterations, self.batch, self.lr, self.norm)
+        readers = readers_of_sample(job)
         losses: dict[str, Any] = {}
         with job.run.progress.track("Fitting activation scales, block by block", len(units)) as advance:
             for first in range(0, len(units), self.together):
                 group = units[first : first + self.together]
-                losses |= self._group(job, group, batches, bins, first, fit, _fixed_weights(chosen))
+                losses |= self._group(job, group, batches, bins, first, fit, _fixed_weights(chosen), readers)
                 advance(len(group))
         evaluations = _evaluations(fit, len(chosen), len(units), self.together, 1)
         return {"losses": losses, "evaluations": evaluations}
@@ -630,8 +636,9 @@ class ScaleBlocks:
         first: int,
         fit: Fit,
         weights: Tensor | None,
+        readers: frozenset[str],
     ) -> Figures:
-        scales = _scales_of(job, group)
+        scales = _scales_of(job, group, readers)
         kept = job.keeper.load(f"units-{first}") if job.keeper else None
         if kept is not None:
             for quantizers in scales.values():
