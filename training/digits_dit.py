@@ -22,7 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from digits_unet import TRAIN_TIMESTEPS, build_optimizers, learning_rate, load_images, save_state
+from digits_unet import (
+    TRAIN_TIMESTEPS,
+    build_optimizers,
+    learning_rate,
+    load_images,
+    save_state,
+    use_plain_attention,
+)
 
 NO_LABEL = 1000
 DROPPED_LABELS = 0.1
@@ -144,6 +151,8 @@ def train_transformer(
     torch.manual_seed(args.seed)
     # Evaluation mode: each block would drop labels by itself, and the others would still know them.
     model = build_transformer().to(args.device).eval()
+    if args.device == "cpu":
+        use_plain_attention(model)
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     ends = ("pos_embed", "proj_out", "embedding_table", "timestep_embedder")
     optimizers = build_optimizers(model, "muon", args.lr, ends)
