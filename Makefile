@@ -4,10 +4,11 @@ VENV ?= .venv
 STAMP := $(VENV)/.installed
 export VENV
 
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo docs test check clean
 
 help:
 	@echo "make demo    quantize the shipped model, compare, write demo/report.html"
+	@echo "make docs    the documentation as a site in build/site"
 	@echo "make test    static checks, then all tests"
 	@echo "make check   static checks only"
 	@echo "make setup   the virtual environment only"
@@ -22,6 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(VENV)/bin/stepquant demo -o demo
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 check: $(STAMP)
 	scripts/check
