@@ -1,4 +1,4 @@
-"""What one run of stepquant carries along: its seed, work folder and the way to show progress."""
+"""What one run of stepquant carries along: its seed, work folder, progress, and the processes that do it together."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+from stepquant.processes import ALONE, Processes
 
 __all__ = ["Progress", "Run", "SilentProgress"]
 
@@ -36,17 +38,20 @@ def _tell_nobody(number: int, figures: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """Seed, work folder and progress of one run.
+    """Seed, work folder, progress and processes of one run.
 
     seed: root of every random stream of the run.
     work: folder for what a killed run needs to go on; None keeps nothing on disk.
     finished: called with the number and the figures of every stage that has finished.
+    processes: that share the work, `processes.joined()`. All of them must be given the same run; the first one alone
+        uses the work folder.
     """
 
     seed: int = 0
     work: Path | None = None
     progress: Progress = field(default_factory=SilentProgress)
     finished: Callable[[int, Mapping[str, Any]], None] = _tell_nobody
+    processes: Processes = ALONE
 
     def generator(self, *name: object) -> torch.Generator:
         """A CPU generator of its own for each name.

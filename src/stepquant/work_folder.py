@@ -8,6 +8,8 @@
                                    the others with the number of the stage that gave them last
     partial-NN-NAME.safetensors    kept by stage NN itself, removed when it has finished
 
+Of several processes only the first has the folder. The others begin with a copy of what it holds, in a temporary one.
+
 Every file is written beside its place and renamed, so it is either old or new, never half. A stage has finished when
 stages.json says so: what it gave has names of its own until then, so a stage that is killed while its results are
 written starts again from what it was given, not from its own results. Tensors are safetensors; nothing is pickled.
@@ -20,6 +22,7 @@ import json
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,10 +42,11 @@ from stepquant.model.assembly import Structure, assemble_, describe
 from stepquant.model.correction import StepCorrection
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.surgery import Plan, quantized_layers
+from stepquant.processes import Processes
 from stepquant.recipe import Job, Stage
 from stepquant.storage import errors_name
 
-__all__ = ["WorkFolder", "hold"]
+__all__ = ["WorkFolder", "hold", "opened"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +56,7 @@ _CALIBRATION = TypeAdapter(CalibrationSet)
 
 _KEPT = ("trajectories", "calibration", "plan", "model", "correction")
 _LOCK, _OWNER = "lock", "owner.json"
+_TENSORS = ".safetensors"
 
 
 @contextmanager
@@ -251,6 +256,51 @@ class WorkFolder:
 
     def _partial(self, name: str) -> Path:
         return self.folder / f"partial-{self.stage:02d}-{name}.safetensors"
+
+
+class _Copy(WorkFolder):
+    """What the first process's folder held when the run began; nothing is written to it."""
+
+    def finish(self, job: Job, stage: Stage, figures: dict[str, Any]) -> None:  # noqa: ARG002
+        self.figures.append(figures)
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        pass
+
+
+@contextmanager
+def opened(folder: Path, identity: Mapping[str, Any], *, resume: bool, processes: Processes) -> Iterator[WorkFolder]:
+    """A run's folder, locked while it is open; with several processes a copy on all but the first.
+
+    Raises as `hold` and `WorkFolder` do.
+    """
+    if processes.first:
+        with hold(folder):
+            work = WorkFolder(folder, identity, resume=resume)
+            _copied(folder, processes)
+            yield work
+    else:
+        with tempfile.TemporaryDirectory(prefix="stepquant-work-") as temporary:
+            copy_of_it = Path(temporary)
+            _copied(copy_of_it, processes)
+            yield _Copy(copy_of_it, identity, resume=True)
+
+
+def _copied(folder: Path, processes: Processes) -> None:
+    """Copy what resuming reads from the first process's folder to the others', a file at a time."""
+    if processes.count == 1:
+        return
+
+    def names() -> list[str]:
+        found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in (".json", _TENSORS)]
+        return [path.relative_to(folder).as_posix() for path in found if path.name != _OWNER]
+
+    for name in processes.from_first(names):
+        path = folder / name
+        content = processes.from_first(path.read_bytes)
+        if not processes.first:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
 
 
 def _save_model(path: Path, denoiser: nn.Module) -> None:
