@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Self, TypeVar
 
@@ -147,7 +147,11 @@ class StepquantConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 def stock_config(manifest: Manifest) -> dict[str, Any]:
-    """What a component's `config.json` says about its quantization, as JSON values."""
+    """What a component's `config.json` says about its quantization, as JSON values.
+
+    Raises CheckpointError if adapters are attached: a checkpoint has no place for them, and could not be loaded.
+    """
+    _refuse_adapters(sorted({name.split(_ADAPTED)[0] for name in manifest.checksums if _ADAPTED in name}))
     values = manifest_json(manifest)
     return {"quant_method": METHOD, **{key: values[key] for key in _KEYS if values.get(key) is not None}}
 
@@ -332,13 +336,21 @@ def _give_memory(slot: Slot, dtype: torch.dtype) -> None:
         slot.module._buffers[slot.attribute] = empty
 
 
-def _refuse_changed(denoiser: nn.Module, config: StepquantConfig) -> None:
-    adapters = [name for name, module in denoiser.named_modules() if hasattr(module, "base_layer")]
-    if adapters:
+_ADAPTED = ".base_layer."
+"""In the name of a tensor whose layer has an adapter around it."""
+
+
+def _refuse_adapters(layers: Sequence[str]) -> None:
+    if layers:
         raise CheckpointError(
-            f"{len(adapters)} layers have adapters, the first is {adapters[0]}: save a quantized model without them "
-            "(pipe.unload_lora_weights()), and the adapters on their own."
+            f"{len(layers)} layers have adapters, the first is {layers[0]}. Save the adapters on their own "
+            "(pipe.save_lora_weights) and the quantized model without them (pipe.unload_lora_weights()), or make them "
+            "part of its weights first (pipe.fuse_lora(), then pipe.unload_lora_weights())."
         )
+
+
+def _refuse_changed(denoiser: nn.Module, config: StepquantConfig) -> None:
+    _refuse_adapters([name for name, module in denoiser.named_modules() if hasattr(module, "base_layer")])
     try:
         found = StepquantConfig.of(denoiser)
     except ModelError as error:

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import tiny
-import tiny_pipelines
 from stepquant.api import Quantized, load, quantize, sample
 from stepquant.calibrate.trajectory import record, replay, seal
 from stepquant.errors import ModelError, SpecError, UnsupportedPipeline
@@ -30,7 +29,6 @@ from tiny_pipelines import FAMILIES
 
 STEPS = 4
 SEEDS = [1, 2]
-UNSUPPORTED = r"(?s)Target module QuantizedLayer.* is not supported"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
 
@@ -251,65 +249,6 @@ def test_scheduler(name: str, tmp_path: Path) -> None:
     assert torch.equal(images_of(load(tmp_path / "q")), expected)
 
 
-def lora_config() -> Any:
-    peft = pytest.importorskip("peft", reason="diffusers loads adapters with peft only")
-    return peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
-
-
-def test_adapters_on_a_quantized_model_are_refused(prompted: tuple[Quantized, dict[str, Any]]) -> None:
-    """By name, and without leaving a trace."""
-    made, arguments = prompted
-    unet, expected = made.pipe.unet, images_of(made.pipe, arguments=arguments)
-    with pytest.raises(ValueError, match=UNSUPPORTED):
-        unet.add_adapter(lora_config())
-    assert torch.equal(images_of(made.pipe, arguments=arguments), expected)
-
-
-def test_adapter_files_on_a_quantized_pipeline_are_refused(
-    prompted: tuple[Quantized, dict[str, Any]], tmp_path: Path
-) -> None:
-    made, arguments = prompted
-    donor = FAMILIES["sd15"].build()
-    donor.unet.add_adapter(lora_config())
-    donor.unet.save_lora_adapter(tmp_path)
-    expected = images_of(made.pipe, arguments=arguments)
-    with pytest.raises(ValueError, match=UNSUPPORTED):
-        made.pipe.unet.load_lora_adapter(str(tmp_path), prefix=None, weight_name="pytorch_lora_weights.safetensors")
-    assert torch.equal(images_of(made.pipe, arguments=arguments), expected)
-
-
-def test_adapters_without_peft_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)
-    unet = tiny.quantize_(tiny_pipelines.text_unet())
-    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    adapter = {f"{layer}.lora_A.weight": torch.ones(2, 16), f"{layer}.lora_B.weight": torch.ones(16, 2)}
-    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-    with pytest.raises((ImportError, ValueError), match=r"(?i)peft"):
-        unet.load_lora_adapter(adapter, prefix=None)
-    after = unet.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
-
-
-def test_fused_adapters_are_quantized_with_the_weights(tmp_path: Path) -> None:
-    """The way that is open: make the adapter part of the weights, then quantize."""
-    pytest.importorskip("transformers", reason="diffusers defines this pipeline only beside transformers")
-    arguments, pipe = FAMILIES["sd15"].arguments(), FAMILIES["sd15"].build()
-    without = images_of(pipe, arguments=arguments)
-    pipe.unet.add_adapter(lora_config())
-    adapted = images_of(pipe, arguments=arguments)
-    recipe = METHODS["rtn"](weights=8, activations=None, samples=2, batch=2)
-    with pytest.raises(UnsupportedPipeline, match=r"have adapters.*fuse_lora\(\).*unload_lora_weights"):
-        quantize(pipe, recipe, steps=STEPS, arguments=arguments)
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
-    made = quantize(pipe, recipe, steps=STEPS, arguments=arguments)
-    made.save(tmp_path / "q")
-    found = images_of(load(tmp_path / "q"), arguments=arguments)
-    near, far = float((found - adapted).abs().mean()), float((found - without).abs().mean())
-    assert near < 0.3 * far, "the adapter is not in the quantized weights"
-
-
 def table(heading: str) -> list[list[str]]:
     """Rows of the table under a heading of the page, without its first line, cells as text."""
     section = DOCUMENT.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
@@ -341,11 +280,21 @@ def test_the_page_lists_these_schedulers() -> None:
     assert table("Schedulers") == [[name, "yes"] for name in SCHEDULERS]
 
 
+def named_tests(rows: list[list[str]]) -> set[str]:
+    return {re.fullmatch(r"`(test_\w+)`", row[-1])[1] for row in rows}  # type: ignore[index]
+
+
 def test_every_feature_of_the_page_has_its_test() -> None:
-    rows = [*table("Features"), *table("Adapters (LoRA)")]
-    named = {re.fullmatch(r"`(test_\w+)`", row[3])[1] for row in rows}  # type: ignore[index]
+    rows = table("Features")
     there = {name for name in globals() if name.startswith("test_")}
-    assert named - there == set()
+    assert named_tests(rows) - there == set()
     # What is left are the other tables and the page itself.
-    assert {name for name in there - named if "page" not in name} == {"test_scheduler"}
+    assert {name for name in there - named_tests(rows) if "page" not in name} == {"test_scheduler"}
     assert all(re.match(r"yes|no: |not tested: ", row[1]) for row in rows)
+
+
+def test_every_row_of_the_page_on_adapters_has_its_test() -> None:
+    source = Path(__file__).with_name("test_adapters.py").read_text(encoding="utf-8")
+    rows = table("Adapters (LoRA)")
+    assert named_tests(rows) == set(re.findall(r"^def (test_\w+)", source, re.MULTILINE))
+    assert all(re.match(r"yes|no: ", row[1]) for row in rows)

@@ -165,7 +165,8 @@ assert {late} or not {{"torch", "diffusers"}} & set(sys.modules), "import stepqu
 from diffusers.quantizers import auto
 assert "stepquant" in auto.AUTO_QUANTIZER_MAPPING
 assert "stepquant" in auto.AUTO_QUANTIZATION_CONFIG_MAPPING
-assert not any(type(finder).__module__.startswith("stepquant") for finder in sys.meta_path)
+ours = [finder for finder in sys.meta_path if type(finder).__module__.startswith("stepquant")]
+assert [finder.wanted for finder in ours] == ["peft.tuners.lora.model"], "the finder for diffusers is still there"
 import importlib.util
 assert importlib.util.find_spec("diffusers.quantizers.auto").loader.get_source("diffusers.quantizers.auto")
 """

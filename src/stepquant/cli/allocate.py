@@ -1,21 +1,28 @@
-"""`stepquant allocate`: bits for every layer under a budget, as a file that people edit and `quantize` takes."""
+"""`stepquant allocate`: bits for every layer under a budget, as a file that people edit and `quantize` takes.
+
+What a killed run needs to go on is in `PLAN.work`, as for `quantize`: the recording, and the sensitivities of every
+mini-batch that is finished.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import yaml
 
 from stepquant import api
 from stepquant.calibrate.allocation import Allocate
+from stepquant.cli.arguments import ready, recorded_images
 from stepquant.cli.console import Settings, interruptible, progress_for, replace_text, stdout_console, write_json
-from stepquant.cli.outputs import refuse_existing
-from stepquant.cli.work import QuantizeRequest, device_named, prepare
-from stepquant.config import Resolved
+from stepquant.cli.outputs import WORK_MARK, clear_work, refuse_existing, remove_work, work_folder
+from stepquant.cli.work import QuantizeRequest, device_named, kept_if_worth_it, prepare
+from stepquant.config import Resolved, dump
 from stepquant.errors import SpecError
 from stepquant.recipe import Recipe
 from stepquant.run import Run
+from stepquant.work_folder import hold
 
 __all__ = ["allocate", "plan_settings"]
 
@@ -31,17 +38,28 @@ def allocate(request: QuantizeRequest, settings: Settings, json_target: str | No
     resolved = request.resolved()
     if not resolved.budget:
         raise SpecError("There is no budget to allocate under: give --target, --max-bytes or --max-drift.")
+    work = work_folder(out)
+    with hold(work) if (work / WORK_MARK).is_file() else nullcontext():
+        clear_work(work, resume=request.resume, overwrite=request.overwrite)
     prepare(settings)
     pipe = api.open_model(resolved.model, device=device_named(resolved.device))
-    with interruptible("Nothing was written; an allocation starts from the beginning."):
+    with (
+        hold(work),
+        kept_if_worth_it(work),
+        interruptible(f"What is done so far is in {work}; go on with the same command and --resume."),
+    ):
+        if not (work / WORK_MARK).exists():
+            dump(resolved, work / WORK_MARK)
         found = api.quantize(
             pipe,
             _beginning(resolved.recipe),
             steps=resolved.steps,
-            run=Run(seed=resolved.seed, progress=progress_for(settings)),
-            arguments=resolved.arguments,
+            run=Run(seed=resolved.seed, work=work, progress=progress_for(settings)),
+            arguments=ready(resolved.arguments, recorded_images(resolved) or 1),
+            resume=request.resume,
         ).figures[-1]
-    replace_text(out, _plan_text(resolved, found))
+        replace_text(out, _plan_text(resolved, found))
+        remove_work(work)
     if json_target is not None:
         write_json({"plan": str(out), **found}, json_target)
     if json_target != "-" and not settings.quiet:

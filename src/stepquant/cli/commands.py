@@ -40,7 +40,17 @@ Engine = Annotated[
 Arguments = Annotated[
     list[str] | None,
     typer.Option(
-        "--argument", metavar="KEY=VALUE", help="Handed to the pipeline's call, e.g. prompt='a cat'. May be repeated."
+        "--argument",
+        metavar="KEY=VALUE",
+        help="Handed to the pipeline's call, e.g. guidance_scale=5 or negative_prompt='blurred'. May be repeated. "
+        "KEY=@FILE takes a line of a text file for each image, or a picture for all.",
+    ),
+]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Prompts, one a line, repeated if there are more images; neutral is a list that is shipped.",
     ),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Images sampled at once; changes speed and memory, not the images.")]
@@ -144,6 +154,8 @@ def quantize(
     tensorboard: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write what the stages measure there, for TensorBoard.")
     ] = None,
+    prompts: Prompts = None,
+    argument: Arguments = None,
     json_: Json = None,
 ) -> None:
     """Calibrate a low-bit checkpoint of a diffusion model.
@@ -151,6 +163,7 @@ def quantize(
     Example: stepquant quantize digits-unet -o digits-w4a8 --weights 4 --activations 8 --preset quick
     """
     from stepquant.cli import work
+    from stepquant.cli.arguments import parsed
 
     flags = {
         "model": model,
@@ -166,7 +179,9 @@ def quantize(
         "max_bytes": max_bytes,
         "max_drift": max_drift,
     }
-    given = {key: value for key, value in flags.items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
+    if argument or prompts:
+        given["arguments"] = parsed(_with_prompts(argument, prompts))
     request = work.QuantizeRequest(
         out, config, tuple(set_ or ()), given, resume=resume, overwrite=overwrite, tensorboard=tensorboard
     )
@@ -214,6 +229,7 @@ def allocate(
         str | None, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.  [default: auto]")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an allocation that was interrupted.")] = False,
     overwrite: Overwrite = False,
     json_: Json = None,
 ) -> None:
@@ -240,7 +256,7 @@ def allocate(
         "max_drift": max_drift,
     }
     given = {key: value for key, value in flags.items() if value is not None}
-    request = work.QuantizeRequest(out, config, tuple(set_ or ()), given, overwrite=overwrite)
+    request = work.QuantizeRequest(out, config, tuple(set_ or ()), given, resume=resume, overwrite=overwrite)
     if dry_run:
         work.show_plan(request, _settings(ctx), json_)
     else:
@@ -262,6 +278,7 @@ def sample(
     device: Device = "auto",
     batch_size: Batch = 16,
     grid: Annotated[bool, typer.Option("--grid", help="Also write all images in one picture, grid.png.")] = False,
+    prompts: Prompts = None,
     argument: Arguments = None,
     schedule: Schedule = "strict",
     overwrite: Overwrite = False,
@@ -272,7 +289,8 @@ def sample(
     """
     from stepquant.cli import work
 
-    sampling = work.Sampling(parse_seeds(seeds), steps, batch_size, tuple(argument or ()), engine, device, schedule)
+    given = _with_prompts(argument, prompts)
+    sampling = work.Sampling(parse_seeds(seeds), steps, batch_size, given, engine, device, schedule)
     work.sample(source, out, sampling, _settings(ctx), grid=grid, overwrite=overwrite)
 
 
@@ -313,6 +331,10 @@ def evaluate(
     lpips: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights of torchvision's AlexNet or VGG-16, for LPIPS.")
     ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="CLIP model for the CLIP score: a folder, or a hub id in the local cache."),
+    ] = None,
     fail_if: Annotated[
         list[str] | None,
         typer.Option("--fail-if", metavar="GATE", help="Exit status 3 if so, e.g. 'psnr<28'. May be repeated."),
@@ -320,6 +342,7 @@ def evaluate(
     engine: Engine = "auto",
     device: Device = "auto",
     batch_size: Batch = 16,
+    prompts: Prompts = None,
     argument: Arguments = None,
     schedule: Schedule = "strict",
     allow_calibration_seeds: Annotated[
@@ -340,11 +363,12 @@ def evaluate(
     from stepquant.cli import work
 
     chosen = [] if seeds is None else parse_seeds(seeds)
-    sampling = work.Sampling(chosen, steps, batch_size, tuple(argument or ()), engine, device, schedule)
+    sampling = work.Sampling(chosen, steps, batch_size, _with_prompts(argument, prompts), engine, device, schedule)
     measuring = work.Measuring(
         features,
         protocol,
         lpips,
+        clip,
         tuple(fail_if or ()),
         resume=resume,
         overwrite=overwrite,
@@ -486,6 +510,65 @@ def inspect(
 
 
 @app.command()
+def card(
+    ctx: typer.Context,
+    checkpoint: Annotated[Path, typer.Argument(help="What `quantize` wrote.")],
+    name: Annotated[str | None, typer.Option(help="Title of the card.  [default: the folder's name]")] = None,
+    license_: Annotated[
+        str | None,
+        typer.Option(
+            "--license",
+            metavar="ID",
+            help="As the hub writes it, e.g. apache-2.0.  [default: what the card of a local base model says]",
+        ),
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME", help="The full-precision model on the hub.  [default: if it came from there]"
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a model card into a checkpoint's folder: how to use it, what was measured, how it was made.
+
+    Takes the figures that `stepquant evaluate` kept. The folder can then be published as it is.
+
+    Example: stepquant card digits-w4a8 --license apache-2.0
+    """
+    from stepquant.cli import card as cards
+
+    request = cards.CardRequest(checkpoint, name, license_, base_model, overwrite)
+    cards.card(request, _settings(ctx))
+
+
+@app.command()
+def export(
+    ctx: typer.Context,
+    checkpoint: Annotated[Path, typer.Argument(help="What `quantize` wrote.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="OUT", help="Folder for torchao-int8, file.onnx or file.xml.")
+    ],
+    format_: Annotated[
+        Literal["torchao-int8", "onnx", "openvino"],
+        typer.Option(
+            "--format",
+            help="torchao-int8: a pipeline that diffusers loads without stepquant. onnx, openvino: the network alone, "
+            "of UNet2DModel; others through Python, stepquant.integrations.graphs.",
+        ),
+    ],
+    json_: Json = None,
+) -> None:
+    """Write a checkpoint in a format that other programs run, and say what is lost.
+
+    Example: stepquant export digits-w4a8 -o digits.onnx --format onnx
+    """
+    from stepquant.cli import export as exports
+
+    exports.export(checkpoint, out, format_, _settings(ctx), json_)
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="Tell everything about this one.")] = None,
     json_: Json = None,
@@ -523,6 +606,11 @@ def demo(
     from stepquant.cli import demo as demonstration
 
     demonstration.run(out, _settings(ctx))
+
+
+def _with_prompts(arguments: list[str] | None, prompts: str | None) -> tuple[str, ...]:
+    """--prompts FILE is short for --argument prompt=@FILE."""
+    return (*(arguments or ()), *([] if prompts is None else [f"prompt=@{prompts}"]))
 
 
 def _settings(ctx: typer.Context) -> Settings:

@@ -18,6 +18,7 @@ __all__ = [
     "FINISHED_STAGES",
     "SAVING_MARK",
     "WORK_MARK",
+    "card_path",
     "clear_work",
     "evaluation_path",
     "figures_path",
@@ -69,6 +70,11 @@ def figures_path(out: Path) -> Path:
 def speed_path(checkpoint: Path) -> Path:
     """`CHECKPOINT.speed.json`: what `benchmarks/engines.py --json` measured, put there by whoever wants it shown."""
     return _beside(checkpoint, ".speed.json")
+
+
+def card_path(checkpoint: Path) -> Path:
+    """`CHECKPOINT/README.md`: the model card, where hubs look for it. The one file in the folder that `card` wrote."""
+    return checkpoint / "README.md"
 
 
 def write_figures(figures: Iterable[Mapping[str, Any]], out: Path) -> None:

@@ -37,6 +37,7 @@ _METRIC_NAMES = {
     "ssim": "SSIM",
     "mae": "mean absolute error",
     "lpips": "LPIPS",
+    "clip_score": "CLIP score",
     "frechet_to_fp": "Frechet distance to full precision",
     "frechet_to_data": "Frechet distance to real data",
     "sfid_to_fp": "sFID to full precision",
@@ -104,12 +105,17 @@ def _scheme_bits(scheme: Any) -> dict[str, int | None]:
     return {name: None if spec is None else spec.bits for name, spec in specs.items()}
 
 
-def _bits_text(bits: Any) -> str:
-    """`{"weight": 4, "input": 8}` -> "W4 A8"; the second operand of a matmul is another A."""
+def _bits_text(bits: Any, row_bits: Mapping[str, Sequence[int]] | None = None) -> str:
+    """`{"weight": 4, "input": 8}` -> "W4 A8"; the second operand of a matmul is another A. row_bits: of operands whose
+    bits change over time, as in "W4 A4-8".
+    """
     if not isinstance(bits, Mapping):
         return str(bits)
     letters = {"weight": "W", "input": "A", "second": "A"}
-    parts = [f"{letters.get(name, name + ' ')}{value}" for name, value in bits.items() if value is not None]
+    spans = {name: f"{min(each)}-{max(each)}" for name, each in (row_bits or {}).items()}
+    parts = [
+        f"{letters.get(name, name + ' ')}{spans.get(name, value)}" for name, value in bits.items() if value is not None
+    ]
     return " ".join(parts) or "float"
 
 
@@ -247,9 +253,8 @@ def show_inspection(description: Mapping[str, Any]) -> None:
     for layer in description["layers"]:
         refusals = layer.get("refusals") or {}
         why = "; ".join(f"{engine}: {reason}" for engine, reason in refusals.items())
-        table.add_row(
-            layer["name"], _bits_text(layer["bits"]), f"{layer['bytes']:,}", str(layer.get("engine") or ""), why
-        )
+        bits = _bits_text(layer["bits"], layer.get("row_bits"))
+        table.add_row(layer["name"], bits, f"{layer['bytes']:,}", str(layer.get("engine") or ""), why)
     console.print(table)
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from stepquant import api
 from stepquant.allocator import tune_allocator
 from stepquant.calibrate.compensation import EstimatorChoice
 from stepquant.cli import views
+from stepquant.cli.arguments import parsed, ready, recorded_images, with_prompts
 from stepquant.cli.console import Interrupted, Settings, interruptible, progress_for, stdout_console, write_json
 from stepquant.cli.outputs import (
     FINISHED_STAGES,
@@ -35,8 +37,10 @@ from stepquant.cli.outputs import (
     write_figures,
 )
 from stepquant.cli.scalars import Scalars
-from stepquant.config import Resolved, apply_overrides, dump, load_config, parse_yaml, resolve
+from stepquant.config import Resolved, apply_overrides, dump, load_config, resolve
 from stepquant.errors import CheckpointError, SpecError, StepquantError, nearest
+from stepquant.evaluate.arguments import first_of
+from stepquant.evaluate.clip import ClipScore
 from stepquant.evaluate.compare import METRICS
 from stepquant.evaluate.compare import evaluate as compare
 from stepquant.evaluate.features import Features
@@ -50,6 +54,7 @@ from stepquant.evaluate.source import PipelineSource, Source, open_source
 from stepquant.evaluate.weights import MissingWeights
 from stepquant.inspection import inspect_checkpoint
 from stepquant.manifest import MANIFEST_NAME
+from stepquant.processes import joined
 from stepquant.run import Run
 from stepquant.work_folder import hold
 
@@ -62,6 +67,7 @@ __all__ = [
     "device_named",
     "evaluate",
     "evaluate_and_keep",
+    "kept_if_worth_it",
     "measure",
     "prepare",
     "quantize",
@@ -98,10 +104,14 @@ class QuantizeRequest:
     tensorboard: Path | None = None
 
     def resolved(self) -> Resolved:
-        """preset < file < command line."""
-        data = {} if self.config is None else load_config(self.config)
+        """preset < file < command line; of arguments, each by itself."""
         source = "--set" if self.config is None else str(self.config)
-        return resolve(apply_overrides(data, self.overrides), source=source, flags=self.flags)
+        data = apply_overrides({} if self.config is None else load_config(self.config), self.overrides)
+        flags = dict(self.flags)
+        known = data.get("arguments")
+        if "arguments" in flags and isinstance(known, dict):
+            flags["arguments"] = {**known, **flags["arguments"]}
+        return with_prompts(resolve(data, source=source, flags=flags))
 
 
 @dataclass(frozen=True)
@@ -116,9 +126,9 @@ class Sampling:
     device: str = "auto"
     schedule: Literal["strict", "nearest"] = "strict"
 
-    def pipeline_arguments(self) -> dict[str, Any]:
-        """The `--argument KEY=VALUE` of the command line as keyword arguments."""
-        return _pipeline_arguments(self.arguments)
+    def pipeline_arguments(self, count: int | None = None) -> dict[str, Any]:
+        """The `--argument KEY=VALUE` of the command line as keyword arguments for `count` images, one for each seed."""
+        return ready(parsed(self.arguments), len(self.seeds) if count is None else count)
 
 
 @dataclass(frozen=True)
@@ -126,12 +136,14 @@ class Measuring:
     """What `evaluate` measures beside the defaults, and what it does with what is there already.
 
     features: "digits", "inception=FILE", "mobilenetv2=FILE" or "none"; None takes the shipped ones where they fit.
-    protocol: a preset of `evaluate.protocol`. lpips: weights of its backbone. gates: such as "psnr<28".
+    protocol: a preset of `evaluate.protocol`. lpips: weights of its backbone. clip: folder or hub id of a CLIP
+        model. gates: such as "psnr<28".
     """
 
     features: str | None = None
     protocol: str | None = None
     lpips: Path | None = None
+    clip: str | None = None
     gates: tuple[str, ...] = ()
     resume: bool = False
     overwrite: bool = False
@@ -153,17 +165,6 @@ class CompensateRequest:
     arguments: tuple[str, ...] = ()
 
 
-def _pipeline_arguments(texts: Iterable[str]) -> dict[str, Any]:
-    """KEY=VALUE as keyword arguments; values are read as YAML."""
-    found: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key.isidentifier():
-            raise SpecError(f"--argument takes key=value, such as prompt='a cat', found {text!r}.")
-        found[key] = parse_yaml(value, source=f"--argument {key}")
-    return found
-
-
 def prepare(settings: Settings) -> None:
     """What every command that computes needs first: a fast allocator, and libraries that keep to themselves."""
     tune_allocator()
@@ -173,18 +174,35 @@ def prepare(settings: Settings) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if settings.quiet:
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()  # transformers looks here when it is imported
+        if "transformers" in sys.modules:
+            sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
 def device_named(name: str) -> Any:
-    """The torch device that a user means; `auto` is a GPU where there is one."""
+    """The torch device that a user means; `auto` is a GPU where there is one. Of several processes each has its own."""
     import torch
 
+    processes = joined()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if processes.count == 1:
+            return torch.device(name)
     try:
         device = torch.device(name)
     except RuntimeError:
         raise SpecError(f"There is no device {name!r}: expected auto, cpu, cuda, cuda:1, ...") from None
+    if device.type == "cuda" and processes.count > 1:
+        if ":" in name:
+            raise SpecError(
+                f"Device {name!r} was asked for by {processes.count} processes, and each needs a GPU of its own: give "
+                "--device cuda."
+            )
+        device = torch.device("cuda", processes.local)
+        name = str(device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SpecError(f"Device {name!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices here.")
     return device
@@ -204,21 +222,9 @@ def show_plan(request: QuantizeRequest, settings: Settings, json_target: str | N
 def quantize(request: QuantizeRequest, settings: Settings, json_target: str | None) -> None:
     """Quantize and say what came out."""
     out = _required(request.out)
-    work = work_folder(out)
-    if request.resume and not request.overwrite and out.exists():
-        resolved = request.resolved()
-        if is_finished(out, resolved.to_dict()):
-            _show_finished(resolved, out, settings, json_target)
-            return
-    refuse_existing(out, overwrite=request.overwrite)
-    refuse_no_checkpoint(out)
-    if request.config is not None and request.config.resolve() == settings_path(out).resolve():
-        raise SpecError(
-            f"The settings of the run will be written to {settings_path(out)}, which is the file given with --config: "
-            "choose another OUT."
-        )
-    with hold(work) if (work / WORK_MARK).is_file() else nullcontext():
-        clear_work(work, resume=request.resume, overwrite=request.overwrite)
+    processes = joined()
+    if not processes.from_first(lambda: _is_to_do(request, out, settings, json_target)):
+        return
     resolved = request.resolved()
     figures = run_quantize(
         resolved,
@@ -228,11 +234,33 @@ def quantize(request: QuantizeRequest, settings: Settings, json_target: str | No
         overwrite=request.overwrite,
         tensorboard=request.tensorboard,
     )
+    if not processes.first:
+        return
     description = inspect_checkpoint(out)
     if json_target is not None:
         write_json({"checkpoint": str(out), "bytes": description.get("bytes"), "figures": figures}, json_target)
     if json_target != "-" and not settings.quiet:
         views.show_quantized(out, resolved, description, figures)
+
+
+def _is_to_do(request: QuantizeRequest, out: Path, settings: Settings, json_target: str | None) -> bool:
+    """Whether the run is still to be done; makes room for it. One that is finished already is shown."""
+    work = work_folder(out)
+    if request.resume and not request.overwrite and out.exists():
+        resolved = request.resolved()
+        if is_finished(out, resolved.to_dict()):
+            _show_finished(resolved, out, settings, json_target)
+            return False
+    refuse_existing(out, overwrite=request.overwrite)
+    refuse_no_checkpoint(out)
+    if request.config is not None and request.config.resolve() == settings_path(out).resolve():
+        raise SpecError(
+            f"The settings of the run will be written to {settings_path(out)}, which is the file given with --config: "
+            "choose another OUT."
+        )
+    with hold(work) if (work / WORK_MARK).is_file() else nullcontext():
+        clear_work(work, resume=request.resume, overwrite=request.overwrite)
+    return True
 
 
 def run_quantize(
@@ -244,9 +272,13 @@ def run_quantize(
     overwrite: bool = False,
     tensorboard: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Quantize, save, and remove the work folder. Returns the figures of the stages."""
+    """Quantize, save, and remove the work folder. Returns the figures of the stages.
+
+    Of several processes only the first writes.
+    """
     prepare(settings)
-    scalars = None if tensorboard is None else Scalars(tensorboard)
+    processes = joined()
+    scalars = Scalars(tensorboard) if tensorboard is not None and processes.first else None
 
     def finished(number: int, figures: Mapping[str, Any]) -> None:
         logger.info("Stage %d, %s, has finished.", number + 1, figures["stage"], extra={"data": figures})
@@ -255,27 +287,28 @@ def run_quantize(
 
     pipe = api.open_model(resolved.model, device=device_named(resolved.device))
     work = work_folder(out)
-    run = Run(seed=resolved.seed, work=work, progress=progress_for(settings), finished=finished)
+    run = Run(seed=resolved.seed, work=work, progress=progress_for(settings), finished=finished, processes=processes)
     with (
-        hold(work),
-        _kept_if_worth_it(work),
+        hold(work) if processes.first else nullcontext(),
+        kept_if_worth_it(work) if processes.first else nullcontext(),
         interruptible(f"What is done so far is in {work}; go on with the same command and --resume."),
     ):
-        if not (work / WORK_MARK).exists():
+        if processes.first and not (work / WORK_MARK).exists():
             dump(resolved, work / WORK_MARK)
         quantized = api.quantize(
             pipe,
             resolved.recipe,
             steps=resolved.steps,
             run=run,
-            arguments=resolved.arguments,
+            arguments=ready(resolved.arguments, recorded_images(resolved) or 1),
             base_model=resolved.model,
             resume=resume,
         )
-        if not out.exists():
-            (work / SAVING_MARK).touch()
-        quantized.save(out, overwrite=overwrite)
-        _conclude(resolved, out, quantized.figures)
+        if processes.first:
+            if not out.exists():
+                (work / SAVING_MARK).touch()
+            quantized.save(out, overwrite=overwrite)
+            _conclude(resolved, out, quantized.figures)
     if scalars is not None:
         scalars.close()
     return list(quantized.figures)
@@ -306,7 +339,7 @@ def _show_finished(resolved: Resolved, out: Path, settings: Settings, json_targe
 
 
 @contextmanager
-def _kept_if_worth_it(work: Path) -> Iterator[None]:
+def kept_if_worth_it(work: Path) -> Iterator[None]:
     """Remove the work folder of a run that failed before its first stage was done: it would only be in the way."""
     try:
         yield
@@ -322,7 +355,8 @@ def sample(
     source: str, out: Path, sampling: Sampling, settings: Settings, *, grid: bool = False, overwrite: bool = False
 ) -> None:
     """Sample images into a folder."""
-    refuse_used_folder(out, overwrite=overwrite)
+    processes = joined()
+    processes.from_first(lambda: refuse_used_folder(out, overwrite=overwrite))
     arguments = sampling.pipeline_arguments()
     prepare(settings)
     options = {"engine": sampling.engine, "schedule": sampling.schedule}
@@ -331,26 +365,39 @@ def sample(
     if steps is None:
         steps = _steps_of(inspect_checkpoint(Path(source))) if kind == "checkpoint" else 20
     with interruptible(f"No images were written to {out}."):
-        images = api.sample(
-            pipe,
-            seeds=sampling.seeds,
-            steps=steps,
-            batch_size=sampling.batch_size,
-            arguments=arguments,
-            progress=progress_for(settings),
-        )
+        how: dict[str, Any] = {
+            "seeds": sampling.seeds,
+            "steps": steps,
+            "batch_size": sampling.batch_size,
+            "arguments": arguments,
+            "progress": progress_for(settings),
+            "processes": processes,
+        }
+        if not processes.first:
+            for _ in api.sampled(pipe, **how):
+                pass  # the images of all processes might not fit into one machine as often as there are processes
+            return
+        images = api.sample(pipe, **how)
     write_images(images, sampling.seeds, out, grid=grid)
     if not settings.quiet:
-        stdout_console().print(f"{len(sampling.seeds)} images of {steps} steps are in {out}.")
+        what = "videos, a folder of frames each," if images[0].ndim == 4 else "images"
+        stdout_console().print(f"{len(sampling.seeds)} {what} of {steps} steps are in {out}.")
 
 
 def write_images(images: Any, seeds: Sequence[int], folder: Path, *, grid: bool) -> None:
-    """One PNG a seed, and with `grid` all of them in one picture."""
+    """One PNG a seed, and with `grid` all of them in one picture.
+
+    images: `[N, C, H, W]`, or videos `[N, frames, C, H, W]`, which get a folder a seed with a PNG a frame; the picture
+        of all then has their first frames.
+    """
+    videos = images.ndim == 5
     for image, seed in zip(images, seeds, strict=True):
-        save_png(image, folder, seed=seed)
+        frames = image if videos else [image]
+        for number, frame in enumerate(frames):
+            save_png(frame, folder / f"{seed:06d}" if videos else folder, seed=number if videos else seed)
     if grid:
         columns = max(1, round(len(seeds) ** 0.5))
-        to_grid(images, columns).save(folder / "grid.png")
+        to_grid(images[:, 0] if videos else images, columns).save(folder / "grid.png")
 
 
 def evaluate(
@@ -363,11 +410,15 @@ def evaluate(
 ) -> bool:
     """Evaluate, keep the result beside the candidate, and show it. Returns whether all gates held."""
     gates = parse_gates(measuring.gates, METRICS)
+    processes = joined()
     if measuring.overwrite:
-        discard(_evaluation_work(candidate))
+        processes.from_first(lambda: discard(_evaluation_work(candidate)))
     results = measure(candidate, against, sampling, settings, measuring)
     if gates:
         results["gates"] = check_gates(gates, results["metrics"])
+    failed = [gate for gate in results.get("gates", []) if gate["failed"]]
+    if not processes.first:
+        return not failed
     kept = _keep(results, Path(candidate))
     if json_target is not None:
         write_json(results, json_target)
@@ -377,7 +428,6 @@ def evaluate(
         views.show_results(results)
         if kept:
             stdout_console().print(f"Kept as {evaluation_path(Path(candidate))} for `stepquant report`.")
-    failed = [gate for gate in results.get("gates", []) if gate["failed"]]
     views.complain_of_gates(failed)
     return not failed
 
@@ -394,7 +444,6 @@ def measure(
     against None: the model that the candidate, a checkpoint then, was made from.
     """
     measuring = measuring or Measuring()
-    arguments = sampling.pipeline_arguments()
     prepare(settings)
     device = device_named(sampling.device)
     options = {"device": device, "engine": sampling.engine, "schedule": sampling.schedule}
@@ -402,13 +451,14 @@ def measure(
     base = against or _base_model(Path(candidate), _description(candidate))
     reference = open_source(base, **options)
     seeds = sampling.seeds or source.seeds or reference.seeds or list(_EVALUATED)
+    arguments = sampling.pipeline_arguments(len(seeds))
     if not measuring.allow_calibration_seeds:
         for name in (str(candidate), base):
             refuse_calibration_seeds(seeds, _description(name).get("manifest") or {}, name=name)
-    features, lpips, remarks = _networks(measuring, device)
-    work = _evaluation_work(candidate)
+    features, lpips, clip, remarks = _networks(measuring, device)
+    work, processes = _evaluation_work(candidate), joined()
     with (
-        _evaluation_kept(work),
+        _evaluation_kept(work) if processes.first else nullcontext(),
         interruptible(f"What is measured so far is in {work}; go on with the same command and --resume."),
     ):
         results = compare(
@@ -417,11 +467,16 @@ def measure(
             seeds=seeds,
             steps=_common_steps(sampling, (source, reference)),
             batch_size=sampling.batch_size,
-            run=Run(work=work if os.access(work.parent, os.W_OK) else None, progress=progress_for(settings)),
+            run=Run(
+                work=work if os.access(work.parent, os.W_OK) else None,
+                progress=progress_for(settings),
+                processes=processes,
+            ),
             arguments=arguments,
             features=features,
             protocol=measuring.protocol,
             lpips=lpips,
+            clip=clip,
             resume=measuring.resume,
             remarks=remarks,
         )
@@ -444,10 +499,10 @@ def _common_steps(sampling: Sampling, sources: Iterable[Source]) -> int | None:
 
 def _networks(
     measuring: Measuring, device: Any
-) -> tuple[Features | Literal["shipped", "none"], Lpips | None, list[str]]:
+) -> tuple[Features | Literal["shipped", "none"], Lpips | None, ClipScore | None, list[str]]:
     """Networks whose weights the user named. One whose file is not there is a remark: other figures do not need it."""
     features: Features | Literal["shipped", "none"] = "shipped"
-    lpips, remarks = None, []
+    lpips, clip, remarks = None, None, []
     if measuring.features == "none":
         features = "none"
     elif measuring.features is not None:
@@ -461,7 +516,12 @@ def _networks(
             lpips = Lpips(measuring.lpips, device=device)
         except MissingWeights as error:
             remarks.append(f"No LPIPS: {error}")
-    return features, lpips, remarks
+    if measuring.clip is not None:
+        try:
+            clip = ClipScore.from_pretrained(measuring.clip, device=device)
+        except MissingWeights as error:
+            remarks.append(f"No CLIP score: {error}")
+    return features, lpips, clip, remarks
 
 
 def _evaluation_work(candidate: str | Path) -> Path:
@@ -521,7 +581,7 @@ def compensate(
     if request.estimator not in get_args(EstimatorChoice):
         known = get_args(EstimatorChoice)
         raise SpecError(f"--estimator: there is none named {request.estimator!r}.{nearest(request.estimator, known)}")
-    arguments = _pipeline_arguments(request.arguments)
+    arguments = ready(parsed(request.arguments), request.samples)
     description = inspect_checkpoint(request.candidate)
     base = request.against or _base_model(request.candidate, description)
     prepare(settings)
@@ -590,6 +650,12 @@ def write_page(
     return images
 
 
+_NOT_KEPT = (
+    "No images: they were made with arguments that the evaluation only names, such as tensors or pictures. "
+    "`stepquant sample` makes images with the same arguments."
+)
+
+
 def _images_for(
     checkpoints: Sequence[Path],
     results: Sequence[Mapping[str, Any]],
@@ -607,7 +673,11 @@ def _images_for(
     device = device_named(name)
     first = results[0]
     seeds = [int(seed) for seed in first["images"]["seeds"]][:_IMAGES_IN_REPORT]
+    arguments = first_of(first.get("arguments", {}), int(first["n"]), len(seeds))
+    if arguments is None:
+        return {"seeds": seeds, "candidates": [], "notes": [_NOT_KEPT]}
     common: dict[str, Any] = {"seeds": seeds, "steps": int(first["steps"]), "batch_size": batch_size}
+    common["arguments"] = arguments
     progress = progress_for(settings)
     reference = open_source(str(first["against"]), device=device, schedule="nearest")
     found: dict[str, Any] = {"seeds": seeds, "candidates": [], "rows": []}
@@ -615,7 +685,9 @@ def _images_for(
         walks = None
         if isinstance(reference, PipelineSource):
             found["reference"] = api.sample(reference.pipe, progress=progress, **common)
-            walks = Walks(reference.pipe, seeds=seeds, steps=common["steps"], run=Run(progress=progress))
+            walks = Walks(
+                reference.pipe, seeds=seeds, steps=common["steps"], run=Run(progress=progress), arguments=arguments
+            )
         else:
             found["reference"] = reference.images(seeds, steps=None, arguments={})
             found["notes"] = ["No films and no errors of layers: the reference is a folder of images."]

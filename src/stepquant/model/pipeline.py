@@ -33,15 +33,20 @@ SCHEDULE_ARGUMENTS = ("timesteps", "sigmas")
 def arguments_of_batch(arguments: Mapping[str, Any], batch: slice, count: int) -> dict[str, Any]:
     """The arguments of a pipeline's call for some of `count` images.
 
-    Lists of `count` entries (prompts, class labels) and tensors of `count` rows (prompt embeddings) are cut; everything
-    else is for all images.
+    Lists of `count` entries (prompts, class labels) and tensors of `count` rows (prompt embeddings) are cut. A prompt
+    that is one text is repeated, since pipelines make as many images as there are prompts, unless
+    `num_images_per_prompt` says how many. Everything else is for all images.
     """
-    return {
-        name: value[batch]
-        if isinstance(value, list | Tensor) and _rows(value) == count and name not in SCHEDULE_ARGUMENTS
-        else value
-        for name, value in arguments.items()
-    }
+    rows = len(range(*batch.indices(count)))
+    alone = "num_images_per_prompt" not in arguments
+
+    def part(name: str, value: Any) -> Any:
+        if isinstance(value, str) and alone and name.startswith(("prompt", "negative_prompt")):
+            return [value] * rows
+        cut = isinstance(value, list | Tensor) and _rows(value) == count and name not in SCHEDULE_ARGUMENTS
+        return value[batch] if cut else value
+
+    return {name: part(name, value) for name, value in arguments.items()}
 
 
 def _rows(value: list[Any] | Tensor) -> int | None:

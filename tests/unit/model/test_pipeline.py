@@ -129,3 +129,11 @@ def test_what_has_an_entry_for_each_image_is_cut_with_the_images() -> None:
     found = arguments_of_batch(arguments, slice(1, 3), 4)
     assert found.pop("prompt_embeds").equal(embeddings[1:3])
     assert found == {"prompt": ["b", "c"], "timesteps": [9, 7, 5, 3], "scale": one, "size": [8]}
+
+
+def test_a_prompt_for_all_images_is_repeated_for_each() -> None:
+    arguments = {"prompt": "a cat", "negative_prompt": "grey", "height": 8, "scheduler": "x"}
+    found = arguments_of_batch(arguments, slice(4, 8), 6)
+    assert found == {"prompt": ["a cat"] * 2, "negative_prompt": ["grey"] * 2, "height": 8, "scheduler": "x"}
+    counted = {"prompt": "a cat", "num_images_per_prompt": 2}
+    assert arguments_of_batch(counted, slice(0, 2), 2) == counted
