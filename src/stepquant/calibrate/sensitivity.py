@@ -12,9 +12,9 @@ added first and squared afterwards. For a random unit vector v of the D values o
     E_v (v^T dx_T)^2 = |dx_T|^2 / D = rms(dx_T)^2                    (Hutchinson's trace estimator of dx_T dx_T^T / D)
     v^T dx_T(c) = sum_k < g_kl, d_klc >,    g_kl = J_kl^T v          all g_kl from one pass backwards
 
-The pass is the adjoint recursion of `calibrate.windows`, lambda_k = (dF_k / dx)^T lambda_{k+1} from lambda_T = v, with
-the adjoints of a solver's history beside it. Every step starts from the recorded state, so there is nothing to replay,
-and one step's graph is in memory at a time. The error of activations needs no layer: < g, W d_x > = < W^T g, d_x >.
+The pass is the adjoint recursion of `calibrate.final_state` from lambda_T = v. Every step starts from the recorded
+state, so there is nothing to replay, and one step's graph is in memory at a time. The error of activations needs no
+layer: < g, W d_x > = < W^T g, d_x >.
 
 Scores of a candidate, all in units of rms(x_T)^2 but the last two, means over images and vectors:
 
@@ -22,6 +22,7 @@ Scores of a candidate, all in units of rms(x_T)^2 but the last two, means over i
     incoherent      sum_k < g_kl, d_klc >^2           as if the errors of steps were independent
     mse             |d_klc|^2 / n_l                   the layer's own output, the usual baseline
     relative_mse    sum |d_klc|^2 / sum |y_kl|^2      the same, relative to the output (the inverse of an SQNR)
+    decoupled       measured by sampling, `calibrate.decoupled`
 
 Ours are the coherent sum, the projections, and what follows from a batch: a layer that runs once for all images of a
 batch (a time embedding of one row) has no output per image; its products belong to their sum, and since the v of
@@ -39,10 +40,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from stepquant.calibrate.final_state import Adjoints, final_drifts, final_states
 from stepquant.calibrate.ranges import Observer, RangeRule, observing, weight_params
 from stepquant.calibrate.reconstruct import clocked
 from stepquant.calibrate.trajectory import State, Trajectory, advance, state_at
-from stepquant.errors import CalibrationError
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
 from stepquant.model.surgery import Plan, operand_specs, quantized_layers
@@ -54,7 +55,7 @@ from stepquant.run import Run
 __all__ = ["SCORES", "Item", "Operand", "Probe", "Score", "Scores", "final_drift", "final_scores", "output_scores"]
 
 Operand = Literal["weights", "activations"]
-Score = Literal["final", "incoherent", "mse", "relative_mse"]
+Score = Literal["final", "incoherent", "mse", "relative_mse", "decoupled"]
 SCORES: tuple[str, ...] = get_args(Score)
 
 KEPT_VALUES = 16_384
@@ -206,6 +207,11 @@ class _Tap:
     output: Tensor | None
     input_shifts: tuple[Tensor, ...] = ()
     output_shift: Tensor | None = None
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The shifts that there are."""
+        return [leaf for leaf in (*self.input_shifts, self.output_shift) if leaf is not None]
 
 
 @contextmanager
@@ -359,35 +365,23 @@ def _products(
     probe: Probe, trajectory: Trajectory, items: Sequence[Item], directions: Sequence[Tensor], bits: int
 ) -> Iterator[Tensor]:
     """v^T J_kl d_klc of every step, the last one first: [items, bits, J, images] float64."""
-    adjoints = list(directions)
-    of_history: list[Mapping[str, Tensor]] = [{} for _ in directions]
+    adjoints = Adjoints(directions)
     for index in range(len(trajectory.steps) - 1, -1, -1):
-        before = state_at(trajectory, index)
-        sample = before.sample.detach().requires_grad_(index > 0)
-        history = {path: value.detach().requires_grad_(index > 0) for path, value in before.history.items()}
         rows = [call.prediction.shape[0] for call in trajectory.steps[index].calls]
-        with torch.enable_grad(), _tapped(probe, items, rows, shifted=True) as taps:
-            after = advance(probe.denoiser, trajectory, index, State(sample, history))
-        leaves = [leaf for tap in taps for leaf in (*tap.input_shifts, tap.output_shift) if leaf is not None]
-        inner = [sample, *history.values()] if index > 0 else []
-        by_leaf: dict[int, list[Tensor | None]] = {id(leaf): [] for leaf in leaves}
-        for j, adjoint in enumerate(adjoints):
-            outputs, given = [after.sample], [adjoint]
-            for path, value in after.history.items():
-                if path in of_history[j] and value.requires_grad:
-                    outputs.append(value)
-                    given.append(of_history[j][path])
-            last = j == len(adjoints) - 1
-            found = torch.autograd.grad(outputs, [*leaves, *inner], given, retain_graph=not last, allow_unused=True)
-            for leaf, gradient in zip(leaves, found, strict=False):
-                by_leaf[id(leaf)].append(gradient)
-            if inner:
-                of_sample, *others = found[len(leaves) :]
-                adjoints[j] = torch.zeros_like(sample) if of_sample is None else of_sample
-                pairs = zip(history, others, strict=True)
-                of_history[j] = {path: gradient for path, gradient in pairs if gradient is not None}
-        del after, outputs
-        yield _step_products(probe, items, taps, by_leaf, bits, len(directions), len(trajectory.seeds))
+        kept: list[_Tap] = []
+
+        def step(
+            state: State, index: int = index, rows: Sequence[int] = rows, kept: list[_Tap] = kept
+        ) -> tuple[State, list[Tensor]]:
+            with _tapped(probe, items, rows, shifted=True) as taps:
+                after = advance(probe.denoiser, trajectory, index, state)
+            kept += taps
+            return after, [leaf for tap in taps for leaf in tap.leaves]
+
+        found = adjoints.pull(state_at(trajectory, index), step, inner=index > 0)
+        leaves = [leaf for tap in kept for leaf in tap.leaves]
+        by_leaf = {id(leaf): [gradients[place] for gradients in found] for place, leaf in enumerate(leaves)}
+        yield _step_products(probe, items, kept, by_leaf, bits, len(directions), len(trajectory.seeds))
 
 
 @torch.no_grad()
@@ -468,20 +462,6 @@ def _output_error(probe: Probe, item: Item, bits: int, tap: _Tap) -> float:
     return float(error.double().square().sum())
 
 
-@torch.no_grad()
 def final_drift(denoiser: nn.Module, trajectories: Sequence[Trajectory], advance_: Callable[[int], None]) -> Tensor:
-    """Root mean square of the final error of a free run from the recorded noise, per row of all batches, float64.
-
-    The mean over images is what `evaluate.drift` gives as the last of `accumulated`.
-    """
-    found = []
-    for trajectory in trajectories:
-        state = state_at(trajectory, 0)
-        for index in range(len(trajectory.steps)):
-            state = advance(denoiser, trajectory, index, state)
-        error = state.sample.double().cpu() - trajectory.steps[-1].next_sample.double().cpu()
-        found.append(error.flatten(1).square().mean(1).sqrt())
-        advance_(trajectory.batch)
-    if not found:
-        raise CalibrationError("There are no trajectories to measure the final drift on; record some first.")
-    return torch.cat(found)
+    """Final drift of a free run from the recorded noise, of every image, `[N]`; see `calibrate.final_state`."""
+    return final_drifts(final_states(denoiser, trajectories, done=advance_), trajectories)

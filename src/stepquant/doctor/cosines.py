@@ -1,7 +1,7 @@
 """Each layer's own error along full-precision trajectories, step by step.
 
-The full-precision network runs on the recorded states; every layer that the candidate computes differently is called
-with the very input of its original, so its error is its own and nothing of the layers and steps before it:
+The full-precision network runs on the recorded states, and every layer that the candidate computes differently beside
+its original (`calibrate.own_errors`), so its error is its own and nothing of the layers and steps before it:
 
     cosine[l][k]   = <q, f> / (|q| |f|)          q, f: the outputs of both, over all images and calls of the step
     relative[l][k] = |q - f| / |f|
@@ -10,18 +10,17 @@ with the very input of its original, so its error is its own and nothing of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stepquant.calibrate.own_errors import Pairs, beside, clock_following, products, still
 from stepquant.calibrate.trajectory import Trajectory, predict, state_at
 from stepquant.doctor.health import ChannelSpread
-from stepquant.doctor.layers import axis_of_channels, clock_following, still
-from stepquant.errors import EvaluationError
+from stepquant.doctor.layers import axis_of_channels
 
 __all__ = ["LayerError", "layer_errors"]
 
@@ -50,7 +49,7 @@ def _plain(values: Sequence[float]) -> list[float | None]:
 def layer_errors(
     candidate: nn.Module,
     reference: nn.Module,
-    pairs: Mapping[str, tuple[nn.Module, nn.Module]],
+    pairs: Pairs,
     trajectories: Sequence[Trajectory],
     *,
     done: Callable[[int], None] = lambda _images: None,
@@ -64,31 +63,14 @@ def layer_errors(
     spreads: dict[str, ChannelSpread] = {}
     step = 0
 
-    def compare(name: str, quantized: nn.Module) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            found = quantized.forward(*args, **kwargs)
-            if not isinstance(found, Tensor) or found.shape != output.shape:
-                raise EvaluationError(f"{name} gives {type(found).__name__} unlike full precision: other networks?")
-            exact, found = output.double(), found.double()
-            row = sums.setdefault(name, torch.zeros(steps, 4, dtype=torch.float64))
-            products = (
-                (found * exact).sum(),
-                found.square().sum(),
-                exact.square().sum(),
-                (found - exact).square().sum(),
-            )
-            row[step] += torch.stack(products).cpu()
-            axis = axis_of_channels(module)
-            if axis is not None:
-                spreads.setdefault(name, ChannelSpread(axis)).see(output)
+    def see(name: str, layer: nn.Module, found: Tensor, output: Tensor) -> None:
+        row = sums.setdefault(name, torch.zeros(steps, 4, dtype=torch.float64))
+        row[step] += products(found, output)
+        axis = axis_of_channels(layer)
+        if axis is not None:
+            spreads.setdefault(name, ChannelSpread(axis)).see(output)
 
-        return hook
-
-    with ExitStack() as stack:
-        stack.enter_context(still(candidate, reference))
-        stack.enter_context(clock_following(reference, candidate))
-        for name, (exact, quantized) in pairs.items():
-            stack.callback(exact.register_forward_hook(compare(name, quantized), with_kwargs=True).remove)
+    with still(candidate, reference), clock_following(reference, candidate), beside(pairs, see):
         for trajectory in trajectories:
             for step in range(len(trajectory.steps)):
                 predict(reference, trajectory, step, state_at(trajectory, step))

@@ -16,9 +16,9 @@ so -h c_l is what D changes by if a part h of the layer's error is taken away, f
 argument, so where the trajectories are close the c_l add up to D, and c_l / D is the layer's share. Restoring the
 whole layer is h = 1, which is a first-order estimate: `restored_drift` measures it.
 
-The gradient comes from the adjoint recursion of `calibrate.windows`: steps are taken last one first, each with its
+The gradient comes from the adjoint recursion of `calibrate.final_state`: steps are taken last one first, each with its
 network graph built anew, so that one graph is in memory, with one error tensor beside each layer's output in it. The
-solver's cached tensors and the prediction that a correction remembers have adjoints of their own.
+prediction that a correction remembers is a part of the state here, so it has an adjoint like the solver's tensors.
 
 Quantizers are differentiated straight through (`numerics.affine.fake_quantize`): 1 inside the range, 0 outside. Layers
 of engines and of other software have no such gradient. Then it is taken at the full-precision trajectory, through the
@@ -35,18 +35,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibrate.trajectory import State, Trajectory, follow, predict, replay, state_at
-from stepquant.doctor.layers import clock_following, still, swapped
+from stepquant.calibrate.final_state import Adjoints, final_differences, final_drifts, final_states
+from stepquant.calibrate.own_errors import Pairs, alone, clock_following, still
+from stepquant.calibrate.trajectory import State, Trajectory, follow, predict, state_at
+from stepquant.doctor.layers import swapped
 from stepquant.errors import EvaluationError
-from stepquant.model.correction import Corrector, StepCorrection
+from stepquant.model.correction import StepCorrection
 
 __all__ = ["Driver", "Expansion", "contributions", "drift", "final_states", "restored_drift"]
 
 Expansion = Literal["quantized", "full_precision"]
 """The trajectory at which the drift is differentiated."""
 
-Pairs = Mapping[str, tuple[nn.Module, nn.Module]]
-"""Name -> (full-precision layer, the candidate's)."""
+_REMEMBERED = "the prediction that the correction remembers"
+"""Its name in the history of a state; no path of a scheduler's tensor has blanks."""
 
 
 @dataclass(frozen=True)
@@ -69,37 +71,16 @@ class Driver:
         return {**asdict(self), "by_step": list(self.by_step)}
 
 
-@torch.no_grad()
-def final_states(
-    denoiser: nn.Module, trajectories: Sequence[Trajectory], correction: StepCorrection | None = None
-) -> list[Tensor]:
-    """Where the denoiser ends from the recorded noise, running freely, one `[B, C, ...]` for each trajectory."""
-    ends = []
-    for trajectory in trajectories:
-        corrector = None if correction is None else Corrector(correction)
-        for state in replay(denoiser, trajectory, 0, len(trajectory.steps), correct=corrector):
-            last = state
-        ends.append(last.sample)
-    return ends
-
-
 def drift(ends: Sequence[Tensor], trajectories: Sequence[Trajectory]) -> float:
     """D of final states; root mean square over an image, mean over images."""
-    rows = [_difference(end, trajectory) for end, trajectory in zip(ends, trajectories, strict=True)]
-    return float(torch.cat([row.square().mean(1).sqrt() for row in rows]).mean())
-
-
-def _difference(end: Tensor, trajectory: Trajectory) -> Tensor:
-    """y_K - x_K, `[B, n]` float64."""
-    return (end.detach().double() - trajectory.steps[-1].next_sample.double()).flatten(1)
+    return float(final_drifts(ends, trajectories).mean())
 
 
 def _gradients(ends: Sequence[Tensor], trajectories: Sequence[Trajectory]) -> list[Tensor]:
     """dD / dy_K by trajectory; 0 for an image without drift."""
     images = sum(len(end) for end in ends)
     found = []
-    for end, trajectory in zip(ends, trajectories, strict=True):
-        row = _difference(end, trajectory)
+    for end, row in zip(ends, final_differences(ends, trajectories), strict=True):
         norm = row.norm(dim=1, keepdim=True)
         unit = torch.where(norm > 0, row / norm.clamp_min(1e-300), torch.zeros_like(row))
         found.append((unit / (row.shape[1] ** 0.5 * images)).reshape(end.shape).to(end.dtype))
@@ -141,7 +122,7 @@ def contributions(
 
 @dataclass(frozen=True)
 class _Visited:
-    """A free run: the state before every step, and the predictions that a correction remembers.
+    """A free run: the state before every step, with the prediction that a correction remembers.
 
     remembered: for each step the number of the step whose prediction the correction is given; None for none.
     """
@@ -149,30 +130,34 @@ class _Visited:
     trajectory: Trajectory
     correction: StepCorrection | None
     states: list[State]
-    guided: list[Tensor]
     remembered: list[int | None]
 
-    def step(self, running: nn.Module, index: int, state: State, before: Tensor | None) -> tuple[Tensor, State]:
-        """Prediction of step `index` and the state after it; differentiable in state and `before`."""
-        trajectory = self.trajectory
-        guided = predict(running, trajectory, index, state)
+    def step(self, running: nn.Module, index: int, state: State) -> State:
+        """The state after step `index`; differentiable in the state."""
+        trajectory, history = self.trajectory, dict(state.history)
+        before = history.pop(_REMEMBERED, None)
+        inside = State(state.sample, history)
+        guided = predict(running, trajectory, index, inside)
         corrected = guided
         if self.correction is not None:
             assert trajectory.form is not None
             sample = trajectory.form.carried(state.sample)
             corrected = self.correction.apply(guided, trajectory.steps[index].timestep, sample, before)
-        return guided, follow(trajectory, index, state, corrected)
+        after = follow(trajectory, index, inside, corrected, self.correction)
+        source = self.remembered[index + 1] if index + 1 < len(self.remembered) else None
+        if source is None:
+            return after
+        # Where the timestep is repeated, what was remembered before is remembered still.
+        kept = guided if source == index else before
+        assert kept is not None
+        return State(after.sample, {**after.history, _REMEMBERED: kept})
 
 
 @torch.no_grad()
 def _visit(running: nn.Module, trajectory: Trajectory, correction: StepCorrection | None) -> _Visited:
-    visited = _Visited(trajectory, correction, [state_at(trajectory, 0)], [], _remembered(trajectory, correction))
-    for index in range(len(trajectory.steps)):
-        source = visited.remembered[index]
-        before = None if source is None else visited.guided[source]
-        guided, after = visited.step(running, index, visited.states[-1], before)
-        visited.guided.append(guided)
-        visited.states.append(after)
+    visited = _Visited(trajectory, correction, [state_at(trajectory, 0)], _remembered(trajectory, correction))
+    for index in range(len(trajectory.steps) - 1):
+        visited.states.append(visited.step(running, index, visited.states[-1]))
     return visited
 
 
@@ -198,31 +183,15 @@ def _last_step_first(
     sums: Mapping[str, list[float]],
     done: Callable[[int], None],
 ) -> None:
-    of_history: dict[str, Tensor] = {}
-    of_guided: dict[int, Tensor] = {}
-    for index in reversed(range(len(visited.trajectory.steps))):
-        state = visited.states[index]
-        sample = state.sample.detach().requires_grad_(True)
-        history = {path: value.detach().requires_grad_(True) for path, value in state.history.items()}
-        source = visited.remembered[index]
-        before = None if source is None else visited.guided[source].detach().requires_grad_(True)
-        with torch.enable_grad(), _tapped(running, candidate, reference, pairs, index, sums):
-            guided, after = visited.step(running, index, State(sample, history), before)
-            outputs, adjoints = [after.sample], [adjoint]
-            for path, value in after.history.items():
-                if path in of_history and value.requires_grad:
-                    outputs.append(value)
-                    adjoints.append(of_history[path])
-            if index in of_guided:
-                outputs.append(guided)
-                adjoints.append(of_guided.pop(index))
-            torch.autograd.backward(outputs, adjoints)
-        assert sample.grad is not None
-        adjoint = sample.grad
-        of_history = {path: value.grad for path, value in history.items() if value.grad is not None}
-        if source is not None and before is not None and before.grad is not None:
-            of_guided[source] = of_guided[source] + before.grad if source in of_guided else before.grad
-        done(len(sample))
+    adjoints = Adjoints([adjoint])
+    for index in reversed(range(len(visited.states))):
+
+        def step(state: State, index: int = index) -> tuple[State, list[Tensor]]:
+            with _tapped(running, candidate, reference, pairs, index, sums) as leaves:
+                return visited.step(running, index, state), leaves
+
+        adjoints.pull(visited.states[index], step, inner=index > 0)
+        done(len(visited.states[index].sample))
 
 
 @contextmanager
@@ -233,50 +202,50 @@ def _tapped(
     pairs: Pairs,
     index: int,
     sums: Mapping[str, list[float]],
-) -> Iterator[None]:
-    """Inside, back-propagation through a paired layer's output adds <gradient, own error> to its sum of the step."""
+) -> Iterator[list[Tensor]]:
+    """Inside, back-propagation through a paired layer's output adds <gradient, own error> to its sum of the step.
+
+    Gives the leaves for which gradients must be asked, so that it gets there.
+    """
+    leaves: list[Tensor] = []
     handles = []
     for name, (exact, quantized) in pairs.items():
         tapped = quantized if running is candidate else exact
-        handles.append(tapped.register_forward_hook(_tap(name, exact, quantized, sums[name], index), with_kwargs=True))
+        hook = _tap(name, exact, quantized, sums[name], index, leaves)
+        handles.append(tapped.register_forward_hook(hook, with_kwargs=True))
     try:
         if running is candidate:
-            yield
+            yield leaves
         else:
             with clock_following(reference, candidate):
-                yield
+                yield leaves
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _tap(
-    name: str, exact: nn.Module, quantized: nn.Module, row: list[float], index: int
+    name: str, exact: nn.Module, quantized: nn.Module, row: list[float], index: int, leaves: list[Tensor]
 ) -> Callable[[nn.Module, Any, Any, Any], Tensor]:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
             raise EvaluationError(f"{name} returns {type(output).__name__}, expected a tensor: leave the layer out.")
         with torch.no_grad():
-            if module is exact:
-                error = _alone(quantized, args, kwargs) - output
-            else:
-                error = output - _alone(exact, args, kwargs)
-        # What depends on the timestep only is outside of the graph, and its error counts like any other.
-        tapped = output if output.requires_grad else output.detach().requires_grad_(True) * 1
+            other = alone(quantized if module is exact else exact, args, kwargs)
+            error = other - output if module is exact else output - other
+        # A single zero, spread: the gradient of the output comes by the hook and is gone after it. What depends on the
+        # timestep only is in the graph by it, too, and its error counts like any other.
+        leaf = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+        leaves.append(leaf)
+        shift = leaf.expand_as(output)
 
         def add(gradient: Tensor) -> None:
             row[index] += float((gradient * error).sum(dtype=torch.float64))
 
-        tapped.register_hook(add)  # type: ignore[no-untyped-call]
-        return tapped
+        shift.register_hook(add)  # type: ignore[no-untyped-call]
+        return output + shift
 
     return hook
-
-
-def _alone(layer: nn.Module, args: Any, kwargs: Any) -> Tensor:
-    """One layer's output, without any hook that was put on it."""
-    result: Tensor = layer.forward(*args, **kwargs)
-    return result
 
 
 @torch.no_grad()

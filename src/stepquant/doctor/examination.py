@@ -20,14 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.api import sampled
+from stepquant.calibrate.final_state import final_states
+from stepquant.calibrate.own_errors import reference_of, still
 from stepquant.calibrate.stages import LayerRule
 from stepquant.calibrate.trajectory import Trajectory, record, seal
 from stepquant.doctor.advice import as_yaml, plain_rules, rules_for
 from stepquant.doctor.cosines import LayerError, layer_errors
-from stepquant.doctor.drivers import Driver, Expansion, contributions, drift, final_states, restored_drift
+from stepquant.doctor.drivers import Driver, Expansion, contributions, drift, restored_drift
 from stepquant.doctor.findings import KINDS, Finding, Thresholds
 from stepquant.doctor.health import ChannelSpread, Health, watching
-from stepquant.doctor.layers import paired_layers, reference_of, still
+from stepquant.doctor.layers import paired_layers
 from stepquant.doctor.weights import static_findings
 from stepquant.errors import SpecError
 from stepquant.model.correction import StepCorrection, correction_of

@@ -142,7 +142,7 @@ class Health:
 
     def see_quantizer(self, name: str, operand: str, quantizer: InputQuantizer, x: Tensor) -> None:
         """Before an activation is quantized: how much of it lies in the range, and how much of the range is used."""
-        params, limits, spec = quantizer.current(x), self._limits, quantizer.spec
+        params, limits, spec = quantizer.current(x), self._limits, quantizer.levels(x)
         if not bool(torch.isfinite(x).all()):
             return
         share, lost, rounded = clipping_losses(x, params, spec)
@@ -163,9 +163,10 @@ class Health:
             return  # it does not vary
         shifted = torch.round(x.detach().double() / params.scale.double())
         reach = float(shifted.amax() - shifted.amin()) + 1
-        least = min(self._limits.used_levels, 2 ** (quantizer.spec.bits - 1))
+        spec = quantizer.levels(x)
+        levels = int(torch.as_tensor(spec.qmax - spec.qmin).min()) + 1
+        least = min(self._limits.used_levels, levels // 2)
         if reach < least:
-            levels = 2**quantizer.spec.bits
             what = f"The {operand} varies, but reaches over {reach:.0f} of the quantizer's {levels} levels."
             self._seen.see("unused_levels", name, self.step, reach, least, what)
 
@@ -252,8 +253,9 @@ def _quantizer_hook(health: Health, name: str, operand: str, axis: int | None) -
         x = args[0]
         if isinstance(quantizer, InputQuantizer):
             health.see_quantizer(name, operand, quantizer, x)
-        shared = isinstance(quantizer, InputQuantizer | DynamicQuantizer) and quantizer.spec.granularity != "channel"
-        if shared and axis is not None:
+        if axis is None or not isinstance(quantizer, InputQuantizer | DynamicQuantizer):
+            return
+        if quantizer.spec.granularity not in ("channel", "channel_token"):
             health.see_outliers(name, axis, x)
 
     return hook

@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stepquant.model.clock import clock_of
-from stepquant.model.families import make_attention_explicit_, timestep_argument
+from stepquant.calibrate.own_errors import reference_of
 from stepquant.model.layer import Geometry, QuantizedLayer, QuantizedMatmul
+from stepquant.model.quantizer import InputQuantizer
 from stepquant.model.surgery import quantizable
 
 __all__ = [
     "axis_of_channels",
     "bits_of",
-    "clock_following",
     "paired_layers",
     "parts_of_layers",
     "reference_of",
-    "still",
     "swapped",
     "tensors_in",
 ]
-
-
-def reference_of(full_precision: nn.Module) -> nn.Module:
-    """A copy with the matmuls of attention as modules, as in a quantized model. It shares all tensors."""
-    shared: dict[int, Any] = {
-        id(tensor): tensor for tensor in (*full_precision.parameters(), *full_precision.buffers())
-    }
-    reference = copy.deepcopy(full_precision, shared)
-    make_attention_explicit_(reference)
-    return reference
 
 
 def paired_layers(reference: nn.Module, candidate: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
@@ -82,10 +69,16 @@ def axis_of_channels(module: nn.Module) -> int | None:
 
 
 def bits_of(module: nn.Module) -> tuple[int | None, int | None]:
-    """Bits of a layer's weight and activations; of two activations the fewer. None is floating point."""
+    """Bits of a layer's weight and activations; of two activations, and of several steps, the fewest.
+
+    None is floating point.
+    """
 
     def bits(attribute: str) -> int | None:
-        spec = getattr(getattr(module, attribute, None), "spec", None)
+        quantizer = getattr(module, attribute, None)
+        if isinstance(quantizer, InputQuantizer):
+            return min(quantizer.bits)
+        spec = getattr(quantizer, "spec", None)
         found: int | None = getattr(spec, "bits", None)
         return found
 
@@ -109,24 +102,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def still(*modules: nn.Module) -> Iterator[None]:
-    """Inside, modules are in evaluation mode and no parameter asks for a gradient; afterwards as they were."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    asking = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-    for part, _ in modes:
-        part.training = False
-    for parameter in asking:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-        for parameter in asking:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
 def swapped(denoiser: nn.Module, name: str, layer: nn.Module) -> Iterator[None]:
     """Inside, `layer` sits wherever the denoiser's module `name` sits."""
     present = denoiser.get_submodule(name)
@@ -140,19 +115,3 @@ def swapped(denoiser: nn.Module, name: str, layer: nn.Module) -> Iterator[None]:
     finally:
         for parent, key in places:
             parent._modules[key] = present
-
-
-@contextmanager
-def clock_following(reference: nn.Module, candidate: nn.Module) -> Iterator[None]:
-    """Inside, calls of the reference set the candidate's clock, so that its layers can be called one by one."""
-    clock = clock_of(candidate)
-    with ExitStack() as stack:
-        if clock is not None:
-            argument, position = timestep_argument(reference)
-
-            def follow(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                clock.set(kwargs[argument] if argument in kwargs else args[position])
-
-            handle = reference.register_forward_pre_hook(follow, with_kwargs=True)
-            stack.callback(handle.remove)
-        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,13 @@ from stepquant.doctor.findings import FLOAT16_MAX, Finding, Thresholds
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.quantizer import WeightQuantizer
 from stepquant.model.surgery import quantized_layers
-from stepquant.numerics.affine import MIN_SCALE, QParams, dequantize, grouped
+from stepquant.numerics.affine import MIN_SCALE, Levels, QParams, dequantize, grouped
 from stepquant.numerics.spec import QuantSpec
 
 __all__ = ["clipping_losses", "static_findings"]
 
 
-def clipping_losses(x: Tensor, params: QParams, spec: QuantSpec) -> tuple[float, float, float]:
+def clipping_losses(x: Tensor, params: QParams, spec: QuantSpec | Levels) -> tuple[float, float, float]:
     """What a quantizer cuts off.
 
         share   = how many of x's values lie outside of the range, by more than half a level
@@ -28,7 +29,8 @@ def clipping_losses(x: Tensor, params: QParams, spec: QuantSpec) -> tuple[float,
     """
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     levels = torch.round(wide / params.scale).add_(params.zero_point)
-    inside = levels.clamp(spec.qmin, spec.qmax)
+    ends: Any = spec.qmin, spec.qmax
+    inside = levels.clamp(*ends)
     outside = (levels != inside).to(wide.dtype)
     errors = (wide - dequantize(inside, params)).square()
     lost, whole = (errors * outside).sum(), errors.sum()

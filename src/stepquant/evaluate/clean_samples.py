@@ -55,5 +55,5 @@ def clean_samples(denoiser: nn.Module, trajectory: Trajectory, correction: StepC
         # Pipelines that double their latents for guidance carry every image twice.
         images = len(trajectory.seeds)
         found.append(clean_sample(step, state.sample[:images], guided[:images]).float().cpu())
-        state = follow(trajectory, step.index, state, guided)
+        state = follow(trajectory, step.index, state, guided, correction)
     return torch.stack(found)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import platform
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -20,6 +21,8 @@ from torch import Tensor
 from stepquant._version import __version__
 from stepquant.calibrate.trajectory import record, seal
 from stepquant.errors import EvaluationError, ModelError, SpecError
+from stepquant.evaluate.arguments import plain_arguments
+from stepquant.evaluate.clip import ClipScore, prompts_for
 from stepquant.evaluate.distributions import Spread, inception_score, kernel_distance, precision_recall
 from stepquant.evaluate.drift import drift_curves, flat_field, summary
 from stepquant.evaluate.features import DigitFeatures, Features, extract, input_size
@@ -46,6 +49,7 @@ METRICS = (
     "ssim",
     "mae",
     "lpips",
+    "clip_score",
     "frechet_to_fp",
     "frechet_to_data",
     "sfid_to_fp",
@@ -81,6 +85,7 @@ class _Setting:
     features: _Features
     protocol: str | None
     lpips: Lpips | None
+    clip: ClipScore | None
     notes: list[str] = field(default_factory=list)
     extractor: Features | None = None
     """Found at the first images, if the shipped one is to be taken."""
@@ -111,10 +116,11 @@ class _Setting:
             "seeds": self.seeds,
             "steps": self.steps,
             "batch_size": self.batch_size,
-            "arguments": {key: repr(value) for key, value in sorted(self.arguments.items())},
+            "arguments": plain_arguments(self.arguments),
             "features": self.features if isinstance(self.features, str) else self.features.identity,
             "protocol": self.protocol,
             "lpips": None if self.lpips is None else self.lpips.identity,
+            "clip": None if self.clip is None else self.clip.identity,
             "stepquant": __version__,
         }
 
@@ -131,6 +137,7 @@ def evaluate(
     run: Run | None = None,
     protocol: str | None = None,
     lpips: Lpips | None = None,
+    clip: ClipScore | None = None,
     resume: bool = False,
     remarks: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -140,7 +147,10 @@ def evaluate(
     steps: of sampling; None where both sides are folders.
     features: for the distances of distributions; None or "shipped" takes the shipped ones where they fit the images.
     protocol: a preset of `evaluate.protocol`; None takes the one that fits the features.
-    run: its work folder, if it has one, keeps what is measured; `resume` goes on with it. The caller removes it.
+    clip: for the CLIP score, where `arguments` hold the prompts.
+    run: its work folder, if it has one, keeps what is measured; `resume` goes on with it. The caller removes it. Its
+        processes take turns with the batches; figures are made from them in order, so they are the same for any number
+        of processes.
     remarks: sentences about figures that the caller could not provide for; they go before the notes.
 
     Figures that cannot be measured are left out, and `notes` says why. Raises EvaluationError for two sources that
@@ -150,16 +160,21 @@ def evaluate(
     run = run or Run()
     setting = _Setting(
         as_source(candidate), as_source(against), list(seeds), steps, batch_size, dict(arguments or {}),
-        "shipped" if features is None else features, protocol, lpips, list(remarks),
+        "shipped" if features is None else features, protocol, lpips, clip, list(remarks),
     )  # fmt: skip
     _check(setting)
     identity = setting.identity()
-    with evaluation_folder(run.work, identity, resume=resume) as folder:
+    processes = run.processes
+    processes.check_same("evaluations", identity)
+    # The folder of another process than the first stays empty.
+    with evaluation_folder(run.work if processes.first else None, identity, resume=resume) as folder:
         shape = _collect(setting, folder, run)
-        metrics = _paired(setting, folder, shape)
-        metrics |= _distributions(setting, folder, shape)
+        began = time.perf_counter()
+        metrics = processes.from_first(lambda: _metrics(setting, folder, shape))
+        distances = time.perf_counter() - began
         curves = _drift(setting, folder, run)
         drift = _drift_results(setting, curves, metrics)
+        seconds = processes.from_first(lambda: _seconds(setting, folder, distances, curves))
     provenance = {
         "n": len(setting.seeds),
         "seeds": _seeds_text(setting.seeds),
@@ -167,7 +182,7 @@ def evaluate(
         "candidate": identity["candidate"],
     }
     extractor = setting.extractor
-    return {
+    results = {
         "schema": SCHEMA,
         "candidate": "",
         "against": "",
@@ -175,17 +190,20 @@ def evaluate(
         "seeds": _seeds(setting.seeds),
         "steps": steps,
         "scheduler": _scheduler(setting),
+        "arguments": identity["arguments"],
         "features": None if extractor is None else f"{extractor.name} ({extractor.identity[:12]})",
         "protocol": None if extractor is None else setting.rules().name,
         "metrics": {name: {**provenance, **metrics[name]} for name in METRICS if name in metrics},
         "drift": drift,
         "images": {"seeds": setting.seeds[:8]},
         "notes": setting.notes,
+        "seconds": seconds,
         "command": " ".join(sys.argv),
         "versions": {"stepquant": __version__, **{name: version(name) for name in ("torch", "diffusers")}},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+    return processes.from_first(lambda: results)
 
 
 def _check(setting: _Setting) -> None:
@@ -198,6 +216,8 @@ def _check(setting: _Setting) -> None:
     if setting.features not in ("shipped", "none") and isinstance(setting.features, str):
         raise SpecError(f"features must be 'shipped', 'none' or an extractor, found {setting.features!r}.")
     protocol_named(setting.protocol, None)
+    if setting.clip is not None:
+        prompts_for(setting.arguments, len(setting.seeds))
     for source in (setting.candidate, setting.against):
         there = source.seeds
         missing = [] if there is None else sorted(set(setting.seeds) - set(there))
@@ -241,39 +261,63 @@ def _name(batch: slice) -> str:
     return f"images-{batch.start:09d}"
 
 
+def _drift_name(batch: slice) -> str:
+    return f"drift-{batch.start:09d}"
+
+
+def _shape_in(folder: EvaluationFolder, batch: slice) -> tuple[int, ...]:
+    return tuple(folder.load(_name(batch), "shape")["shape"].tolist())
+
+
 def _collect(setting: _Setting, folder: EvaluationFolder, run: Run) -> tuple[int, ...]:
     """Measure every batch of images that is not measured yet. Returns the shape of the images, `[C, H, W]`."""
-    shape: tuple[int, ...] | None = None
+    batches = setting.batches(len(setting.seeds))
+
+    def known() -> tuple[list[slice], tuple[int, ...] | None]:
+        there = [batch for batch in batches if _name(batch) in folder]
+        return [batch for batch in batches if batch not in there], _shape_in(folder, there[0]) if there else None
+
+    missing, shape = run.processes.from_first(known)
     with run.progress.track("Evaluating", len(setting.seeds)) as advance:
-        for batch in setting.batches(len(setting.seeds)):
-            if _name(batch) not in folder:
-                folder.save(_name(batch), _measure(setting, batch, shape))
-            if shape is None:
-                shape = tuple(folder.load(_name(batch), "shape")["shape"].tolist())
-                setting.choose_extractor(shape)
+        advance(len(setting.seeds) - sum(batch.stop - batch.start for batch in missing))
+        measured = run.processes.in_turn(lambda batch: _measure(setting, batch, shape), missing)
+        for batch, found in zip(missing, measured, strict=True):
+            own = tuple(found["shape"].tolist())
+            _check_shape(setting, batch, own, shape)
+            shape = own
+            if run.processes.first:
+                folder.save(_name(batch), found)
             advance(batch.stop - batch.start)
     assert shape is not None  # there is at least one seed
+    setting.choose_extractor(shape)
     return shape
 
 
+def _check_shape(setting: _Setting, batch: slice, ours: tuple[int, ...], shape: tuple[int, ...] | None) -> None:
+    """Raise EvaluationError for images of another shape than those before."""
+    if shape not in (None, ours):
+        raise EvaluationError(
+            f"{setting.candidate.name} gives images of {list(ours)} for seeds {_seeds_text(setting.seeds[batch])} and "
+            f"of {list(shape or ())} before them."
+        )
+
+
 def _measure(setting: _Setting, batch: slice, shape: tuple[int, ...] | None) -> dict[str, Tensor]:
-    """What one batch leaves: `pairs.*` `[B]`, and of both sides `features`, `logits`, `spatial`."""
+    """What one batch leaves: `pairs.*` `[B]`, and of both sides `features`, `logits`, `spatial`, `clip`."""
+    began = time.perf_counter()
     seeds, arguments = setting.seeds[batch], setting.arguments_of(batch)
     images = {}
     for side, source in (("candidate", setting.candidate), ("reference", setting.against)):
         images[side] = source.images(seeds, steps=setting.steps, arguments=arguments)
         check_images(images[side], what=f"Images of {source.name}, seeds {_seeds_text(seeds)},")
+    sampled = time.perf_counter()
     ours, theirs = (tuple(images[side].shape[1:]) for side in ("candidate", "reference"))
     if ours != theirs:
         raise EvaluationError(
             f"{setting.candidate.name} and {setting.against.name} give images of different shapes: {list(ours)} and "
             f"{list(theirs)} [C, H, W]."
         )
-    if shape not in (None, ours):
-        raise EvaluationError(
-            f"{setting.candidate.name} gives images of {list(ours)} for seeds {_seeds_text(seeds)} and of "
-            f"{list(shape or ())} before them."
-        )
+    _check_shape(setting, batch, ours, shape)
     setting.choose_extractor(ours)
     lpips = setting.lpips if setting.lpips is not None and min(ours[1:]) >= setting.lpips.smallest else None
     pairs = paired_columns(images["candidate"], images["reference"], lpips)
@@ -286,7 +330,12 @@ def _measure(setting: _Setting, batch: slice, shape: tuple[int, ...] | None) -> 
                 value = getattr(extracted, part)
                 if value is not None:
                     found[f"{side}.{part}"] = value
-    return found | {"shape": torch.tensor(ours)}
+    prompts = None if setting.clip is None else prompts_for(setting.arguments, len(setting.seeds))
+    if setting.clip is not None and prompts is not None:
+        for side in images:
+            found[f"{side}.clip"] = setting.clip(images[side], prompts[batch])
+    spent = torch.tensor([[sampled - began, time.perf_counter() - sampled]], dtype=torch.float64)
+    return found | {"shape": torch.tensor(ours), "seconds": spent}
 
 
 def _column(setting: _Setting, folder: EvaluationFolder, name: str) -> Tensor | None:
@@ -300,6 +349,13 @@ def _required(setting: _Setting, folder: EvaluationFolder, name: str) -> Tensor:
     column = _column(setting, folder, name)
     assert column is not None
     return column
+
+
+def _metrics(setting: _Setting, folder: EvaluationFolder, shape: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Everything but drift, from what all batches left."""
+    metrics = _paired(setting, folder, shape)
+    metrics |= _clip_score(setting, folder)
+    return metrics | _distributions(setting, folder, shape)
 
 
 def _as_json(interval: Interval) -> dict[str, Any]:
@@ -324,6 +380,36 @@ def _paired(setting: _Setting, folder: EvaluationFolder, shape: Sequence[int]) -
                 f"No LPIPS: {setting.lpips.name} needs {least} x {least} pixels, the images are {small}."
             )
     return metrics
+
+
+def _clip_score(setting: _Setting, folder: EvaluationFolder) -> dict[str, dict[str, Any]]:
+    if setting.clip is None:
+        return {}
+    ours, theirs = (_column(setting, folder, f"{side}.clip") for side in ("candidate", "reference"))
+    if ours is None or theirs is None:
+        setting.notes.append("No CLIP score: it needs the prompts as text: give --argument prompt='...'.")
+        return {}
+    found = intervals({"clip_score": ours.double()})["clip_score"]
+    return {
+        "clip_score": {
+            **_as_json(found),
+            "reference_value": float(theirs.double().mean()),
+            "features": setting.clip.name,
+            "feature_identity": setting.clip.identity,
+        }
+    }
+
+
+def _seconds(
+    setting: _Setting, folder: EvaluationFolder, distances: float, curves: Sequence[Mapping[str, Tensor]]
+) -> dict[str, float]:
+    """Seconds of sampling (or of reading images), of measuring them, and of drift, which samples again.
+
+    What an earlier process has measured counts with the time that it took there.
+    """
+    sampling, images = _required(setting, folder, "seconds").sum(dim=0).tolist()
+    drift = sum(float(rows["seconds"]) for rows in curves)
+    return {"sampling": round(sampling, 3), "metrics": round(images + distances, 3), "drift": round(drift, 3)}
 
 
 def _distributions(setting: _Setting, folder: EvaluationFolder, shape: Sequence[int]) -> dict[str, dict[str, Any]]:
@@ -400,7 +486,10 @@ def _frechet(setting: _Setting, folder: EvaluationFolder, extractor: Features) -
 
 
 def _drift(setting: _Setting, folder: EvaluationFolder, run: Run) -> list[dict[str, Tensor]]:
-    """Curves of every batch, and the timesteps; empty, with a note, where the two cannot be followed step by step."""
+    """Curves of every batch, and the timesteps; empty, with a note, where the two cannot be followed step by step.
+
+    Of several processes only the first has them.
+    """
     candidate, against, steps = setting.candidate, setting.against, setting.steps
     if not isinstance(candidate, PipelineSource) or not isinstance(against, PipelineSource) or steps is None:
         setting.notes.append("No drift: it needs two pipelines that can be sampled, and a side is a folder of images.")
@@ -411,30 +500,45 @@ def _drift(setting: _Setting, folder: EvaluationFolder, run: Run) -> list[dict[s
     try:
         _, quantized = find_denoiser(candidate.pipe)
         _, full_precision = find_denoiser(against.pipe)
-        count = min(len(setting.seeds), DRIFT_SEEDS)
-        with run.progress.track("Drift", count) as advance:
-            for batch in setting.batches(count):
-                name = f"drift-{batch.start:09d}"
-                if name not in folder:
-                    trajectory = seal(
-                        *record(
-                            against.pipe,
-                            full_precision,
-                            seeds=setting.seeds[batch],
-                            steps=steps,
-                            batch_size=setting.batch_size,
-                            arguments=setting.arguments_of(batch),
-                            run=Run(seed=run.seed),
-                        )
-                    )
-                    timesteps = torch.tensor([float(step.timestep) for step in trajectory.steps], dtype=torch.float64)
-                    correction = correction_of(candidate.pipe.scheduler)
-                    folder.save(name, {"timesteps": timesteps, **drift_curves(quantized, trajectory, correction)})
-                advance(batch.stop - batch.start)
     except ModelError as error:
         setting.notes.append(f"No drift: {error}")
         return []
-    return [folder.load(f"drift-{batch.start:09d}") for batch in setting.batches(count)]
+    count = min(len(setting.seeds), DRIFT_SEEDS)
+    batches = setting.batches(count)
+
+    def curves_of(batch: slice) -> dict[str, Tensor] | str:
+        """Why there are none, if so: the other processes must hear of it too."""
+        began = time.perf_counter()
+        try:
+            trajectory = seal(
+                *record(
+                    against.pipe,
+                    full_precision,
+                    seeds=setting.seeds[batch],
+                    steps=steps,
+                    batch_size=setting.batch_size,
+                    arguments=setting.arguments_of(batch),
+                    run=Run(seed=run.seed),
+                )
+            )
+            timesteps = torch.tensor([float(step.timestep) for step in trajectory.steps], dtype=torch.float64)
+            found = drift_curves(quantized, trajectory, correction_of(candidate.pipe.scheduler))
+        except ModelError as error:
+            return str(error)
+        spent = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+        return {"timesteps": timesteps, "seconds": spent, **found}
+
+    missing = run.processes.from_first(lambda: [batch for batch in batches if _drift_name(batch) not in folder])
+    with run.progress.track("Drift", count) as advance:
+        advance(count - sum(batch.stop - batch.start for batch in missing))
+        for batch, found in zip(missing, run.processes.in_turn(curves_of, missing), strict=True):
+            if isinstance(found, str):
+                setting.notes.append(f"No drift: {found}")
+                return []
+            if run.processes.first:
+                folder.save(_drift_name(batch), found)
+            advance(batch.stop - batch.start)
+    return [folder.load(_drift_name(batch)) for batch in batches] if run.processes.first else []
 
 
 def _drift_results(

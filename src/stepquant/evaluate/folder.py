@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -44,9 +44,16 @@ class EvaluationFolder:
         partial.replace(self._path(name))
 
     def load(self, name: str, *ends: str) -> dict[str, Tensor]:
-        """What was kept under a name: the tensors whose own names end so, or all. Nothing else is read."""
-        with safe_open(self._path(name), "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys() if not ends or key.endswith(ends)}  # noqa: SIM118
+        """What was kept under a name: the tensors whose own names end so, or all. Nothing else is read.
+
+        Raises EvaluationError for a damaged file.
+        """
+        path = self._path(name)
+        try:
+            with safe_open(path, "pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys() if not ends or key.endswith(ends)}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise EvaluationError(f"{path} is damaged ({error}): remove the folder and start anew.") from error
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

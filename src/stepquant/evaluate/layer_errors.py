@@ -14,18 +14,18 @@ layer to give more bits; where `carried` is far above it, the error came from la
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stepquant.calibrate.own_errors import Pairs, beside, products, reference_of
 from stepquant.calibrate.steps import DenoiserCall
 from stepquant.calibrate.trajectory import Trajectory
 from stepquant.errors import EvaluationError
-from stepquant.model.families import make_attention_explicit_
 from stepquant.model.layer import Matmul, QuantizedMatmul
 from stepquant.model.surgery import quantizable
 
@@ -63,21 +63,22 @@ def layer_errors(candidate: nn.Module, full_precision: nn.Module, trajectories: 
     """
     sums: dict[str, Tensor] = {}
     timesteps: list[float] = []
-    with _explicit_attention(full_precision, like=candidate):
-        pairs = _pairs(candidate, full_precision)
-        for trajectory in trajectories:
-            found = [float(torch.as_tensor(step.timestep).reshape(-1)[0]) for step in trajectory.steps]
-            if timesteps and len(found) != len(timesteps):
-                raise EvaluationError(
-                    f"Layer errors are measured over trajectories of one length; got {len(timesteps)} and "
-                    f"{len(found)} steps."
-                )
-            timesteps = found
-            for step in trajectory.steps:
-                for call in step.calls:
-                    for name, added in _errors_of_call(candidate, full_precision, pairs, call).items():
-                        row = sums.setdefault(name, torch.zeros(len(timesteps), 3, dtype=torch.float64))
-                        row[step.index] += added
+    explicit = any(isinstance(module, Matmul | QuantizedMatmul) for module in candidate.modules())
+    reference = reference_of(full_precision) if explicit else full_precision
+    pairs = _pairs(candidate, reference)
+    for trajectory in trajectories:
+        found = [float(torch.as_tensor(step.timestep).reshape(-1)[0]) for step in trajectory.steps]
+        if timesteps and len(found) != len(timesteps):
+            raise EvaluationError(
+                f"Layer errors are measured over trajectories of one length; got {len(timesteps)} and "
+                f"{len(found)} steps."
+            )
+        timesteps = found
+        for step in trajectory.steps:
+            for call in step.calls:
+                for name, added in _errors_of_call(candidate, reference, pairs, call).items():
+                    row = sums.setdefault(name, torch.zeros(len(timesteps), 3, dtype=torch.float64))
+                    row[step.index] += added
     if not timesteps:
         raise EvaluationError("Layer errors are measured along at least one trajectory; got none.")
     return LayerErrors(
@@ -87,44 +88,18 @@ def layer_errors(candidate: nn.Module, full_precision: nn.Module, trajectories: 
     )
 
 
-@contextmanager
-def _explicit_attention(full_precision: nn.Module, *, like: nn.Module) -> Iterator[None]:
-    """Inside, the matmuls of attention are modules if those of `like` are."""
-    if not any(isinstance(module, Matmul | QuantizedMatmul) for module in like.modules()):
-        yield
-        return
-    before = [
-        (module, module.processor)
-        for module in full_precision.modules()
-        if hasattr(module, "set_processor") and hasattr(module, "processor")
-    ]
-    make_attention_explicit_(full_precision)
-    try:
-        yield
-    finally:
-        for module, processor in before:
-            if module.processor is not processor:
-                module.set_processor(processor)  # type: ignore[operator]
-
-
-def _pairs(candidate: nn.Module, full_precision: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """Name -> the candidate's and the full-precision layer."""
+def _pairs(candidate: nn.Module, reference: nn.Module) -> Pairs:
     theirs = dict(candidate.named_modules())
-    found = {name: (theirs[name], layer) for name, layer in quantizable(full_precision).items() if name in theirs}
+    found = {name: (layer, theirs[name]) for name, layer in quantizable(reference).items() if name in theirs}
     if not found:
         raise EvaluationError(
-            f"{type(candidate).__name__} has none of the layers of {type(full_precision).__name__} under their names: "
+            f"{type(candidate).__name__} has none of the layers of {type(reference).__name__} under their names: "
             "layer errors are measured on a network whose layers run one by one, not on a compiled graph."
         )
     return found
 
 
-def _errors_of_call(
-    candidate: nn.Module,
-    full_precision: nn.Module,
-    pairs: dict[str, tuple[nn.Module, nn.Module]],
-    call: DenoiserCall,
-) -> dict[str, Tensor]:
+def _errors_of_call(candidate: nn.Module, reference: nn.Module, pairs: Pairs, call: DenoiserCall) -> dict[str, Tensor]:
     """Layer -> sums of squares of its error alone, of its error inside the candidate, and of its output: `[3]`."""
     inside: dict[str, list[Tensor]] = {}
     sums: dict[str, Tensor] = {}
@@ -135,47 +110,29 @@ def _errors_of_call(
 
         return hook
 
-    def compare(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            waiting = inside.get(name)
-            if not waiting or waiting[0].shape != output.shape:
-                raise EvaluationError(
-                    f"{name} does not run the same way in both networks: full precision gives {list(output.shape)}, "
-                    f"the candidate {list(waiting[0].shape) if waiting else 'nothing'}."
-                )
-            ours, theirs = pairs[name]
-            # The candidate's step clock still shows this call's timestep: it was called just before. A layer that
-            # both networks share would end up in this hook again.
-            alone = output if ours is theirs else ours(*args, **kwargs)
-            exact = output.double()
-            added = torch.stack([_square(alone - exact), _square(waiting.pop(0) - exact), _square(exact)])
-            sums[name] = sums[name] + added if name in sums else added
+    def see(name: str, _layer: nn.Module, own: Tensor, exact: Tensor) -> None:
+        waiting = inside.get(name)
+        if not waiting or waiting[0].shape != exact.shape:
+            raise EvaluationError(
+                f"{name} does not run the same way in both networks: full precision gives {list(exact.shape)}, "
+                f"the candidate {list(waiting[0].shape) if waiting else 'nothing'}."
+            )
+        _, _, norm, made = products(own, exact)
+        carried = (waiting.pop(0).double() - exact.double()).square().sum().cpu()
+        added = torch.stack([made, carried, norm])
+        sums[name] = sums[name] + added if name in sums else added
 
-        return hook
-
-    with _hooks({ours: keep(name) for name, (ours, _) in pairs.items()}):
+    with ExitStack() as stack:
+        for name, (_, ours) in pairs.items():
+            stack.callback(ours.register_forward_hook(keep(name)).remove)
         candidate(*call.args, **call.kwargs)
-    with _hooks({theirs: compare(name) for name, (_, theirs) in pairs.items()}, with_kwargs=True):
-        full_precision(*call.args, **call.kwargs)
+    # The candidate's step clock still shows this call's timestep: it was called just before.
+    with beside(pairs, see):
+        reference(*call.args, **call.kwargs)
     left = [name for name, outputs in inside.items() if outputs]
     if left:
         raise EvaluationError(f"{left[0]} runs more often in the candidate than in full precision.")
     return sums
-
-
-@contextmanager
-def _hooks(hooks: dict[nn.Module, Callable[..., None]], *, with_kwargs: bool = False) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook, with_kwargs=with_kwargs) for module, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _square(tensor: Tensor) -> Tensor:
-    """Sum of squares on the CPU."""
-    return tensor.square().sum().cpu()
 
 
 def _relative(errors: Tensor, norms: Tensor) -> list[float | None]:

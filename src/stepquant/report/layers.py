@@ -17,12 +17,17 @@ _LABELS = 6
 """Timesteps that are written above a strip."""
 
 
-def bits_text(bits: Any) -> str:
-    """`{"weight": 4, "input": 8}` -> "W4 A8"; the operands of a matmul are two A."""
+def bits_text(bits: Any, row_bits: Mapping[str, Sequence[int]] | None = None) -> str:
+    """`{"weight": 4, "input": 8}` -> "W4 A8"; the operands of a matmul are two A. row_bits: of operands whose
+    bits change over time, as in "W4 A4-8".
+    """
     if not isinstance(bits, Mapping):
         return str(bits)
     letters = {"weight": "W", "input": "A", "second": "A"}
-    parts = [f"{letters.get(name, name + ' ')}{value}" for name, value in bits.items() if value is not None]
+    spans = {name: f"{min(each)}-{max(each)}" for name, each in (row_bits or {}).items()}
+    parts = [
+        f"{letters.get(name, name + ' ')}{spans.get(name, value)}" for name, value in bits.items() if value is not None
+    ]
     return " ".join(parts) or "float"
 
 
@@ -38,7 +43,7 @@ def layer_table(inspections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             None
             if (layer := known.get(name)) is None
             else {
-                "bits": bits_text(layer.get("bits")),
+                "bits": bits_text(layer.get("bits"), layer.get("row_bits")),
                 "bytes": int(layer["bytes"]),
                 "percent": round(100 * layer["bytes"] / largest, 1),
             }
@@ -56,7 +61,7 @@ def _sums(layers: Iterable[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
     count: Counter[str] = Counter()
     size: Counter[str] = Counter()
     for layer in layers:
-        bits = bits_text(layer.get("bits"))
+        bits = bits_text(layer.get("bits"), layer.get("row_bits"))
         count[bits] += 1
         size[bits] += int(layer["bytes"])
     return [(bits, count[bits], total) for bits, total in size.most_common()]

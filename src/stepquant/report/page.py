@@ -42,11 +42,11 @@ class Images(TypedDict):
     candidates: in the order of the results.
     rows: of each candidate, what `rows_over_time` says.
     films, layer_errors (of each candidate, `LayerErrors.to_dict()` or None), notes: what `Walks.found` says.
-    All but the images may be left out.
+    All but seeds and candidates may be left out; without `reference` there are no images, and a note says why.
     """
 
     seeds: Sequence[int]
-    reference: Any
+    reference: NotRequired[Any]
     candidates: Sequence[Any]
     rows: NotRequired[Sequence[Rows]]
     films: NotRequired[Films]
@@ -71,6 +71,7 @@ _METRICS: dict[str, tuple[str, str, bool | None]] = {
     "psnr": ("PSNR", "higher is closer to full precision", True),
     "ssim": ("SSIM", "1 is identical", True),
     "lpips": ("LPIPS", "lower is closer", False),
+    "clip_score": ("CLIP score", "agreement with the prompt; higher is better", True),
     "mae": ("Mean absolute error", "of pixels in [0, 1]; lower is closer", False),
     "frechet_to_fp": ("Fréchet distance to full precision", "lower is closer", False),
     "frechet_to_data": ("Fréchet distance to real data", "lower is closer", False),
@@ -196,10 +197,11 @@ def _check(
     for result in results:
         if result.get("schema") != 1:
             raise EvaluationError(f"The evaluation has schema {result.get('schema')!r}, this report reads schema 1.")
-    if not len(results) == len(inspection) == len(images["candidates"]) == len(origins):
+    shown = len(images["candidates"]) if "reference" in images else len(results)  # there may be no images at all
+    if not len(results) == len(inspection) == shown == len(origins):
         raise EvaluationError(
             f"A report needs one inspection, one set of images and one origin for each of {len(results)} evaluations, "
-            f"found {len(inspection)}, {len(images['candidates'])} and {len(origins)}."
+            f"found {len(inspection)}, {shown} and {len(origins)}."
         )
     per_candidate = {"rows": images.get("rows"), "layer_errors": images.get("layer_errors")}
     per_candidate["films"] = (images.get("films") or {}).get("candidates")
@@ -220,7 +222,7 @@ def _candidate(
     manifest = description.get("manifest") or {}
     # A checkpoint keeps what its stages cost; their times and curves are beside it, if the run left them there.
     kept = origin.get("figures") or (manifest.get("run") or {}).get("stages") or []
-    bits = [bits_text(layer.get("bits")) for layer in description.get("layers", [])]
+    bits = [bits_text(layer.get("bits"), layer.get("row_bits")) for layer in description.get("layers", [])]
     return {
         "name": name,
         "colour": colour,
@@ -367,6 +369,8 @@ def _curve_keys(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _image_columns(names: Sequence[str], images: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One column a seed: the full-precision image, and each checkpoint's with its difference."""
+    if "reference" not in images:
+        return []
     reference = levels(images["reference"])
     shown = [levels(found) for found in images["candidates"]]
     differences = [levels(difference(found, images["reference"])) for found in images["candidates"]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from PIL import Image
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
@@ -20,6 +23,7 @@ import tiny
 from stepquant.api import sample
 from stepquant.calibrate.trajectory import record, seal
 from stepquant.errors import EvaluationError, SpecError
+from stepquant.evaluate.arguments import plain_arguments
 from stepquant.evaluate.compare import METRICS, evaluate
 from stepquant.evaluate.distributions import inception_score, kernel_distance, precision_recall
 from stepquant.evaluate.drift import measure_drift
@@ -130,7 +134,7 @@ def test_figures_are_those_of_all_images_at_once() -> None:
     assert metrics["inception_score"]["reference_value"] == pytest.approx(
         inception_score(other.logits, rules).mean, rel=1e-9
     )
-    assert set(metrics) == set(METRICS) - {"ssim", "lpips", "frechet_to_data"}
+    assert set(metrics) == set(METRICS) - {"ssim", "lpips", "clip_score", "frechet_to_data"}
     json.dumps(results, allow_nan=False)
 
 
@@ -376,6 +380,72 @@ def test_arguments_are_cut_with_the_seeds() -> None:
     other = Given({seed: torch.zeros(2, 4, 4) for seed in SEEDS})
     results = evaluate(pipe, other, seeds=SEEDS, steps=STEPS, batch_size=4, arguments={"labels": labels})
     assert results["metrics"]["mae"]["value"] == pytest.approx(np.mean(labels), rel=1e-5)
+
+
+def test_a_result_says_what_the_pipelines_were_called_with() -> None:
+    ours, theirs = given(4)
+    common: dict[str, Any] = {"seeds": ours.seeds, "steps": None, "features": "none"}
+    embeddings = torch.arange(8.0).view(4, 2)
+    arguments = {"prompt": list("abcd"), "guidance_scale": 7.5, "class_labels": [1, 2, 3, 4], "eta": float("nan"),
+                 "prompt_embeds": embeddings, "size": (8, 8), "kwargs": {"scale": None}}  # fmt: skip
+    kept = evaluate(ours, theirs, arguments=arguments, **common)["arguments"]
+    json.dumps(kept, allow_nan=False)
+    assert (kept["prompt"], kept["guidance_scale"], kept["class_labels"]) == (list("abcd"), 7.5, [1, 2, 3, 4])
+    assert (kept["eta"], kept["size"], kept["kwargs"]) == ("nan", [8, 8], {"scale": None})
+    digest = hashlib.sha256(np.arange(8, dtype="<f4").tobytes()).hexdigest()
+    assert kept["prompt_embeds"] == {"dtype": "float32", "shape": [4, 2], "sha256": digest}
+    assert evaluate(ours, theirs, **common)["arguments"] == {}
+    # One picture for all images is a view that would fill the memory if it were written out.
+    wide = plain_arguments({"image": torch.ones(3, 4, 4).expand(10**9, 3, 4, 4), "mask": Image.new("L", (3, 2), 7)})
+    assert wide["image"]["shape"] == [10**9, 3, 4, 4]
+    assert wide["image"]["sha256"] == hashlib.sha256(np.ones(48, dtype="<f4").tobytes()).hexdigest()
+    assert wide["mask"] == {"dtype": "L", "shape": [3, 2], "sha256": hashlib.sha256(bytes([7] * 6)).hexdigest()}
+
+
+def test_other_embeddings_are_another_evaluation(tmp_path: Path) -> None:
+    """Also where their difference is in the part that a tensor's repr leaves out."""
+    run = Run(work=tmp_path / "work")
+    common: dict[str, Any] = {"seeds": SEEDS, "steps": None, "features": "none", "run": run}
+    embeddings = torch.zeros(13, 2000)
+    evaluate(*given(), arguments={"prompt_embeds": embeddings}, **common)
+    other = embeddings.clone()
+    other[6, 1000] = 1
+    assert repr(other) == repr(embeddings)
+    with pytest.raises(SpecError, match="another evaluation: arguments differ"):
+        evaluate(*given(), arguments={"prompt_embeds": other}, resume=True, **common)
+
+
+def test_seconds_of_sampling_and_of_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only sampling one side and computing features move on."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    class Slow(Given):
+        def images(self, seeds: Sequence[int], *, steps: int | None, arguments: Mapping[str, Any]) -> Tensor:
+            clock[0] += 50
+            return super().images(seeds, steps=steps, arguments=arguments)
+
+    class SlowPixels(Pixels):
+        def extract(self, images: Tensor) -> Extracted:
+            clock[0] += 2
+            return super().extract(images)
+
+    ours, theirs = given()
+    slow = Slow(ours._images, "ours", stop_at=50)
+    common: dict[str, Any] = {"seeds": SEEDS, "steps": None, "batch_size": 5, "features": SlowPixels()}
+    run = Run(work=tmp_path / "work")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(slow, theirs, run=run, **common)
+    slow.stop_at = None
+    seconds = evaluate(slow, theirs, run=run, resume=True, **common)["seconds"]
+    # Three batches, the first two of them in the run before; features of two sides each.
+    assert seconds == {"sampling": 150.0, "metrics": 12.0, "drift": 0.0}
+
+
+def test_seconds_of_drift() -> None:
+    candidate, reference = pipes()
+    seconds = evaluate(candidate, reference, seeds=[1], steps=STEPS, features="none")["seconds"]
+    assert min(seconds["sampling"], seconds["drift"]) > 0
 
 
 def test_drift_that_cannot_be_measured_costs_no_other_figure() -> None:

@@ -51,6 +51,16 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert (other / "cat.png").exists()
 
 
+@pytest.mark.parametrize("cut", [0, 5, -3])
+def test_a_damaged_batch_is_named(tmp_path: Path, cut: int) -> None:
+    with evaluation_folder(tmp_path / "work", IDENTITY) as folder:
+        folder.save("one", {"x": torch.ones(8)})
+        path = tmp_path / "work" / "one.safetensors"
+        path.write_bytes(path.read_bytes()[:cut])
+        with pytest.raises(EvaluationError, match=r"one\.safetensors is damaged .* start anew"):
+            folder.load("one")
+
+
 def test_without_a_folder_nothing_stays() -> None:
     with evaluation_folder(None, IDENTITY) as folder:
         folder.save("one", {"x": torch.ones(1)})
