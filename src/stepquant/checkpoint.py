@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from stepquant._version import __version__
-from stepquant.errors import CheckpointError, ModelError, SpecError, nearest
+from stepquant.errors import CheckpointError, ModelError, SpecError, UnsupportedPipeline, nearest
 from stepquant.manifest import (
     MANIFEST_NAME,
     ComponentIdentity,
@@ -136,7 +136,7 @@ def save_checkpoint(
     identity = _denoiser_identity(denoiser_name, denoiser)
     groups = group_layers(structure, shapes)
     manifest = Manifest(
-        format_version=needed_version(groups),
+        format_version=2 if correction is not None and correction.additions else needed_version(groups),
         stepquant=__version__,
         torch=torch.__version__,
         diffusers=diffusers.__version__,
@@ -534,6 +534,11 @@ def _read_correction(file: TensorFile, manifest: Manifest) -> StepCorrection | N
             f"{file.path}: the correction has shape {list(correction.gain.shape)}, the manifest declares "
             f"{list(manifest.correction)}."
         )
+    if manifest.format_version < 2 and correction.additions:
+        raise CheckpointError(
+            f"{file.path}: the correction has {correction.additions[0]}, which format version "
+            f"{manifest.format_version} does not have; the manifest has been edited."
+        )
     return correction
 
 
@@ -552,7 +557,10 @@ def _rebuilt_pipeline(
     else:
         pipe = _plain_pipeline(manifest, model, parts)
     if correction is not None:
-        pipe.scheduler = CorrectedScheduler(pipe.scheduler, correction)
+        try:
+            pipe.scheduler = CorrectedScheduler(pipe.scheduler, correction)
+        except UnsupportedPipeline as error:
+            raise CheckpointError(f"{root}: {error}") from error
     return pipe
 
 

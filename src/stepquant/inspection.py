@@ -20,7 +20,7 @@ from stepquant.storage import Entry, read_header
 
 __all__ = ["inspect_checkpoint"]
 
-PARTS = ("weight_quantizer", "input_quantizer", "second_quantizer", "input_transform", "branch")
+PARTS = ("weight_quantizer", "input_quantizer", "second_quantizer", "input_transform", "branch", "first_token")
 """Modules inside of a quantized layer."""
 
 KINDS = {0: "matmul", 2: "linear", 3: "conv1d", 4: "conv2d"}
@@ -31,12 +31,13 @@ def inspect_checkpoint(folder: Path | str) -> dict[str, Any]:
 
     manifest: the manifest as it is in the file. base_model, created, stepquant, torch, diffusers, schedule: from it.
     layers: name, kind, shape, bits (`{"weight", "input", "second"}`, None for floating point; also `weight_bits`,
-        `input_bits`, `second_bits`), rows (the most parameter sets of an activation quantizer), additions (transform,
+        `input_bits`, `second_bits`; where they change over time the most), row_bits (operand -> bits of each parameter
+        set, where they do), rows (the most parameter sets of an activation quantizer), additions (transform,
         branch and other things that format version 1 does not know, in words), bytes in the file,
         engine that runs it on the CPU, refusals (engine -> reason). engine is None for a denoiser that diffusers does
         not know.
-    bytes: of all files. bytes_by_kind: levels, weight_scales, activation_tables, transforms, branches, corrections,
-        unquantized, tensor_header, manifest and other_files, which add up to bytes.
+    bytes: of all files. bytes_by_kind: levels, weight_scales, activation_tables, transforms, branches, first_tokens,
+        corrections, unquantized, tensor_header, manifest and other_files, which add up to bytes.
     float32_bytes: of the full-precision denoiser's tensors in float32. ratio: bytes of manifest and denoiser folder to
         these.
 
@@ -91,13 +92,17 @@ def _owner(tensor: str) -> str:
 
 def _layer(name: str, shape: tuple[int, ...], group: LayerGroup) -> dict[str, Any]:
     specs = {"weight": group.scheme.weight, "input": group.scheme.input, "second": group.scheme.second}
-    bits = {operand: None if spec is None else spec.bits for operand, spec in specs.items()}
+    changing = {attribute.removesuffix("_quantizer"): list(bits) for attribute, bits in group.row_bits.items()}
+    bits = {
+        operand: None if spec is None else max(changing.get(operand, [spec.bits])) for operand, spec in specs.items()
+    }
     return {
         "name": name,
         "kind": KINDS.get(len(shape), "unknown"),
         "shape": list(shape),
         "bits": bits,
         **{f"{operand}_bits": value for operand, value in bits.items()},
+        "row_bits": changing,
         "rows": max(group.rows.values(), default=0),
         "additions": group.additions,
     }
@@ -125,7 +130,8 @@ def _quantized_weights(manifest: Manifest) -> dict[str, int]:
 def _kind(tensor: str, manifest: Manifest, weights: Mapping[str, int]) -> str:
     if tensor in weights:
         return "levels"
-    for part, kind in ((".input_transform.", "transforms"), (".branch.", "branches")):
+    parts = ((".input_transform.", "transforms"), (".branch.", "branches"), (".first_token.", "first_tokens"))
+    for part, kind in parts:
         # The model may have modules of that name itself.
         if part in tensor and tensor.split(part)[0] in manifest.shapes:
             return kind
@@ -150,8 +156,8 @@ def _float32_bytes(manifest: Manifest, entries: Mapping[str, Entry]) -> int:
 def _bytes_by_kind(
     manifest: Manifest, entries: Mapping[str, Entry], path: Path, files: Mapping[Path, int]
 ) -> dict[str, int]:
-    kinds = ("levels", "weight_scales", "activation_tables", "transforms", "branches", "corrections", "unquantized")
-    found = dict.fromkeys(kinds, 0)
+    kinds = ("levels", "weight_scales", "activation_tables", "transforms", "branches", "first_tokens", "corrections")
+    found = dict.fromkeys((*kinds, "unquantized"), 0)
     weights = _quantized_weights(manifest)
     for name, entry in entries.items():
         found[_kind(name, manifest, weights)] += entry.bytes

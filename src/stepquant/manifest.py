@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,9 +84,9 @@ class PipelineIdentity:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers that share scheme, rows, transform and rank. layers: full name -> shape of the weight, empty for a matmul.
+    """Layers that share all but their shape. layers: full name -> shape of the weight, empty for a matmul.
 
-    transform, rank: as in `LayerStructure`; since format version 2.
+    transform, rank, row_bits, first_token, split: as in `LayerStructure`; since format version 2.
     """
 
     scheme: LayerScheme
@@ -94,6 +94,9 @@ class LayerGroup:
     layers: dict[str, tuple[int, ...]]
     transform: TransformSpec | None = None
     rank: int | None = None
+    row_bits: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    first_token: bool = False
+    split: int | None = None
 
     @property
     def additions(self) -> list[str]:
@@ -101,8 +104,14 @@ class LayerGroup:
         specs = (self.scheme.weight, self.scheme.input, self.scheme.second)
         found = {
             "levels at powers of two": any(spec is not None and spec.logarithmic for spec in specs),
+            "ranges of channels and tokens at run time": any(
+                spec is not None and spec.granularity == "channel_token" for spec in specs
+            ),
             "a transform of the input": self.transform is not None,
             "a low-rank branch": self.rank is not None,
+            "activation bits that change over time": bool(self.row_bits),
+            "a first token of its own": self.first_token,
+            "an input in two parts": self.split is not None,
         }
         return [words for words, there in found.items() if there]
 
@@ -160,18 +169,27 @@ def group_layers(structure: Structure, shapes: Mapping[str, tuple[int, ...]]) ->
     """Put layers that share everything but their shape together, in the order in which they are met."""
     groups: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
     for name, layer in structure.layers.items():
-        key = (layer.scheme, tuple(sorted(layer.rows.items())), layer.transform, layer.rank)
+        rows, bits = (tuple(sorted(table.items())) for table in (layer.rows, layer.row_bits))
+        key = (layer.scheme, rows, layer.transform, layer.rank, bits, layer.first_token, layer.split)
         groups.setdefault(key, {})[name] = shapes[name]
     return tuple(
-        LayerGroup(scheme, dict(rows), layers, transform, rank)
-        for (scheme, rows, transform, rank), layers in groups.items()
+        LayerGroup(scheme, dict(rows), layers, transform, rank, dict(bits), first_token, split)
+        for (scheme, rows, transform, rank, bits, first_token, split), layers in groups.items()
     )
 
 
 def structure_of(clock: ClockStructure, groups: Iterable[LayerGroup], *, explicit_attention: bool) -> Structure:
     """The inverse of `group_layers`, up to the shapes."""
     layers = {
-        name: LayerStructure(group.scheme, dict(group.rows), group.transform, group.rank)
+        name: LayerStructure(
+            group.scheme,
+            dict(group.rows),
+            group.transform,
+            group.rank,
+            dict(group.row_bits),
+            group.first_token,
+            group.split,
+        )
         for group in groups
         for name in group.layers
     }

@@ -60,14 +60,26 @@ class Slot:
         if self.role == "levels":
             assert self.spec is not None
             return torch.uint8, (packed_bytes(self.tensor.numel(), self.spec.bits),)
+        wide = isinstance(self.module, InputQuantizer) and max(self.module.bits, default=0) > 8
         dtypes = {
             "weight_zero": torch.uint8,
-            "input_zero": torch.uint8,
+            "input_zero": torch.int32 if wide else torch.uint8,
             "choice": torch.uint8,
             "rows": torch.uint8 if self.rows <= 256 else torch.int32,
             "plain": None,
         }
         return dtypes.get(self.role, torch.float32), tuple(self.tensor.shape)
+
+    @property
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest level of the quantizer, as whole numbers that broadcast against the tensor."""
+        if isinstance(self.module, InputQuantizer):
+            levels = [(spec.qmin, spec.qmax) for spec in self.module.row_specs]
+            ends = torch.tensor(levels, dtype=torch.int32, device="cpu")
+            low, high = ends.reshape(-1, *(1,) * (self.tensor.ndim - 1), 2).unbind(-1)
+            return low, high
+        assert self.spec is not None
+        return torch.tensor(self.spec.qmin, device="cpu"), torch.tensor(self.spec.qmax, device="cpu")
 
 
 def slots_of(denoiser: nn.Module) -> dict[str, Slot]:
@@ -112,11 +124,10 @@ def encoded(name: str, slot: Slot) -> Tensor:
     if slot.role == "plain":
         return _narrowed(tensor)
     if slot.role in ("weight_zero", "input_zero"):
-        assert slot.spec is not None
-        stored = tensor - slot.spec.qmin
-        if not bool((stored == stored.round()).all()) or not bool(((stored >= 0) & (stored <= 255)).all()):
-            raise CheckpointError(f"{name}: the zero point is not a level from {slot.spec.qmin} to {slot.spec.qmax}.")
-        tensor = stored
+        low, high = slot.levels
+        if not bool((tensor == tensor.round()).all()) or not bool(((tensor >= low) & (tensor <= high)).all()):
+            raise CheckpointError(f"{name}: the zero point is not a level from {int(low.min())} to {int(high.max())}.")
+        tensor = tensor - low
     dtype, _ = slot.stored
     encoded = tensor.to(dtype)
     check_value(name, slot, encoded)
@@ -160,12 +171,19 @@ def check_value(name: str, slot: Slot, stored: Tensor) -> None:
             raise CheckpointError(f"{name}: a scale is {float(stored.min())}; scales are greater than 0.")
     elif slot.role in ("weight_zero", "input_zero"):
         assert slot.spec is not None
-        last = slot.spec.qmax - slot.spec.qmin
-        if stored.numel() and int(stored.max()) > last:
-            raise CheckpointError(f"{name}: zero point {int(stored.max())} is out of range, the last level is {last}.")
-        fixed = -slot.spec.qmin if slot.spec.symmetric else 0
+        low, high = (end.to(stored.device) for end in slot.levels)
+        last = (high - low).expand(stored.shape)
+        outside = (stored > last) | (stored < 0)
+        if bool(outside.any()):
+            raise CheckpointError(
+                f"{name}: zero point {int(stored[outside][0])} is out of range, the last level is "
+                f"{int(last[outside][0])}."
+            )
+        fixed = (-low if slot.spec.symmetric else torch.zeros_like(low)).expand(stored.shape)
         if (slot.spec.symmetric or slot.spec.nonnegative) and not bool((stored == fixed).all()):
-            raise CheckpointError(f"{name}: the zero point of a symmetric or nonnegative quantizer is {fixed}.")
+            raise CheckpointError(
+                f"{name}: the zero point of a symmetric or nonnegative quantizer is {int(fixed[stored != fixed][0])}."
+            )
     elif slot.role == "choice":
         if stored.numel() and int(stored.max()) > 1:
             raise CheckpointError(f"{name}: {int(stored.max())} is no choice; it is 0 or 1.")
@@ -184,8 +202,7 @@ def decode_(slot: Slot, stored: Tensor, dtype: torch.dtype) -> None:
         # Restored by `restore_weight_`, once the scales are there.
         return
     if slot.role in ("weight_zero", "input_zero"):
-        assert slot.spec is not None
-        value = stored.float() + slot.spec.qmin
+        value = stored.float() + slot.levels[0].to(stored.device)
     elif slot.role == "plain":
         value = stored.to(dtype)
     else:

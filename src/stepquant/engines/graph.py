@@ -127,6 +127,16 @@ def refusal(layer: QuantizedLayer | QuantizedMatmul) -> str | None:
                 "Its input is scaled or rotated first, or a low-rank branch runs beside it: it runs as simulated "
                 "arithmetic inside the graph."
             )
+        if layer.first_token is not None:
+            return (
+                "Its first token passes by the input quantizer, and an integer kernel treats all tokens alike: it runs "
+                "as simulated arithmetic inside the graph."
+            )
+        if layer.split is not None:
+            return (
+                "Its input has two quantizers, one for each part of a concatenation, and an integer kernel has one: it "
+                "runs as simulated arithmetic inside the graph."
+            )
     for name, found in operands.items():
         if isinstance(found, LogQuantizer):
             return (
@@ -145,6 +155,11 @@ def refusal(layer: QuantizedLayer | QuantizedMatmul) -> str | None:
                 f"Its {name} has a scale per channel, and integer kernels have one per tensor: it runs as simulated "
                 "arithmetic inside the graph."
             )
+        if max(found.bits) > 8:
+            return (
+                f"Its {name} has {max(found.bits)} bits at some timesteps, and integer kernels have at most 8: it runs "
+                "as simulated arithmetic inside the graph."
+            )
     return None
 
 
@@ -152,7 +167,8 @@ class GraphInput(nn.Module):
     """A static quantizer, per tensor, as a graph has it.
 
     reciprocal, step, shift `[bins]`: 1 / s, s and z - c of the row that each timestep bin uses; None for constants.
-    shifted: whether the rows' zero points differ.
+    low, high `[bins]`: ends of the row's levels in units of `factor`, where rows have different bits.
+    limits: the same where they all have the same, fewer than 8. shifted: whether the rows' zero points differ.
     """
 
     def __init__(self, quantizer: InputQuantizer, clock: StepClock) -> None:
@@ -165,19 +181,26 @@ class GraphInput(nn.Module):
         self.zero_point = CENTRE if self.shifted else int(zero_point[0])
         self.scale = 1.0 if self.several else float(scale[0])
         self.limits = None
-        if spec.bits < 8:
+        if quantizer.row_bits is None and spec.bits < 8:
             self.limits = ((spec.qmin - self.zero_point) * self.scale, (spec.qmax - self.zero_point) * self.scale)
         row = quantizer.row_of_bin.cpu()
         self.register_buffer("row_of_bin", row if self.several else None)
         self.register_buffer("reciprocal", scale.reciprocal()[row] if self.several else None)
         self.register_buffer("step", scale[row] if self.several else None)
         self.register_buffer("shift", (zero_point - CENTRE)[row] if self.shifted else None)
+        levels = [(spec.qmin, spec.qmax) for spec in quantizer.row_specs]
+        ends = torch.tensor(levels, dtype=torch.float32) - self.zero_point
+        mixed = quantizer.row_bits is not None
+        self.register_buffer("low", ends[row, 0] if mixed else None)
+        self.register_buffer("high", ends[row, 1] if mixed else None)
 
     clock: StepClock
     row_of_bin: Tensor | None
     reciprocal: Tensor | None
     step: Tensor | None
     shift: Tensor | None
+    low: Tensor | None
+    high: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """x on its grid, divided by `factor`, and moved by z - c if `shifted`."""
@@ -187,6 +210,9 @@ class GraphInput(nn.Module):
             x = x + self.shift.index_select(0, self.clock.bin)
         if self.limits is not None:
             x = x.clamp(*self.limits)
+        if self.low is not None and self.high is not None:
+            low, high = self.low.index_select(0, self.clock.bin), self.high.index_select(0, self.clock.bin)
+            x = torch.minimum(torch.maximum(x, low), high)
         quantized: Tensor = _quantize(x, self.scale, self.zero_point, self.signed)
         return quantized
 

@@ -57,7 +57,7 @@ class IntMmLayer(IntegerLayer):
         last = x.movedim(1, -1) if convolution else x
         params = self.input_quantizer.current(last)
         centre = 0 if self.input_quantizer.spec.symmetric else CENTRE
-        levels = quantize(last, params, self.input_quantizer.spec).sub_(centre).to(torch.int8)
+        levels = quantize(last, params, self.input_quantizer.levels(last)).sub_(centre).to(torch.int8)
         a = levels.reshape(-1, levels.shape[-1])
         missing = max(0, LEAST_ROWS - len(a))
         padded = F.pad(a, (0, 0, 0, missing)) if missing else a

@@ -51,12 +51,18 @@ def refuse_integers(layer: QuantizedLayer | QuantizedMatmul) -> str | None:
         return "Its input is scaled or rotated in floating point first; this engine quantizes it as it comes."
     if layer.branch is not None:
         return "It has a low-rank branch in floating point, which this engine does not run."
+    if layer.first_token is not None:
+        return "Its first token passes by the input quantizer; this engine quantizes all tokens alike."
     if given is None:
         return "Its input is not quantized."
     if not isinstance(given, InputQuantizer):
         return f"Its input is quantized by a {type(given).__name__}; this engine needs a static InputQuantizer."
     if given.spec.granularity != "tensor":
         return "Its input has a scale for each channel; integer sums need one for the whole tensor."
+    if layer.split is not None:
+        return "Its input has two quantizers, one for each part of a concatenation; integer sums need one."
+    if max(given.bits) > 8:
+        return f"Its input has {max(given.bits)} bits at some timesteps; this engine has at most 8."
     terms = layer.weight[0].numel()
     if terms > MOST_TERMS:
         return f"It sums {terms} products, and int32 is only sure to hold {MOST_TERMS} of them."

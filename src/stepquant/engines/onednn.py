@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from stepquant.engines.integers import CENTRE, IntegerLayer, needs_shift, refuse_integers
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.numerics.affine import QParams, quantize
+from stepquant.numerics.spec import QuantSpec
 
 __all__ = ["OneDnnEngine", "OneDnnLayer"]
 
@@ -202,21 +203,23 @@ class OneDnnLayer(IntegerLayer):
         table = self._constants()[2]
         return [table[number] for number in self.input_quantizer.clock.bin.tolist()]
 
-    def _constants(self) -> tuple[list[float], list[int], list[int], list[QParams]]:
-        """Scale and zero point of every row as uint8 levels have them; row of every bin; parameters of every row."""
+    def _constants(self) -> tuple[list[float], list[int], list[int], list[tuple[QParams, QuantSpec]]]:
+        """Scale and zero point of every row as uint8 levels have them; row of every bin; arithmetic of every row."""
         if "constants" not in self._cache:
             table = self.input_quantizer
             up = CENTRE if table.spec.symmetric else 0
-            params = [QParams(table.scale[row], table.zero_point[row]) for row in range(table.rows)]
+            rows = [
+                (QParams(table.scale[row], table.zero_point[row]), spec) for row, spec in enumerate(table.row_specs)
+            ]
             points = [int(value) + up for value in table.zero_point.tolist()]
-            self._cache["constants"] = (table.scale.tolist(), points, table.row_of_bin.tolist(), params)
-        found: tuple[list[float], list[int], list[int], list[QParams]] = self._cache["constants"]
+            self._cache["constants"] = (table.scale.tolist(), points, table.row_of_bin.tolist(), rows)
+        found: tuple[list[float], list[int], list[int], list[tuple[QParams, QuantSpec]]] = self._cache["constants"]
         return found
 
     def _levels_of(self, x: Tensor, row: int) -> Tensor:
         """The input's levels as uint8, symmetric ones shifted by 128."""
-        spec = self.input_quantizer.spec
-        found = quantize(x, self._constants()[3][row], spec)
+        params, spec = self._constants()[3][row]
+        found = quantize(x, params, spec)
         if spec.symmetric:
             found.add_(CENTRE)
         # By way of int32: the direct conversion is not vectorised.

@@ -155,7 +155,9 @@ def _digest(denoiser: nn.Module) -> str | None:
 
 
 def _specs(layer: nn.Module) -> list[str]:
-    return [repr(getattr(child, "spec", None)) for child in layer.children()]
+    """What decides a layer's arithmetic beside its tensors."""
+    own = [repr((getattr(child, "spec", None), getattr(child, "row_bits", None))) for child in layer.children()]
+    return [*own, repr(getattr(layer, "split", None))]
 
 
 def _version_of(package: str) -> str:

@@ -92,6 +92,10 @@ class ReferenceEngine:
             return f"Its weight quantizer is a {type(layer.weight_quantizer).__name__}, which only calibration has."
         if not layer.on_grid:
             return "Its weight has not been hardened."
+        if layer.first_token is not None:
+            return "Its first token passes by the input quantizer; this engine quantizes all tokens alike."
+        if layer.split is not None:
+            return "Its input has two quantizers, one for each part of a concatenation; this engine has one."
         return None
 
     def pack(self, layer: QuantizedLayer | QuantizedMatmul) -> nn.Module:

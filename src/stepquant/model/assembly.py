@@ -7,14 +7,15 @@ caller loads the values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from stepquant.errors import ModelError
+from stepquant.errors import ModelError, SpecError
 from stepquant.model.clock import StepClock, attach_clock, clock_of
 from stepquant.model.families import make_attention_explicit_
+from stepquant.model.first_token import FirstToken
 from stepquant.model.layer import LowRankBranch, Matmul, QuantizedLayer, QuantizedMatmul
 from stepquant.model.quantizer import DynamicQuantizer, InputQuantizer, LogQuantizer, WeightQuantizer
 from stepquant.model.surgery import operand_specs, quantizable, quantized_layers, swap_layers_
@@ -38,13 +39,19 @@ class ClockStructure:
 class LayerStructure:
     """scheme: how the layer is quantized. rows: parameter sets of its static activation quantizers, by attribute.
 
+    row_bits: bits of each of these rows, for those quantizers whose rows do not all have the bits of the scheme.
     transform: what happens to its input first. rank: of its branch in floating point. None: there is none.
+    first_token: whether the first token passes by its input quantizer.
+    split: channels of the first part of an input with two quantizers, None for one.
     """
 
     scheme: LayerScheme
     rows: dict[str, int]
     transform: TransformSpec | None = None
     rank: int | None = None
+    row_bits: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    first_token: bool = False
+    split: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,8 @@ def describe(denoiser: nn.Module) -> Structure:
     layers: dict[str, LayerStructure] = {}
     for name, layer in quantized_layers(denoiser).items():
         inputs = {"input_quantizer": layer.input_quantizer}
-        if isinstance(layer, QuantizedMatmul):
+        split = layer.split if isinstance(layer, QuantizedLayer) else None
+        if isinstance(layer, QuantizedMatmul) or split is not None:
             inputs["second_quantizer"] = layer.second_quantizer
         weight = layer.weight_quantizer if isinstance(layer, QuantizedLayer) else None
         scheme = LayerScheme(
@@ -91,6 +99,13 @@ def describe(denoiser: nn.Module) -> Structure:
             rows,
             None if transform is None else transform.spec,
             None if branch is None else branch.rank,
+            {
+                key: value.row_bits
+                for key, value in inputs.items()
+                if isinstance(value, InputQuantizer) and value.row_bits is not None
+            },
+            isinstance(layer, QuantizedLayer) and layer.first_token is not None,
+            split,
         )
     explicit = any(isinstance(layer, QuantizedMatmul) for layer in quantized_layers(denoiser).values())
     explicit = explicit or any(isinstance(module, Matmul) for module in denoiser.modules())
@@ -103,20 +118,35 @@ def channel_axis(layer: QuantizedLayer) -> int:
 
 
 def _empty_input_quantizer(
-    spec: QuantSpec, clock: StepClock, rows: int, layer: QuantizedLayer | QuantizedMatmul, name: str
+    spec: QuantSpec,
+    clock: StepClock,
+    rows: int,
+    axis: int,
+    channels: int | None,
+    name: str,
+    bits: tuple[int, ...] | None,
 ) -> nn.Module:
-    """A quantizer of the right shape whose values are still to be loaded."""
+    """A quantizer of the right shape whose values are still to be loaded.
+
+    channels, axis: of the operand; None for a matmul. bits: of each row, where they differ.
+    """
+    if bits is not None and (spec.dynamic or spec.logarithmic):
+        raise ModelError(f"{name} has bits for each row of a quantizer without such rows: {spec}.")
     if spec.dynamic:
         return DynamicQuantizer(spec)
     if spec.logarithmic:
         return LogQuantizer(spec, clock, torch.ones(rows), torch.zeros(rows, dtype=torch.bool))
     if spec.granularity != "channel":
-        return InputQuantizer(spec, clock, QParams(torch.ones(rows), torch.zeros(rows)))
-    if isinstance(layer, QuantizedMatmul):
+        quantizer = InputQuantizer(spec, clock, QParams(torch.ones(rows), torch.zeros(rows)), bits=bits)
+    elif channels is None:
         raise ModelError(f"{name} is a matmul, whose operands have one scale per tensor, found one per channel.")
-    shape = (rows, layer.in_features)
-    params = QParams(torch.ones(shape), torch.zeros(shape))
-    return InputQuantizer(spec, clock, params, channel_axis=channel_axis(layer))
+    else:
+        shape = (rows, channels)
+        params = QParams(torch.ones(shape), torch.zeros(shape))
+        quantizer = InputQuantizer(spec, clock, params, channel_axis=axis, bits=bits)
+    if bits is not None and quantizer.row_bits is None:
+        raise ModelError(f"All {rows} rows of {name} have {bits[0]} bits: that is for the scheme to say.")
+    return quantizer
 
 
 def _empty_weight_quantizer(spec: QuantSpec, weight: torch.Tensor) -> WeightQuantizer:
@@ -125,7 +155,13 @@ def _empty_weight_quantizer(spec: QuantSpec, weight: torch.Tensor) -> WeightQuan
 
 
 def _attach_empty_parts_(layer: QuantizedLayer, described: LayerStructure, name: str) -> None:
-    """Transform and branch of the right shape."""
+    """Transform, branch and first token of the right shape."""
+    if described.first_token:
+        if layer.geometry.kind != "linear":
+            raise ModelError(f"{name} is a convolution, which has no tokens, but it has a first token of its own.")
+        dtype = layer.weight.dtype
+        empty = (torch.empty(size, dtype=dtype) for size in (layer.in_features, layer.out_features))
+        layer.first_token = FirstToken(*empty)
     if described.transform is None and described.rank is None:
         return
     if layer.geometry.groups != 1:
@@ -146,6 +182,25 @@ def _attach_empty_parts_(layer: QuantizedLayer, described: LayerStructure, name:
         layer.branch = LowRankBranch(layer.geometry, down, up)
 
 
+def _split_(layer: QuantizedLayer | QuantizedMatmul, at: int, name: str) -> None:
+    if isinstance(layer, QuantizedMatmul):
+        raise ModelError(f"{name} is a matmul, which has two operands and no input in two parts.")
+    try:
+        layer.split_input_(at)
+    except SpecError as error:
+        raise ModelError(f"{name}: {error}") from None
+
+
+def _channels_of(layer: QuantizedLayer | QuantizedMatmul, attribute: str) -> tuple[int | None, int]:
+    """How many channels the operand of a quantizer has, and their axis; None for a matmul."""
+    if isinstance(layer, QuantizedMatmul):
+        return None, -1
+    channels = layer.in_features
+    if layer.split is not None:
+        channels = layer.split if attribute == "input_quantizer" else channels - layer.split
+    return channels, channel_axis(layer)
+
+
 def assemble_(denoiser: nn.Module, structure: Structure) -> None:
     """Turn a float denoiser into the quantized one that `structure` describes; quantizer values are placeholders."""
     if structure.explicit_attention:
@@ -159,14 +214,21 @@ def assemble_(denoiser: nn.Module, structure: Structure) -> None:
         layer = layers[name]
         if isinstance(layer, QuantizedMatmul) and described.scheme.weight is not None:
             raise ModelError(f"{name} is a matmul and has no weight, but its scheme quantizes one.")
-        if isinstance(layer, QuantizedLayer) and described.scheme.second is not None:
+        if isinstance(layer, QuantizedLayer) and described.split is None and described.scheme.second is not None:
             raise ModelError(f"{name} is a {type(known[name]).__name__} and has one input, but its scheme has two.")
         if isinstance(layer, QuantizedLayer) and described.scheme.weight is not None:
             layer.weight_quantizer = _empty_weight_quantizer(described.scheme.weight, layer.weight)
         if isinstance(layer, QuantizedLayer):
             _attach_empty_parts_(layer, described, name)
-        elif described.transform is not None or described.rank is not None:
-            raise ModelError(f"{name} is a matmul, which has neither a transform nor a branch.")
-        for attribute, spec in operand_specs(described.scheme):
-            rows = described.rows.get(attribute, 1)
-            setattr(layer, attribute, _empty_input_quantizer(spec, clock, rows, layer, name))
+        elif described.transform is not None or described.rank is not None or described.first_token:
+            raise ModelError(f"{name} is a matmul, which has neither a transform, nor a branch, nor a first token.")
+        if described.split is not None:
+            _split_(layer, described.split, name)
+        operands = operand_specs(described.scheme)
+        for attribute in described.row_bits:
+            if attribute not in dict(operands):
+                raise ModelError(f"{name} has bits for the rows of {attribute}, which its scheme does not quantize.")
+        for attribute, spec in operands:
+            rows, bits = described.rows.get(attribute, 1), described.row_bits.get(attribute)
+            channels, axis = _channels_of(layer, attribute)
+            setattr(layer, attribute, _empty_input_quantizer(spec, clock, rows, axis, channels, name, bits))

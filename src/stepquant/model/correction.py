@@ -1,29 +1,45 @@
-"""Corrections of the guided prediction, per step and channel, and the scheduler stand-in that applies them.
+"""Corrections of a sampling step, per step and channel, and the scheduler stand-in that applies them.
 
-    corrected = gain * guided + carry * sample + offset + previous * before
+    corrected   = gain * guided + carry * sample + offset + previous * before
+    next sample = scheduler's step from `corrected`, with sqrt(1 - variance) of its noise, + shift
 
 `before` is what the denoiser predicted at the timestep before, as it came out of the network (guided, not corrected),
 and 0 at the first timestep. The correction is applied before the scheduler sees the prediction, so multistep solvers
-keep corrected predictions in their history.
+keep corrected predictions in their history. The mean that the scheduler puts its noise around stays as it is.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepquant.errors import SpecError
+from stepquant.errors import SpecError, UnsupportedPipeline
 
-__all__ = ["CORRECTION_FIELDS", "OPTIONAL_FIELDS", "CorrectedScheduler", "Corrector", "StepCorrection", "correction_of"]
+__all__ = [
+    "CORRECTION_FIELDS",
+    "OPTIONAL_FIELDS",
+    "CorrectedScheduler",
+    "Corrector",
+    "Finishing",
+    "StepCorrection",
+    "correction_of",
+    "noise_can_be_scaled",
+]
 
 CORRECTION_FIELDS = ("gain", "carry", "offset", "variance")
 
-OPTIONAL_FIELDS = ("previous",)
+OPTIONAL_FIELDS = ("previous", "shift")
 """Tables that a correction may do without."""
+
+SCALABLE = ("DDIMScheduler", "DDPMScheduler")
+"""Schedulers whose step adds its noise to a mean and keeps nothing for the next one, so that it may be asked twice."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +50,11 @@ class StepCorrection:
         denoiser twice at a timestep (Heun, PNDM) use the row twice.
     gain, carry, offset `[S, C]`: see the formula above. C is the channels of the prediction, or 1 for all of them.
     variance `[S, C]`: share of the step's own noise variance that quantization noise already supplies (PTQD), in
-        [0, 1]. Kept with the others; a stochastic step that wants it reads it here.
+        [0, 1]; what the scheduler adds is less by it. Of no effect where the scheduler adds nothing (DDIM with eta 0).
     previous `[S, C]`: of the prediction at the timestep before. None where it is not used: then nothing is kept
         between steps.
+    shift `[S, C]`: added to the sample that the step returns, so that the denoiser reads it at the next timestep (the
+        input bias of TAC, with the other sign). None where it is not used.
     """
 
     timesteps: Tensor
@@ -45,6 +63,7 @@ class StepCorrection:
     offset: Tensor
     variance: Tensor
     previous: Tensor | None = None
+    shift: Tensor | None = None
 
     def __post_init__(self) -> None:
         steps, shape = self.timesteps.shape, self.gain.shape
@@ -61,6 +80,11 @@ class StepCorrection:
                 )
             if table.dtype != torch.float32 or not bool(torch.isfinite(table).all()):
                 raise SpecError(f"{name} of a correction must be finite float32, found {table.dtype}.")
+        if not bool(((self.variance >= 0) & (self.variance <= 1)).all()):
+            raise SpecError(
+                f"variance of a correction is a share from 0 to 1, found {float(self.variance.min()):g} to "
+                f"{float(self.variance.max()):g}."
+            )
 
     @classmethod
     def identity(cls, timesteps: Tensor, channels: int) -> StepCorrection:
@@ -73,6 +97,20 @@ class StepCorrection:
         """The tensors by name, without those that are not there."""
         every = {name: getattr(self, name) for name in ("timesteps", *CORRECTION_FIELDS, *OPTIONAL_FIELDS)}
         return {name: table for name, table in every.items() if table is not None}
+
+    @property
+    def additions(self) -> list[str]:
+        """What this correction has that format version 1 does not know."""
+        found = {
+            "less noise in the steps": self.scales_noise,
+            "a shift of the sample": self.shift is not None,
+        }
+        return [words for words, there in found.items() if there]
+
+    @property
+    def scales_noise(self) -> bool:
+        """Whether any step adds less noise than its scheduler would."""
+        return bool((self.variance != 0).any())
 
     def row(self, timestep: Tensor | float) -> int:
         """The row whose timestep is nearest: the step's own on the schedule that the correction was fitted on."""
@@ -88,23 +126,89 @@ class StepCorrection:
         return self._applied(self.row(timestep), guided, sample, before)
 
     def _applied(self, row: int, guided: Tensor, sample: Tensor, before: Tensor | None) -> Tensor:
-        axis = 2 if guided.ndim == 3 else 1
         channels = self.gain.shape[1]
-        if channels not in (1, guided.shape[axis]) or guided.shape != sample.shape:
+        if channels not in (1, guided.shape[_channel_axis(guided)]) or guided.shape != sample.shape:
             raise SpecError(
                 f"A correction of {channels} channels was given a prediction of shape {list(guided.shape)} and a "
                 f"sample of shape {list(sample.shape)}: it was fitted for another denoiser."
             )
-        shape = [1] * guided.ndim
-        shape[axis] = channels
 
         def coefficient(table: Tensor) -> Tensor:
-            return table[row].to(guided.device).reshape(shape)
+            return _beside(table[row], guided)
 
         corrected = coefficient(self.gain) * guided + coefficient(self.carry) * sample + coefficient(self.offset)
         if self.previous is not None and before is not None:
             corrected = corrected + coefficient(self.previous) * before
         return corrected.to(guided.dtype)
+
+    def finish(
+        self, step: Callable[..., Any], guided: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """What `step` of a scheduler returns, with this correction's noise and shift.
+
+        guided: corrected already. args, kwargs: the others of `step`.
+        The noise is that of the same step, from the same generators, of a prediction and a sample that are 0.
+        """
+        row = self.row(timestep)
+        share, shift = self.variance[row], None if self.shift is None else self.shift[row]
+        change: Tensor | None = None
+        if bool((share != 0).any()):
+            with torch.no_grad(), _rewound(step, guided, timestep, sample, *args, **kwargs):
+                nothing = torch.zeros_like(guided), timestep, torch.zeros_like(sample)
+                noise = _sample_in(step(*nothing, *args, **kwargs))
+            change = _beside((1 - share).sqrt() - 1, noise) * noise
+        if shift is not None and bool((shift != 0).any()):
+            moved = _beside(shift, sample)
+            change = moved if change is None else change + moved
+        result = step(guided, timestep, sample, *args, **kwargs)
+        if change is None:
+            return result
+        found = _sample_in(result)
+        return _with_sample(result, (found + change).to(found.dtype))
+
+
+def _channel_axis(sample: Tensor) -> int:
+    """Of `[B, C, ...]`, or `[B, T, C]` for sequences of tokens."""
+    return 2 if sample.ndim == 3 else 1
+
+
+def _beside(row: Tensor, sample: Tensor) -> Tensor:
+    """One row `[C]` of a table, so that it broadcasts against the sample."""
+    shape = [1] * sample.ndim
+    shape[_channel_axis(sample)] = len(row)
+    return row.to(sample.device).reshape(shape)
+
+
+def _sample_in(result: Any) -> Tensor:
+    """The new sample in what `step` of a scheduler returned, with `return_dict` or without."""
+    found: Tensor = result[0] if isinstance(result, tuple) else result.prev_sample
+    return found
+
+
+def _with_sample(result: Any, sample: Tensor) -> Any:
+    """What `step` returned, with this new sample."""
+    if isinstance(result, tuple):
+        return (sample, *result[1:])
+    result.prev_sample = sample
+    return result
+
+
+@contextmanager
+def _rewound(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
+    """Inside, `step` may draw; afterwards its generators, or torch's global ones, are where they were."""
+    given = inspect.signature(step).bind_partial(*args, **kwargs).arguments.get("generator")
+    if given is None:
+        device = args[0].device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+        return
+    generators = list(given) if isinstance(given, list | tuple) else [given]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 class _Remembering:
@@ -142,21 +246,46 @@ class Corrector(_Remembering):
     def __init__(self, correction: StepCorrection) -> None:
         self._correction = correction
 
+    @property
+    def correction(self) -> StepCorrection:
+        """The coefficients."""
+        return self._correction
+
     def __call__(self, guided: Tensor, timestep: Any, sample: Tensor) -> Tensor:
         """The corrected prediction; see `StepCorrection.apply`. Once for every step, in the order of sampling."""
         return self._corrected(guided, timestep, sample)
 
 
+class Finishing:
+    """Stands in for a scheduler that is given predictions corrected already: the correction's noise and shift."""
+
+    def __init__(self, scheduler: Any, correction: StepCorrection) -> None:
+        self._scheduler = scheduler
+        self._correction = correction
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
+        """The scheduler's step; see `StepCorrection.finish`."""
+        return self._correction.finish(self._scheduler.step, model_output, timestep, sample, **kwargs)
+
+
 class CorrectedScheduler(_Remembering):
-    """Stands in for a scheduler: corrects what `step` is given and forwards everything else.
+    """Stands in for a scheduler: corrects what `step` is given and returns, and forwards everything else.
 
     Reading and setting attributes reach the scheduler, except names that start with `_`: copying and pickling ask for
     those before the stand-in has any state, and forwarding them would recurse without end.
+
+    Raises UnsupportedPipeline for a correction that lessens the noise of a scheduler whose noise cannot be scaled.
     """
 
     _schedule: Any = None
 
     def __init__(self, scheduler: Any, correction: StepCorrection) -> None:
+        if correction.scales_noise and not noise_can_be_scaled(scheduler):
+            raise UnsupportedPipeline(
+                f"The correction lessens the noise of every step, which is possible with {' and '.join(SCALABLE)}, and "
+                f"the scheduler is {type(getattr(scheduler, 'uncorrected', scheduler)).__name__}. Sample with the "
+                "scheduler that it was fitted on, or fit it without its variance part (variance=False)."
+            )
         self._scheduler = scheduler
         self._correction = correction
 
@@ -202,6 +331,13 @@ class CorrectedScheduler(_Remembering):
             setattr(self._scheduler, name, value)
 
 
+def noise_can_be_scaled(scheduler: Any) -> bool:
+    """Whether the stand-in knows how to lessen the noise of this scheduler's steps."""
+    while isinstance(scheduler, CorrectedScheduler):
+        scheduler = scheduler.uncorrected
+    return any(kind.__name__ in SCALABLE for kind in type(scheduler).__mro__)
+
+
 def correction_of(scheduler: Any) -> StepCorrection | None:
     """What a pipeline's scheduler applies to predictions, None if nothing."""
     return scheduler.correction if isinstance(scheduler, CorrectedScheduler) else None
@@ -217,4 +353,5 @@ def _corrected_step(
     **kwargs: Any,
 ) -> Any:
     standing._start_anew_if_asked()
-    return inner(standing._corrected(model_output, timestep, sample), timestep, sample, *args, **kwargs)
+    guided = standing._corrected(model_output, timestep, sample)
+    return standing.correction.finish(inner, guided, timestep, sample, *args, **kwargs)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.errors import ModelError, SpecError
+from stepquant.model.first_token import FirstToken
 from stepquant.model.quantizer import WeightQuantizer
 from stepquant.model.transform import InputTransform
 
@@ -117,6 +118,10 @@ class QuantizedLayer(nn.Module):
         anything with the same call may sit here.
     input_transform: what happens to the input before anything else; its inverse is part of `weight`. None: nothing.
     branch: the part of the operator that stays in floating point; it is no part of `weight`. None: there is none.
+    first_token: of a linear layer for tokens `[B, T, C]`: the first one passes by the input quantizer, and where it is
+        the known one, its output is what it says. None: all tokens alike.
+    split, second_quantizer: of a layer whose input is two tensors side by side: `input_quantizer` is for the first
+        `split` channels, `second_quantizer` for the others. None: the input is one tensor.
     """
 
     def __init__(self, geometry: Geometry, weight: Tensor, bias: Tensor | None) -> None:
@@ -128,19 +133,50 @@ class QuantizedLayer(nn.Module):
         self.input_quantizer: nn.Module | None = None
         self.input_transform: InputTransform | None = None
         self.branch: LowRankBranch | None = None
+        self.first_token: FirstToken | None = None
+        self.second_quantizer: nn.Module | None = None
+        self.split: int | None = None
         self.on_grid = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.first_token is None:
+            return self._computed(x)
+        first, others = x[:, :1], x[:, 1:]
+        head = self.first_token(first, self._computed(first, rounded=False))
+        return torch.cat([head, self._computed(others)], 1)
+
+    def _computed(self, x: Tensor, *, rounded: bool = True) -> Tensor:
+        """The formula above; rounded: whether the input passes through its quantizer."""
         if self.input_transform is not None:
             x = self.input_transform(x)
         beside = None if self.branch is None else self.branch(x)
-        if self.input_quantizer is not None:
-            x = self.input_quantizer(x)
+        if rounded:
+            x = self._rounded(x)
         weight = self.weight
         if self.weight_quantizer is not None and not self.on_grid:
             weight = self.weight_quantizer(weight)
         y = self.geometry.apply(x, weight, self.bias)
         return y if beside is None else y + beside
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        first, second = self.input_quantizer, self.second_quantizer
+        if self.split is None or (first is None and second is None):
+            return x if first is None else first(x)
+        axis = self.geometry.channel_axis
+        parts = x.narrow(axis, 0, self.split), x.narrow(axis, self.split, self.in_features - self.split)
+        pairs = zip(parts, (first, second), strict=True)
+        return torch.cat([part if quantizer is None else quantizer(part) for part, quantizer in pairs], axis)
+
+    def split_input_(self, at: int) -> None:
+        """Have two quantizers for the input, the first for the channels before `at`.
+
+        Raises SpecError unless the layer is a convolution without groups whose input has more than `at` channels.
+        """
+        if self.geometry.kind == "linear" or self.geometry.groups != 1:
+            raise SpecError("Only the input of a convolution without groups may have two parts with a quantizer each.")
+        if not 0 < at < self.in_features:
+            raise SpecError(f"The input of {self.in_features} channels cannot be split at channel {at}.")
+        self.split = at
 
     def folded(self, weight: Tensor) -> Tensor:
         """What `self.weight` stands for in full precision: W_t less the branch, of the full-precision `weight`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from stepquant.errors import SpecError
 from stepquant.model.clock import StepClock, keep_float32
 from stepquant.numerics.affine import (
+    MIN_SCALE,
+    Levels,
     QParams,
     choose_qparams,
     dequantize,
@@ -20,7 +23,7 @@ from stepquant.numerics.affine import (
     range_of,
 )
 from stepquant.numerics.log2 import fake_quantize_log2
-from stepquant.numerics.spec import QuantSpec
+from stepquant.numerics.spec import QuantSpec, row_spec
 
 __all__ = ["DynamicQuantizer", "InputQuantizer", "LogQuantizer", "WeightQuantizer"]
 
@@ -120,11 +123,16 @@ class InputQuantizer(_TimestepTable):
     scale, zero_point `[R]` (spec.granularity "tensor") or `[R, C]` ("channel"): one row per parameter set.
     row_of_bin `[N]`: which row each timestep bin of the clock uses.
     channel_axis: where the C channels are in the activation; ignored per tensor.
+    bits: of all rows, or a number for each row, 2 to 16; None: those of the spec. Rows with other bits than the spec
+        have other levels, `-2^(bits-1)` to `2^(bits-1) - 1` or `0` to `2^bits - 1`. Equal bits up to 8 become the
+        spec's.
 
-    Raises SpecError for a spec of another granularity, and for tables of another shape.
+    Raises SpecError for a spec of another granularity, for bits out of range, and for tables of another shape.
     """
 
     zero_point: Tensor
+    qmin: Tensor
+    qmax: Tensor
 
     def __init__(
         self,
@@ -134,6 +142,7 @@ class InputQuantizer(_TimestepTable):
         row_of_bin: Tensor | None = None,
         *,
         channel_axis: int = -1,
+        bits: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if spec.granularity not in ("tensor", "channel") or spec.dynamic or spec.logarithmic:
@@ -146,19 +155,53 @@ class InputQuantizer(_TimestepTable):
                 "A quantizer per channel needs scales and zero points [rows, channels], found shapes "
                 f"{list(params.scale.shape)} and {list(params.zero_point.shape)}."
             )
-        self.spec = spec
         self.channel_axis = channel_axis
         shape = params.scale.shape if spec.granularity == "channel" else (-1,)
         self.register_buffer("scale", params.scale.detach().float().reshape(shape).clone())
         self.register_buffer("zero_point", params.zero_point.detach().float().reshape(shape).clone())
         self._set_rows(clock, row_of_bin)
+        self._set_bits(spec, bits)
+
+    def _set_bits(self, spec: QuantSpec, bits: int | Sequence[int] | None) -> None:
+        given = (spec.bits,) * self.rows if bits is None else (bits,) * self.rows if isinstance(bits, int) else bits
+        each = tuple(given)
+        if len(each) != self.rows:
+            raise SpecError(f"bits must be one number, or one for each of the {self.rows} rows, found {len(each)}.")
+        specs = [row_spec(spec, found) for found in each]
+        self.spec, self.row_bits = QuantSpec(**vars(spec)), None
+        if len({*each}) <= 1 and max(each, default=0) <= 8:
+            self.spec = replace(self.spec, bits=max(each, default=spec.bits))
+            return
+        self.row_bits = each
+        # Follow from the bits, which the structure holds: no part of the state.
+        low, high = [one.qmin for one in specs], [one.qmax for one in specs]
+        self.register_buffer("qmin", torch.tensor(low, dtype=torch.float32), persistent=False)
+        self.register_buffer("qmax", torch.tensor(high, dtype=torch.float32), persistent=False)
+
+    spec: QuantSpec
+    row_bits: tuple[int, ...] | None
+    """Bits of each row; None where all have those of the spec."""
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Bits of each row."""
+        return (self.spec.bits,) * self.rows if self.row_bits is None else self.row_bits
+
+    @property
+    def row_specs(self) -> tuple[QuantSpec, ...]:
+        """The spec of each row."""
+        return tuple(row_spec(self.spec, bits) for bits in self.bits)
 
     def current(self, x: Tensor) -> QParams:
         """Parameters at the clock's present bin(s), broadcastable against x."""
         return QParams(*self._now(x, self.scale, self.zero_point))
 
+    def levels(self, x: Tensor) -> QuantSpec | Levels:
+        """Lowest and highest level at the clock's present bin(s): the spec, unless rows have bits of their own."""
+        return self.spec if self.row_bits is None else Levels(*self._now(x, self.qmin, self.qmax))
+
     def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.current(x), self.spec)
+        return fake_quantize(x, self.current(x), self.levels(x))
 
 
 class LogQuantizer(_TimestepTable):
@@ -202,15 +245,27 @@ class LogQuantizer(_TimestepTable):
 
 
 class DynamicQuantizer(nn.Module):
-    """Quantizer whose range is that of the tensor at hand: per tensor (of one sample) or per token (last axis)."""
+    """Quantizer whose range is that of the tensor at hand: per tensor (of one sample) or per token (last axis).
+
+    Per channel and token, x `[B, ..., C]` of N tokens a sample:
+
+        s_c = max_n |x_nc|,   d_n = max_c |x_nc / s_c|,   x_hat_nc = s_c (d_n / qmax) round(qmax x_nc / (s_c d_n))
+
+    Where a sample is a single token, s would be the token itself, and is 1.
+    Source: LSGQuant (arXiv:2602.03182), the dynamic range adaptive quantizer.
+    """
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__()
-        if not spec.dynamic or spec.granularity not in ("tensor", "token"):
-            raise SpecError(f"A dynamic quantizer works per tensor or per token, found {spec}.")
+        if not spec.dynamic or spec.granularity not in ("tensor", "token", "channel_token"):
+            raise SpecError(
+                f"A dynamic quantizer works per tensor or per token, or per channel and token, found {spec}."
+            )
         self.spec = spec
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.spec.granularity == "channel_token":
+            return self._by_channel_and_token(x)
         if self.spec.granularity == "token":
             low, high = range_of(x.detach(), self.spec)
         else:
@@ -218,3 +273,15 @@ class DynamicQuantizer(nn.Module):
             shape = (x.shape[0],) + (1,) * (x.ndim - 1)
             low, high = flat.amin(1).reshape(shape), flat.amax(1).reshape(shape)
         return fake_quantize(x, choose_qparams(low, high, self.spec), self.spec)
+
+    def _by_channel_and_token(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        between = tuple(range(1, x.ndim - 1))
+        sizes = wide.detach().abs()
+        if x.shape[1:-1].numel() > 1:
+            channels = sizes.amax(between, keepdim=True).clamp(min=MIN_SCALE)
+        else:
+            channels = torch.ones_like(sizes[:1])
+        scale = ((sizes / channels).amax(-1, keepdim=True) / self.spec.qmax).clamp(min=MIN_SCALE)
+        rounded = fake_quantize(wide / channels, QParams(scale, torch.zeros_like(scale)), self.spec)
+        return (rounded * channels).to(x.dtype)

@@ -18,6 +18,7 @@ from stepquant.errors import SpecError
 from stepquant.numerics.spec import QuantSpec
 
 __all__ = [
+    "Levels",
     "QParams",
     "choose_qparams",
     "dequantize",
@@ -39,14 +40,22 @@ class QParams(NamedTuple):
     zero_point: Tensor
 
 
+class Levels(NamedTuple):
+    """Lowest and highest level, inclusive, as tensors that broadcast against x: where samples have different bits."""
+
+    qmin: Tensor
+    qmax: Tensor
+
+
 def grouped(x: Tensor, spec: QuantSpec) -> Tensor:
     """View a weight `[O, ...]` so that elements sharing a scale lie in the last axis.
 
-    tensor: `[1, N]`; channel: `[O, N/O]`; group: `[O, G, group_size]`; token: `[..., C]` as it is.
+    tensor: `[1, N]`; channel: `[O, N/O]`; group: `[O, G, group_size]`; token, channel_token: `[..., C]`
+    as it is.
     """
     if spec.granularity == "tensor":
         return x.reshape(1, -1)
-    if spec.granularity == "token":
+    if spec.granularity in ("token", "channel_token"):
         return x
     rows = x.reshape(x.shape[0], -1)
     if spec.granularity == "channel":
@@ -91,12 +100,14 @@ def choose_qparams(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
     return QParams(scale, zero_point)
 
 
-def quantize(x: Tensor, params: QParams, spec: QuantSpec) -> Tensor:
+def quantize(x: Tensor, params: QParams, spec: QuantSpec | Levels) -> Tensor:
     """Levels of x as whole numbers in x's floating dtype (float32 for half precision)."""
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
     # In place on the fresh quotient: four temporaries of the tensor's size less.
-    return torch.div(x, params.scale).round_().add_(params.zero_point).clamp_(spec.qmin, spec.qmax)
+    ends: Any = spec.qmin, spec.qmax  # two numbers or two tensors
+    result: Tensor = torch.div(x, params.scale).round_().add_(params.zero_point).clamp_(*ends)
+    return result
 
 
 def dequantize(levels: Tensor, params: QParams) -> Tensor:
@@ -104,7 +115,7 @@ def dequantize(levels: Tensor, params: QParams) -> Tensor:
     return (levels - params.zero_point) * params.scale
 
 
-def fake_quantize(x: Tensor, params: QParams, spec: QuantSpec) -> Tensor:
+def fake_quantize(x: Tensor, params: QParams, spec: QuantSpec | Levels) -> Tensor:
     """Quantize and dequantize, with straight-through gradients to x and scale; the zero point gets none.
 
         dx_hat/dx     = 1 inside the range, 0 outside
@@ -115,7 +126,7 @@ def fake_quantize(x: Tensor, params: QParams, spec: QuantSpec) -> Tensor:
     """
     if torch.is_grad_enabled() and (x.requires_grad or params.scale.requires_grad):
         apply: Any = _FakeQuantize.apply
-        result: Tensor = apply(x, params.scale, params.zero_point, spec.qmin, spec.qmax)
+        result: Tensor = apply(x, params.scale, params.zero_point, spec)
         return result
     return quantize(x, params, spec).sub_(params.zero_point).mul_(params.scale).to(x.dtype)
 
@@ -128,17 +139,17 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-        y = _shifted(x, scale, zero_point).clamp_(qmin, qmax).sub_(zero_point).mul_(scale)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec | Levels) -> Tensor:
+        ctx.ends = spec.qmin, spec.qmax
+        y: Tensor = _shifted(x, scale, zero_point).clamp_(*ctx.ends).sub_(zero_point).mul_(scale)
         ctx.save_for_backward(x, scale, zero_point, y)
-        ctx.bounds = qmin, qmax
         return y.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, scale, zero_point, y = ctx.saved_tensors
         shifted = _shifted(x, scale, zero_point)
-        clipped = shifted.clamp(*ctx.bounds)
+        clipped = shifted.clamp(*ctx.ends)
         inside = torch.eq(clipped, shifted, out=clipped).to(grad.dtype)
         grad_x = inside.mul_(grad)
         grad_scale = None
@@ -146,7 +157,7 @@ class _FakeQuantize(torch.autograd.Function):
             # (q - z) is y / scale everywhere, and x / scale only counts inside the range.
             terms = (grad * y).sub_(grad_x * x)
             grad_scale = terms.div_(scale).sum_to_size(scale.shape).to(scale.dtype)
-        return (grad_x if ctx.needs_input_grad[0] else None), grad_scale, None, None, None
+        return (grad_x if ctx.needs_input_grad[0] else None), grad_scale, None, None
 
 
 def _shifted(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

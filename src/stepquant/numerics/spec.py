@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, get_args
 
 from stepquant.errors import SpecError
 
-__all__ = ["Granularity", "LayerScheme", "QuantSpec", "parse_bits", "scheme_for"]
+__all__ = ["Granularity", "LayerScheme", "QuantSpec", "RowSpec", "parse_bits", "row_spec", "scheme_for"]
 
-Granularity = Literal["tensor", "channel", "group", "token"]
+Granularity = Literal["tensor", "channel", "group", "token", "channel_token"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class QuantSpec:
     bits: 2 to 8.
     granularity: which elements share a scale: the whole tensor, one output channel (axis 0; for an
         activation, one of its own channels), `group_size` consecutive weights of one output channel, or one token
-        (activations only: everything but the last axis).
+        (activations only: everything but the last axis). "channel_token" has two factors, one for each channel of a
+        sample and one for each token (symmetric dynamic activations only).
     symmetric: zero point fixed at level 0 and levels from -2^(bits-1); otherwise levels start at 0 and the zero point
         is fitted.
     nonnegative: the tensor is never below zero (softmax output): the zero point is `qmin` and all levels are spent
@@ -38,11 +39,15 @@ class QuantSpec:
     group_size: int | None = None
     logarithmic: bool = False
 
+    most_bits: ClassVar[int] = 8
+
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            raise SpecError(f"bits must be a whole number from 2 to 8, found {self.bits!r}.")
-        if self.granularity not in ("tensor", "channel", "group", "token"):
-            raise SpecError(f"granularity must be tensor, channel, group or token, found {self.granularity!r}.")
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= self.most_bits:
+            raise SpecError(f"bits must be a whole number from 2 to {self.most_bits}, found {self.bits!r}.")
+        if self.granularity not in get_args(Granularity):
+            raise SpecError(
+                f"granularity must be one of {', '.join(get_args(Granularity))}, found {self.granularity!r}."
+            )
         if (self.granularity == "group") != (self.group_size is not None):
             raise SpecError(
                 f"group_size goes with granularity 'group' and only with it, found granularity {self.granularity!r} "
@@ -54,6 +59,11 @@ class QuantSpec:
             raise SpecError("A tensor that is never negative wastes half of a symmetric range: choose one of the two.")
         if self.granularity == "token" and not self.dynamic:
             raise SpecError("One scale per token is only known at run time: granularity 'token' needs dynamic=True.")
+        if self.granularity == "channel_token" and not (self.dynamic and self.symmetric):
+            raise SpecError(
+                "Scales of channels and tokens are only known at run time, and both are sizes: granularity "
+                "'channel_token' needs dynamic=True and symmetric=True."
+            )
         if self.logarithmic and (not self.nonnegative or self.dynamic or self.granularity != "tensor"):
             raise SpecError(
                 "Levels at powers of two are for static tensors that are never negative, with one scale: logarithmic "
@@ -72,12 +82,26 @@ class QuantSpec:
 
 
 @dataclass(frozen=True)
+class RowSpec(QuantSpec):
+    """Of one parameter set of an activation over time, which may have up to 16 bits. For arithmetic, not for schemes:
+    beyond 8 bits levels fit no byte, so that no engine runs them.
+    """
+
+    most_bits: ClassVar[int] = 16
+
+
+def row_spec(spec: QuantSpec, bits: int) -> RowSpec:
+    """A spec with other bits, up to 16. Raises SpecError for a number out of range."""
+    return RowSpec(**{**vars(spec), "bits": bits})
+
+
+@dataclass(frozen=True)
 class LayerScheme:
     """How one layer is quantized. None leaves that tensor in floating point.
 
     weight: the weight of a convolution or linear layer; must be None for a matmul.
     input: the layer's input; the left operand of a matmul.
-    second: the right operand of a matmul; None for every other layer.
+    second: the right operand of a matmul, or the second part of an input that is split; None for every other layer.
     """
 
     weight: QuantSpec | None = None
