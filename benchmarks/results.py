@@ -35,10 +35,11 @@ from stepquant.evaluate.drift import measure_drift
 from stepquant.evaluate.features import DigitFeatures, weights_identity
 from stepquant.evaluate.frechet import FeatureStatistics, frechet_distance
 from stepquant.evaluate.paired import PairedMetrics
-from stepquant.methods import ADD_ONS, METHODS
+from stepquant.methods import ADD_ONS, METHODS, PRESETS
 from stepquant.model.correction import correction_of
 from stepquant.model.families import find_denoiser
 from stepquant.numerics.spec import parse_bits
+from stepquant.recipe import Recipe
 from stepquant.run import Run
 
 MOST_BITS = 8
@@ -51,8 +52,15 @@ DRIFT_IMAGES = 64
 BITS = ("W8A8", "W4A8", "W6A6", "W4A4", "W3A6")
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
+    "rtn, a row per step": ("rtn", {"rows": "step"}),
+    "layerwise, one row": ("layerwise", {"rows": "shared"}),
+    "layerwise": ("layerwise", {}),
+    "layerwise+ptqd": ("layerwise+ptqd", {}),
+    "layerwise+tac": ("layerwise+tac", {}),
     "q_diffusion": ("q_diffusion", {}),
     "q_diffusion, layers first": ("q_diffusion", {"layer_rounding": True}),
+    "q_diffusion, layers first, a row per step": ("q_diffusion", {"layer_rounding": True, "rows": "step"}),
+    **{method: (method, {}) for method in ("ptq4dm", "eda_dm", "pcr", "tfmq_dm", "tdq", "tcaq_dm", "svdquant")},
     "gac, layers first": ("gac", {"layer_rounding": True}),
     "adp_dm, layers first": ("adp_dm", {"rounding": "layers"}),
     **{
@@ -61,7 +69,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         for window in (5, 2, 10, 20, 1)
     },
     "accuquant identity M=5, scales only": ("accuquant", {"gradient": "identity", "window": 5, "learn_weights": False}),
-    "layers": ("combined", {"window_iterations": 0}),
+    "accuquant identity M=5, a row per step": ("accuquant", {"gradient": "identity", "window": 5, "rows": "step"}),
+    "accuquant identity M=5, scales only, a row per step": (
+        "accuquant",
+        {"gradient": "identity", "window": 5, "learn_weights": False, "rows": "step"},
+    ),
     "combined": ("combined", {}),
     "combined with a row per window": ("combined", {"rows": "window", "row_windows": (5, 5, 5, 5)}),
     "combined with row groups": ("combined", {"rows": "groups"}),
@@ -90,14 +102,16 @@ def settings(variant: str, evaluations: int) -> dict[str, Any]:
     over one denoising step; the window gradients that recompute cost 4 * batch a step. Passes that capture the inputs
     of layers and blocks come on top, and are in the table.
 
+    Methods that are not named below have their quick preset with the table's samples, and `iterations` of the budget.
+
     AccuQuant and `combined` round layers from Gram matrices and spend all of it on windows. What a variant of
     `combined` adds (row groups, weighted blocks, block scales) comes on top of the budget; `evaluations` has it.
     """
     method, options = VARIANTS[variant]
     common = {"samples": SAMPLES, "batch": BATCH, "samples_per_step": 8}
     iterations = evaluations // (3 * BATCH)
-    if method == "rtn":
-        return common
+    if method.partition("+")[0] in ("rtn", "layerwise"):
+        return common | options | ({} if method == "rtn" else {"together": 4})
     if method in ("q_diffusion", "gac"):
         # Two thirds for rounding, one third for scales.
         own = {
@@ -114,6 +128,9 @@ def settings(variant: str, evaluations: int) -> dict[str, Any]:
         rounds = max(1, evaluations // (3 * BATCH * (STEPS + 4)))
         searching = {"rounds": rounds, "lr_logits": 0.2, "prior": 2.0, "target": "full_precision"}
         return common | searching | {"together": 4} | options
+    if method not in ("accuquant", "combined"):
+        own = PRESETS[method]["quick"] | {"samples": SAMPLES}
+        return own | ({"iterations": iterations} if "iterations" in own else {}) | options
     learning = {"lr_weights": LR_WEIGHTS, "lr_scales": 1e-2, "together": 4, "block_iterations": 0}
     if method == "combined":
         own = {"scale_iterations": 0, "search_rounds": 4, "compensation": False, "sample_weights": False}
@@ -121,6 +138,13 @@ def settings(variant: str, evaluations: int) -> dict[str, Any]:
     passes = 3 if options["gradient"] == "per_step" else 4
     windows = {"layer_rounding": True, "iterations": evaluations // (passes * BATCH * options["window"])}
     return common | learning | windows | options
+
+
+def recipe_of(variant: str, weights: int | None, activations: int | None, options: Mapping[str, Any]) -> Recipe:
+    """The recipe of a variant; the part of its method behind a plus is an add-on with its defaults."""
+    method, _, extra = VARIANTS[variant][0].partition("+")
+    recipe = METHODS[method](weights=weights, activations=activations, **options)
+    return recipe.then(*ADD_ONS[extra]()) if extra else recipe
 
 
 class Reference:
@@ -187,7 +211,7 @@ def run(args: argparse.Namespace) -> None:
         began = time.perf_counter()
         weights, activations = parse_bits(bits)
         options = settings(base, args.evaluations)
-        recipe = METHODS[VARIANTS[base][0]](weights=weights, activations=activations, **options)
+        recipe = recipe_of(base, weights, activations, options)
         quantized = quantize(reference.pipe, recipe, steps=STEPS, run=Run(seed=seed))
         spent, pipe = _evaluations(quantized.figures), quantized.pipe
         for name in variants:
@@ -287,7 +311,7 @@ def memory_of(args: argparse.Namespace) -> None:
     sample(pipe, seeds=list(range(BATCH)), steps=2, batch_size=BATCH)
     base = variant.removesuffix("+cec")
     # Long enough for every stage to reach its peak; iterations after the first do not add to it.
-    recipe = METHODS[VARIANTS[base][0]](weights=4, activations=8, **settings(base, 1500))
+    recipe = recipe_of(base, 4, 8, settings(base, 1500))
     recipe = recipe if base == variant else recipe.then(*ADD_ONS["cec"](**CORRECTION))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     quantize(pipe, recipe, steps=STEPS, run=Run())

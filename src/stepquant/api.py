@@ -13,6 +13,7 @@ import hashlib
 import importlib.resources
 import inspect
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,8 +27,12 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from stepquant.calibrate.compensation import Compensate, EstimatorChoice, Regressor
+from stepquant.calibrate.noise_correction import CorrectNoise
+from stepquant.calibrate.split import agree_
 from stepquant.calibrate.stages import Record
+from stepquant.calibrate.steps import forked_devices
 from stepquant.calibrate.trajectory import Trajectory, quiet
+from stepquant.calibrate.walked_correction import CorrectProgressively
 from stepquant.checkpoint import load_checkpoint, save_checkpoint
 from stepquant.engines.base import GraphEngine, place
 from stepquant.errors import CheckpointError, ModelError, SpecError, UnsupportedPipeline, nearest
@@ -39,9 +44,10 @@ from stepquant.model.pipeline import arguments_of_batch
 from stepquant.model.schedule import ScheduleFingerprint, guard_schedule
 from stepquant.model.surgery import check_finite, quantized_layers
 from stepquant.pretrained import attach_
+from stepquant.processes import ALONE, Processes
 from stepquant.recipe import Checked, Job, Recipe
 from stepquant.run import Progress, Run, SilentProgress
-from stepquant.work_folder import WorkFolder, hold
+from stepquant.work_folder import WorkFolder, opened
 
 __all__ = [
     "SHIPPED_MODELS",
@@ -154,8 +160,15 @@ class Quantized:
 
 
 def _summary(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures that belong into a checkpoint: numbers and words, not curves, and no times (bytes must repeat)."""
-    return {key: value for key, value in figures.items() if isinstance(value, int | str) and key != "seconds"}
+    """The figures that belong into a checkpoint: numbers and words, not curves, and no times (bytes must repeat).
+
+    Infinity and NaN as words: JSON has none.
+    """
+    return {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in figures.items()
+        if isinstance(value, int | float | str) and key != "seconds"
+    }
 
 
 def quantize(
@@ -175,6 +188,7 @@ def quantize(
     arguments: what the pipeline is called with beside seeds and steps (prompts, guidance scale, class labels).
     base_model: what the checkpoint will say it was made from.
     resume: go on with what `run.work` holds of the same run.
+    run: may name several processes that all call this with the same arguments; every one gets the result.
 
     Raises ModelError for a model that cannot be quantized (NaN weights, no denoiser), UnsupportedPipeline if its
     sampling cannot be replayed, SpecError for settings that fit no layer.
@@ -191,10 +205,15 @@ def quantize(
         for stage in recipe.stages:
             if isinstance(stage, Checked):
                 stage.check(job)
-        with nullcontext() if run.work is None else hold(run.work):
-            work = None
-            if run.work is not None:
-                work = WorkFolder(run.work, _identity(recipe, run, steps, job.arguments, full_precision), resume=resume)
+        identity = {}
+        if run.work is not None or run.processes.count > 1:
+            identity = _identity(recipe, run, steps, job.arguments, full_precision)
+            run.processes.check_same("runs", {**identity, "work": run.work is not None, "resume": resume})
+        with (
+            nullcontext()
+            if run.work is None
+            else opened(run.work, identity, resume=resume, processes=run.processes) as work
+        ):
             figures = _run_stages(job, recipe, work)
     if "plan" not in job.handed:
         raise SpecError(f"Recipe {recipe.name!r} places no quantizers: it needs the stage Place.")
@@ -217,6 +236,10 @@ def quantize(
         base_model=base_model,
         figures=tuple(figures),
     )
+
+
+_CORRECTING_STAGES = {stage.__name__ for stage in (Compensate, CorrectNoise, CorrectProgressively)}
+_CORRECTING_METHODS = ("cec", "ptqd", "d2_dpm", "tac")
 
 
 @dataclass(frozen=True)
@@ -245,9 +268,9 @@ class Compensated:
         """
         before = self.manifest
         recipe: Mapping[str, Any] = {} if before is None else before.recipe
-        name = str(recipe.get("name", "")).removesuffix("+cec")
         # An earlier correction has been replaced, so it is no part of how this one came about.
-        stages = [stage for stage in recipe.get("stages", []) if stage.get("stage") != "Compensate"]
+        kept = [part for part in str(recipe.get("name", "")).split("+") if part not in ("", *_CORRECTING_METHODS)]
+        stages = [stage for stage in recipe.get("stages", []) if stage.get("stage") not in _CORRECTING_STAGES]
         stage = {"stage": "Compensate", **TypeAdapter(Compensate).dump_python(self.settings, mode="json")}
         own = {"seed": self.seed, "stages": [_summary(figures) for figures in self.figures]}
         save_checkpoint(
@@ -258,7 +281,7 @@ class Compensated:
             base_model="" if before is None else before.base_model,
             created=_today(),
             schedule=self.schedule.to_dict(),
-            recipe={**recipe, "name": f"{name}+cec" if name not in ("", "cec") else "cec", "stages": [*stages, stage]},
+            recipe={**recipe, "name": "+".join([*kept, "cec"]), "stages": [*stages, stage]},
             run={**({} if before is None else before.run), "compensation": own},
             overwrite=overwrite,
         )
@@ -390,6 +413,7 @@ def _run_stages(job: Job, recipe: Recipe, work: WorkFolder | None) -> list[dict[
         found = stage.run(job)
         entry = {"stage": type(stage).__name__, "seconds": round(time.perf_counter() - began, 3), **found}
         figures.append(entry)
+        agree_(job, stage.gives)
         if work is not None:
             work.finish(job, stage, entry)
         job.run.finished(number, entry)
@@ -444,17 +468,26 @@ def sample(
     batch_size: int = 16,
     arguments: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> Tensor:
     """Images `[N, C, H, W]` in [0, 1], float32 on the CPU, one per seed; videos are `[N, frames, C, H, W]`.
 
     Every image has a generator of its own, so the noise of image 17 does not depend on which other seeds are asked for.
     Batches of another size may add in another order: equal up to rounding, which a quantizer can turn into a level.
     arguments: further arguments of the pipeline's call; a list with one entry per seed is cut with the seeds.
+    processes: take turns with the batches; all of them get all images, the same as one process alone would sample.
     Raises UnsupportedPipeline for a pipeline that returns neither images nor frames.
     """
-    return torch.cat(
-        list(sampled(pipe, seeds=seeds, steps=steps, batch_size=batch_size, arguments=arguments, progress=progress))
+    batches = sampled(
+        pipe,
+        seeds=seeds,
+        steps=steps,
+        batch_size=batch_size,
+        arguments=arguments,
+        progress=progress,
+        processes=processes,
     )
+    return torch.cat(list(batches))
 
 
 @torch.no_grad()
@@ -466,26 +499,35 @@ def sampled(
     batch_size: int = 16,
     arguments: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> Iterator[Tensor]:
     """Like `sample`, batch by batch."""
     seeds = list(seeds)
     if not seeds or batch_size < 1:
         raise SpecError(f"Sampling needs at least one seed and a batch size of at least 1, found {len(seeds)} seeds.")
     accepted = inspect.signature(pipe.__call__).parameters
-    with quiet(pipe), (progress or SilentProgress()).track("Sampling", len(seeds)) as advance:
-        for start in range(0, len(seeds), batch_size):
-            chunk = seeds[start : start + batch_size]
-            own = arguments_of_batch(arguments or {}, slice(start, start + batch_size), len(seeds))
-            generators = [torch.Generator().manual_seed(seed) for seed in chunk]
-            offered = {"batch_size": len(chunk), "num_inference_steps": steps, "output_type": "np"}
-            if any(key.startswith("prompt") for key in own) and isinstance(own.get("prompt"), list):
-                offered.pop("batch_size")
-            known = {key: value for key, value in offered.items() if key in accepted and key not in own}
+
+    def images_of(start: int) -> Tensor:
+        chunk = seeds[start : start + batch_size]
+        own = arguments_of_batch(arguments or {}, slice(start, start + batch_size), len(seeds))
+        generators = [torch.Generator().manual_seed(seed) for seed in chunk]
+        offered = {"batch_size": len(chunk), "num_inference_steps": steps, "output_type": "np"}
+        if any(key.startswith("prompt") for key in own) and isinstance(own.get("prompt"), list):
+            offered.pop("batch_size")
+        known = {key: value for key, value in offered.items() if key in accepted and key not in own}
+        # Pipelines that do not hand their generators to the scheduler (DiT) draw from the global one, which must not
+        # remember the batches before, nor be left changed.
+        with torch.random.fork_rng(devices=forked_devices(torch.device(getattr(pipe, "device", "cpu")))):
+            torch.manual_seed(chunk[0])
             # A list of one generator is taken by diffusers as one generator for the batch: the same thing here.
             output = pipe(generator=generators, **known, **own)
-            images = torch.from_numpy(_pictures(pipe, output)).movedim(-1, -3).float()
-            advance(len(chunk))
-            yield images.contiguous()
+        return torch.from_numpy(_pictures(pipe, output)).movedim(-1, -3).float().contiguous()
+
+    starts = range(0, len(seeds), batch_size)
+    with quiet(pipe), (progress or SilentProgress()).track("Sampling", len(seeds)) as advance:
+        for start, images in zip(starts, processes.in_turn(images_of, starts), strict=True):
+            advance(len(seeds[start : start + batch_size]))
+            yield images
 
 
 def _pictures(pipe: Any, output: Any) -> np.ndarray[Any, Any]:

@@ -93,6 +93,11 @@ class Recipe:
                     f"Stage {number + 1} of recipe {self.name!r}, {type(stage).__name__}, needs "
                     f"{', '.join(sorted(missing))}, which no stage before it gives."
                 )
+            if "correction" in stage.gives & have:
+                raise SpecError(
+                    f"Stage {number + 1} of recipe {self.name!r}, {type(stage).__name__}, fits a correction, and a "
+                    "stage before it has fitted one already, which it would replace. Keep one of them."
+                )
             have |= stage.gives
 
     def then(self, *stages: Stage, name: str | None = None) -> Recipe:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tiny
 from stepquant.api import Quantized, quantize, sample
-from stepquant.calibrate import group_search, window_fitting
+from stepquant.calibrate import group_search, timestep_net, window_fitting
 from stepquant.calibrate.rounding import SoftRounding, input_scales
 from stepquant.calibrate.stages import calibration_seeds
 from stepquant.calibrate.window_fitting import FitWindows
@@ -31,6 +31,7 @@ STEPS = 4
 COMMON: dict[str, Any] = {"samples": 2, "batch": 2}
 SETTINGS: dict[str, dict[str, Any]] = {
     "rtn": {},
+    "layerwise": {"together": 8},
     "q_diffusion": {"iterations_weights": 3, "iterations_activations": 2, "lr_weights": 5e-2},
     "accuquant": {
         "iterations": 10,
@@ -43,6 +44,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "gac": {"iterations_weights": 3, "iterations_activations": 2, "lr_weights": 5e-2, "meta_iterations": 1},
     "cec": {"held_out": 2},
+    "ptqd": {
+        "draws": 6,
+        "iterations_weights": 3,
+        "iterations_activations": 2,
+        "lr_weights": 5e-2,
+        "activations": 4,
+        "step_bits": (4, 8),
+    },
+    "d2_dpm": {"draws": 6, "iterations_weights": 3, "iterations_activations": 2, "lr_weights": 5e-2},
+    "tac": {},
     "ptq4dm": {"iterations": 3, "lr_weights": 5e-2, "draws": 6},
     "pqd": {"iterations": 3, "lr_weights": 5e-2, "draws": 6},
     "eda_dm": {"iterations": 3, "lr_weights": 5e-2, "draws": 6},
@@ -57,6 +68,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lr_weights": 5e-2,
         "compensation": False,
     },
+    "lsgquant": {"rank": 2, "refits": 1, "light": 2, "most": 5},
+    "tfmq_dm": {"iterations": 3, "lr_weights": 5e-2},
+    "tdq": {"iterations": 3, "together": 8},
+    "mixdq": {"sensitivity_samples": 2, "bits": (2, 8)},
     "tcaq_dm": {"rounds": 1, "together": 8},
     "ptq4dit": {"together": 8},
     "vidit_q": {"layer_rounding": True, "together": 8},
@@ -203,7 +218,12 @@ INTERRUPTIONS = {
     "eda_dm": [("Observing", 1), ("block by block", 2)],
     "pcr": [("Calibrating step by step", 3)],
     "adp_dm": [("Searching timestep groups", 2)],
+    "tfmq_dm": [("temporal block", 2), ("block by block", 2), ("Observing step by step", 3)],
+    "tdq": [("Learning step sizes", 3)],
+    "mixdq": [("content and quality", 5), ("Observing activations", 1)],
     "cec": [("Fitting corrections", 2)],
+    "ptqd": [("Choosing bits", 3), ("Measuring quantization noise", 2)],
+    "tac": [("Correcting step by step", 2)],
     "tcaq_dm": [("layer by layer", 2), ("Watching softmax", 1)],
     "ptq4dit": [("Balancing channels", 2)],
     "vidit_q": [("Rotating channels", 2)],
@@ -225,6 +245,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     # Kept after iterations 3, 6 and 9 of 10; weights are settled from the ninth on.
     monkeypatch.setattr(window_fitting, "KEEP_EVERY", 3)
     monkeypatch.setattr(group_search, "KEEP_EVERY", 1)
+    monkeypatch.setattr(timestep_net, "KEEP_EVERY", 1)
     progress = Interrupt(what, tick)
     with pytest.raises(KeyboardInterrupt):
         quantize(pipe_of(), recipe_of(method), steps=STEPS, run=Run(work=tmp_path, progress=progress))

@@ -20,6 +20,8 @@ METHODS_HERE: dict[str, dict[str, Any]] = {
     "vidit_q": {},
     "ptq4dit": {"together": 4},
     "tcaq_dm": {"rounds": 1, "together": 4},
+    "lsgquant": {"rank": 4, "refits": 2, "light": 5, "most": 60},
+    "layerwise": {"together": 4},
 }
 
 

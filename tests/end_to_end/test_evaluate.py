@@ -195,6 +195,9 @@ def test_bad_images_are_named_and_nothing_is_left(stepquant: Stepquant, here: Pa
     Image.new("L", (9, 8)).save(folder("wide") / "000006.png")
     (folder("fewer") / "000008.png").unlink()
     Image.new("RGB", (8, 8)).save(folder("stray") / "holiday.png")
+    Image.new("RGB", (8, 8)).save(folder("mixed") / "000007.png")
+    (folder("text") / "000006.png").write_text("no image")
+    (folder("nothing") / "000008.png").write_bytes(b"")
     for seed in range(5, 9):
         Image.new("RGB", (8, 8)).save(here / f"coloured-{seed}.png")
     coloured = here / "coloured"
@@ -205,11 +208,14 @@ def test_bad_images_are_named_and_nothing_is_left(stepquant: Stepquant, here: Pa
     for name, words in (
         ("cut", "000007.png cannot be read as a PNG image"),
         ("wide", "000006.png is (1, 8, 9), but 000005.png is (1, 8, 8)"),
+        ("mixed", "000007.png is (3, 8, 8), but 000005.png is (1, 8, 8)"),
+        ("text", "000006.png cannot be read as a PNG image"),
+        ("nothing", "000008.png cannot be read as a PNG image"),
         ("fewer", "fewer has no images of 1 of the 4 seeds, the first of them 8"),
         ("stray", "holiday.png is not named by its seed"),
         ("coloured", "images and coloured give images of different shapes: [1, 8, 8] and [3, 8, 8]"),
     ):
-        status, out, err = stepquant("images", "--against", name, "--batch-size", 1)
+        status, out, err = stepquant("images", "--against", name, "--batch-size", 1, "--json", "results.json")
         assert (status, out) == (1, "")
         assert words in err.replace("\n", " ")
         assert written(here) == before
@@ -222,6 +228,9 @@ def test_calibration_seeds_are_refused(stepquant: Stepquant, here: Path) -> None
     assert "checkpoint was calibrated on 1 of these 2 seeds, the first of them 1000001" in err.replace("\n", " ")
     assert written(here) == []
     assert stepquant(*command, "--allow-calibration-seeds")[0] == 0
+    status, _, err = stepquant("model", "--against", "checkpoint", "--seeds", "1000000")
+    assert status == 1
+    assert "checkpoint was calibrated on 1 of these 1 seeds" in err.replace("\n", " ")
 
 
 def test_missing_weights_cost_only_their_own_figures(stepquant: Stepquant, here: Path) -> None:
@@ -244,6 +253,28 @@ def test_other_schedules_are_refused(stepquant: Stepquant, here: Path) -> None:
     assert status == 1
     assert "other and model do not sample on the same schedule" in err.replace("\n", " ")
     assert "beta_end is 0.03 instead of 0.02" in err.replace("\n", " ")
+
+
+def test_other_sizes_are_refused(stepquant: Stepquant, here: Path) -> None:
+    unet = tiny.tiny_unet()
+    unet.register_to_config(sample_size=12)
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(here / "larger")
+    before = written(here)
+    status, out, err = stepquant("larger", "--against", "model", "--steps", STEPS, "--seeds", "0-3", "--batch-size", 2)
+    assert (status, out) == (1, "")
+    assert "larger and model give images of different shapes: [1, 12, 12] and [1, 8, 8]" in err.replace("\n", " ")
+    assert written(here) == before
+
+
+def test_a_single_image(stepquant: Stepquant, here: Path) -> None:
+    """Too few for everything that is a distance of distributions; the rest is measured."""
+    status, out, err = stepquant("checkpoint", "--seeds", "7", "--features", "digits", "--json")
+    assert (status, out) == (1, "")
+    assert "got images of shape (1, 1, 8, 8), expected [B, 1, 32, 32]" in err.replace("\n", " ")
+    assert written(here) == []
+    status, out, _ = stepquant("checkpoint", "--seeds", "7", "--json")
+    assert status == 0
+    assert {"psnr", "mae", "drift_final"} <= set(json.loads(out)["metrics"])
 
 
 def test_a_candidate_that_names_no_reference(stepquant: Stepquant, here: Path) -> None:

@@ -387,6 +387,15 @@ def test_what_was_not_measured_is_left_out_or_said_so() -> None:
     assert "Fréchet distance to real data" not in page
 
 
+def test_without_images_the_page_says_so(tmp_path: Path) -> None:
+    images: Any = {"seeds": [1, 2], "candidates": [], "notes": ["No images: told why."]}
+    write_report([a_result()], images, [an_inspection()], tmp_path / "report.html", origins=[an_origin()])
+    page = (tmp_path / "report.html").read_text()
+    assert "There are no images on this page" in page
+    assert "No images: told why." in page
+    assert "data-exact" not in page.split("<script")[0]
+
+
 def test_nothing_measured_at_all_is_still_a_page() -> None:
     result = a_result() | {"metrics": {}, "drift": {}}
     assert "has no figure that says how close it is" in render_report([result], some_images(1), [an_inspection()])

@@ -40,6 +40,8 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
+from stepquant.calibrate.decoupled import decoupled_scores
+from stepquant.calibrate.outlier_token import KeepFirstToken
 from stepquant.calibrate.ranges import SAMPLE_MARGIN_BITS, RangeRule
 from stepquant.calibrate.sensitivity import (
     SCORES,
@@ -218,11 +220,13 @@ class Allocate:
         activation_bits.
     activation_bits: average bits of activations; None leaves them as `place` has them.
     bits: candidates beside full precision.
-    score: "final", "incoherent", "mse" or "relative_mse", see `calibrate.sensitivity`.
+    score: "final", "incoherent", "mse", "relative_mse" or "decoupled", see `calibrate.sensitivity`.
     samples: recorded images for the sensitivities, up to whole mini-batches. projections: random vectors for each.
     held_out: recorded images to measure on, the last ones, up to whole mini-batches; never those above.
     refine: changes of the solution to measure. measured_runs: the most for `max_drift`.
     ranges: rule of weight and activation ranges, as for the stages behind.
+    first_token: keep the first token of prompts out of quantizers while bits are found, as the same stage behind this
+        one does; with the score "decoupled" only, which samples with the layers as they will be.
     """
 
     place: Place
@@ -238,6 +242,7 @@ class Allocate:
     refine: int = 8
     measured_runs: int = 6
     ranges: RangeRule = "mse"
+    first_token: KeepFirstToken | None = None
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories"})
     gives: ClassVar[frozenset[str]] = frozenset({"model", "plan"})
@@ -261,6 +266,8 @@ class Allocate:
             raise SpecError(
                 f"max_drift needs a score in units of the final state, final or incoherent, not {self.score}."
             )
+        if self.first_token is not None and self.score != "decoupled":
+            raise SpecError(f"first_token of Allocate goes with the score decoupled, not with {self.score}.")
         counts = {"samples": self.samples, "projections": self.projections, "held_out": self.held_out}
         if min(counts.values()) < 1 or self.refine < 0 or self.measured_runs < 1:
             raise SpecError(f"{counts} and measured_runs must be at least 1, refine at least 0.")
@@ -268,17 +275,23 @@ class Allocate:
     def check(self, job: Job) -> None:
         """Budgets that no choice of weights can keep, and all that `Place` checks, before anything is recorded."""
         self.place.check(job)
+        denoiser, problem = self._unrun_problem(job)
+        costs = _costs_of(problem, denoiser, {})
+        self._check_budgets(replace(problem, items=tuple(i for i in problem.items if i.operand == "weights")), costs)
+
+    def _unrun_problem(self, job: Job) -> tuple[nn.Module, _Problem]:
+        """What is free, as far as the network tells before anything has run, and the copy that was looked at."""
         denoiser = copy.deepcopy(job.full_precision)
         base = self.place.plan(denoiser)  # makes attention explicit
         full = replace(self.place, **_EVERYTHING).plan(denoiser)
-        problem = self._problem(denoiser, full, base)
-        costs = _costs_of(problem, denoiser, {})
-        self._check_budgets(replace(problem, items=tuple(i for i in problem.items if i.operand == "weights")), costs)
+        return denoiser, self._problem(denoiser, full, base)
 
     def evaluations(self, job: Job) -> int:
         """Network evaluations in images, a backward pass as two: what `--dry-run` shows."""
         weights = len(self.bits) if self._weights_are_free else 0
         own = 2 + 2 * self.projections + weights if self.score in ("final", "incoherent") else 2 + 2 * len(self.bits)
+        if self.score == "decoupled":
+            own = 1 + len(self.bits) * len(self._unrun_problem(job)[1].items)
         runs = self.measured_runs if self.max_drift is not None else self.refine + 1 if self.refine else 0
         return job.steps * (self.samples * own + self.held_out * (runs + 1))
 
@@ -326,6 +339,8 @@ class Allocate:
             place.run(shadow)
             plans.append(shadow.handed["plan"])
         base, full = plans
+        if self.first_token is not None:
+            self.first_token.run(shadow)
         probe = Probe(shadow.denoiser, full, self.ranges)
         evaluations = probe.observe([*used, *held], job.run)
         floating = copy.deepcopy(job.full_precision)
@@ -381,6 +396,8 @@ class Allocate:
                 probe, used, problem.items, projections=self.projections, run=job.run, keeper=job.keeper
             )
             return coherent if self.score == "final" else incoherent, spent
+        if self.score == "decoupled":
+            return decoupled_scores(probe, used, problem.items, run=job.run, keeper=job.keeper)
         mse, relative, spent = output_scores(probe, used, problem.items, run=job.run)
         return mse if self.score == "mse" else relative, spent
 

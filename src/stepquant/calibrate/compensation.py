@@ -42,6 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibrate.propagation import step_coefficients
+from stepquant.calibrate.step_rows import StepRows
 from stepquant.calibrate.trajectory import (
     State,
     Trajectory,
@@ -49,9 +50,8 @@ from stepquant.calibrate.trajectory import (
     predict,
     scheduler_output,
     state_at,
-    steps_where_nothing_happens,
 )
-from stepquant.errors import CalibrationError, SpecError, UnsupportedPipeline
+from stepquant.errors import CalibrationError, SpecError
 from stepquant.model.correction import StepCorrection
 from stepquant.recipe import Figures, Job
 
@@ -264,7 +264,7 @@ class Compensate:
         return {
             "chosen": "none" if best is None else tried[best].label,
             "candidates": search.report(),
-            "kept": [1.0] * len(problem.timesteps) if chosen is None else list(chosen.kept),
+            "kept": [1.0] * len(problem.rows.timesteps) if chosen is None else list(chosen.kept),
             "evaluations": search.evaluations(),
         }
 
@@ -282,7 +282,7 @@ class _Search:
 
     def run(self) -> None:
         self._resume()
-        total = self.passes() * len(self.problem.row_of_step)
+        total = self.passes() * len(self.problem.rows.of_step)
         with self.job.run.progress.track("Fitting corrections", total) as advance:
             self.problem.advance = advance
             if self.uncorrected is None:
@@ -299,7 +299,7 @@ class _Search:
             if len(self.tried) == 1:
                 raise
             # One of several whose normal equations overflow is a candidate that loses, not the end of the run.
-            return Fitted(self.problem.table().correction(), math.inf, (1.0,) * len(self.problem.timesteps))
+            return Fitted(self.problem.table().correction(), math.inf, (1.0,) * len(self.problem.rows.timesteps))
 
     def best(self, *, may_be_none: bool) -> int | None:
         """Number of the candidate with the smallest held-out error; None if nothing is better than no correction."""
@@ -330,7 +330,7 @@ class _Search:
 
     def evaluations(self) -> int:
         """Of the network, in images."""
-        return self.problem.images * len(self.problem.row_of_step) * self.passes()
+        return self.problem.images * len(self.problem.rows.of_step) * self.passes()
 
     def _keep(self) -> None:
         if self.job.keeper is None:
@@ -444,21 +444,14 @@ class _Chain:
 class _Problem:
     """What every estimator works on.
 
-    row_of_step: the correction's row of every recorded step. idle: steps that change nothing and teach nothing.
-    held: for each trajectory, which rows of the batch are held out, bool `[B]`.
-    channels, axis: of the prediction; channels is 1 if coefficients are shared.
+    rows: the correction's rows. held: for each trajectory, which images of the batch are held out, bool `[B]`.
     """
 
     denoiser: nn.Module
     full_precision: nn.Module
     trajectories: Sequence[Trajectory]
-    timesteps: Tensor
-    row_of_step: list[int]
-    idle: frozenset[int]
+    rows: StepRows
     held: list[Tensor]
-    channels: int
-    axis: int
-    shared: bool
     advance: Callable[[int], None] = field(default=lambda _done: None)
     _teacher: list[tuple[_Moments, _Moments]] | None = None
 
@@ -472,33 +465,12 @@ class _Problem:
         shared: bool,
         held_out: int,
     ) -> _Problem:
-        schedules = {tuple(float(step.timestep) for step in trajectory.steps) for trajectory in trajectories}
-        if len(schedules) != 1:
-            raise CalibrationError(
-                f"A correction is fitted to trajectories of one schedule; got {len(trajectories)} trajectories of "
-                f"{len(schedules)} schedules."
-            )
-        step = trajectories[0].steps[0]
-        if step.guided.shape != step.sample.shape:
-            raise UnsupportedPipeline(
-                f"The scheduler is given predictions of shape {list(step.guided.shape)} for samples of shape "
-                f"{list(step.sample.shape)}, and a correction needs equal ones. A learned variance must be dropped "
-                "before the scheduler."
-            )
-        (values,) = schedules
-        distinct = list(dict.fromkeys(values))
-        axis = 2 if step.guided.ndim == 3 else 1
         return cls(
             denoiser=denoiser,
             full_precision=full_precision,
             trajectories=trajectories,
-            timesteps=torch.tensor(distinct, dtype=torch.float32),
-            row_of_step=[distinct.index(value) for value in values],
-            idle=frozenset(steps_where_nothing_happens(trajectories[0])),
+            rows=StepRows.of(trajectories, shared=shared),
             held=_held_out(trajectories, held_out),
-            channels=1 if shared else step.guided.shape[axis],
-            axis=axis,
-            shared=shared,
         )
 
     @property
@@ -513,13 +485,13 @@ class _Problem:
 
     def table(self) -> _Table:
         """The correction that changes nothing."""
-        shape = (len(self.timesteps), self.channels)
+        shape = (len(self.rows.timesteps), self.rows.channels)
         zeros = [torch.zeros(shape) for _ in range(3)]
-        return _Table(self.timesteps.clone(), torch.ones(shape), *zeros)
+        return _Table(self.rows.timesteps.clone(), torch.ones(shape), *zeros)
 
     @torch.no_grad()
     def fit(self, estimator: Estimator, *, shrink: bool) -> Fitted:
-        table, kept = self.table(), [1.0] * len(self.timesteps)
+        table, kept = self.table(), [1.0] * len(self.rows.timesteps)
         if estimator.sequential:
             error = self.walk(table, estimator, kept if shrink else None)
         else:
@@ -536,11 +508,11 @@ class _Problem:
         """
         chains = self._chains()
         fitted: set[int] = set()
-        for index, row in enumerate(self.row_of_step):
+        for index, row in enumerate(self.rows.of_step):
             guided = [predict(self.denoiser, chain.trajectory, index, chain.state) for chain in chains]
             for chain, prediction in zip(chains, guided, strict=True):
                 chain.remember(row, prediction)
-            if estimator is not None and row not in fitted and index not in self.idle:
+            if estimator is not None and row not in fitted and index not in self.rows.idle:
                 table.put(row, self._weights(estimator, self._met(chains, index, estimator), row, kept))
                 fitted.add(row)
             correction = table.correction(row)
@@ -602,15 +574,11 @@ class _Problem:
             values = values * weight.double()
         found = []
         for rows in (~chain.held, chain.held):
-            design = torch.stack([self._by_channel(regressor[rows]) for regressor in values], dim=1)  # [C, 4, N]
-            target = self._by_channel(error[rows])  # [C, N]
+            design = torch.stack([self.rows.by_channel(regressor[rows]) for regressor in values], dim=1)  # [C, 4, N]
+            target = self.rows.by_channel(error[rows])  # [C, N]
             products = design @ design.mT
             found.append(_Moments(products.cpu(), (design @ target[:, :, None])[:, :, 0].cpu()))
         return found[0], found[1]
-
-    def _by_channel(self, tensor: Tensor) -> Tensor:
-        """`[B, C, ...]` or `[B, T, C]` -> `[C, values]`; one row if coefficients are shared."""
-        return tensor.reshape(1, -1) if self.shared else tensor.movedim(self.axis, 0).flatten(1)
 
     def _write(self, table: _Table, estimator: Estimator, kept: list[float] | None) -> None:
         """All rows of an estimator whose inputs do not depend on earlier corrections."""
@@ -630,7 +598,7 @@ class _Problem:
         """Moments of every row, over all its visits, at recorded samples or along the uncorrected free run."""
         collected: dict[int, tuple[_Moments, _Moments]] = {}
         chains = self._chains()
-        for index, row in enumerate(self.row_of_step):
+        for index, row in enumerate(self.rows.of_step):
             for chain in chains:
                 state = chain.state if free else state_at(chain.trajectory, index)
                 guided = predict(self.denoiser, chain.trajectory, index, state)
@@ -642,14 +610,14 @@ class _Problem:
                 error = guided.double() - exact.double()
                 collected[row] = _added(collected.get(row), self._moments(chain, state.sample, error, None))
             self.advance(2 if free else 1)
-        return [collected[row] for row in range(len(self.timesteps))]
+        return [collected[row] for row in range(len(self.rows.timesteps))]
 
     def _with_the_step_before(self, weights: list[Tensor]) -> list[Tensor]:
         """gamma = 1: the weights of `previous` that follow from those of `prediction`."""
         coefficients = step_coefficients(self.trajectories[0])
         own: dict[int, tuple[float, float]] = {}
-        for index, row in enumerate(self.row_of_step):
-            if index not in self.idle:
+        for index, row in enumerate(self.rows.of_step):
+            if index not in self.rows.idle:
                 own.setdefault(row, coefficients[index])
         prediction, previous = REGRESSORS.index("prediction"), REGRESSORS.index("previous")
         result = [tensor.clone() for tensor in weights]

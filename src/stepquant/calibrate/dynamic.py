@@ -21,9 +21,11 @@ class DynamicInputs:
     matmuls keep their static ranges; the softmax output is within [0, 1] whatever the input.
 
     layers: patterns of names. Layers with groups, and those whose input is not quantized, are left as they are.
+    channels: linear layers get a scale for each channel of a sample beside that of each token (`DynamicQuantizer`).
     """
 
     layers: tuple[str, ...] = ("*",)
+    channels: bool = False
 
     needs: ClassVar[frozenset[str]] = frozenset({"plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"plan"})
@@ -38,8 +40,10 @@ class DynamicInputs:
         for name, layer in chosen_layers(job, self.layers).items():
             spec = plan[name].input
             if spec is not None and not spec.dynamic:
-                granularity: Granularity = "token" if layer.geometry.kind == "linear" else "tensor"
-                plan[name] = replace(plan[name], input=QuantSpec(spec.bits, granularity, dynamic=True))
+                linear = layer.geometry.kind == "linear"
+                granularity: Granularity = "tensor" if not linear else "channel_token" if self.channels else "token"
+                found = QuantSpec(spec.bits, granularity, symmetric=granularity == "channel_token", dynamic=True)
+                plan[name] = replace(plan[name], input=found)
                 changed += 1
         job.handed["plan"] = plan
         return {"layers": changed, "evaluations": 0}

@@ -43,10 +43,12 @@ class LayerInputs:
 
     patches: `[N, K]`, a random subset, of all calibration samples alike.
     peaks: step -> largest magnitude of every input channel at that step, `[C]`.
+    means: `[N, C]`, mean of every input channel over the positions of each calibration sample.
     """
 
     patches: Tensor
     peaks: dict[int, Tensor]
+    means: Tensor
 
     @property
     def peak(self) -> Tensor:
@@ -62,12 +64,15 @@ class _Seen:
     share: int
     parts: list[Tensor] = field(default_factory=list)
     peaks: dict[int, Tensor] = field(default_factory=dict)
+    means: list[Tensor] = field(default_factory=list)
 
     def add(self, x: Tensor, steps: Sequence[int]) -> None:
         """x: the layer's input, of one sample for each of `steps`, or of several (heads, frames) for each."""
         x = x.detach().float()
         last = x if self.geometry.kind == "linear" else x.movedim(1, -1)
-        largest = last.abs().reshape(len(steps), -1, last.shape[-1]).amax(1)
+        by_sample = last.reshape(len(steps), -1, last.shape[-1])
+        largest = by_sample.abs().amax(1)
+        self.means.append(by_sample.mean(1))
         each = len(x) // len(steps)
         for number, step in enumerate(steps):
             before = self.peaks.get(step)
@@ -141,14 +146,23 @@ def captured(
     finally:
         for handle in handles:
             handle.remove()
-    found = {name: LayerInputs(torch.cat(one.parts), one.peaks) for name, one in seen.items() if one.parts}
+    found = {
+        name: LayerInputs(torch.cat(one.parts), one.peaks, torch.cat(one.means))
+        for name, one in seen.items()
+        if one.parts
+    }
     return found, count
 
 
 def rounded_inputs(patches: Tensor, spec: QuantSpec | None) -> Tensor:
-    """Patches on the grid of a quantizer whose range is that of these patches (a token: of each patch)."""
+    """Patches on the grid of a quantizer whose range is that of these patches (a token: of each patch).
+
+    Scales of channels are those of all patches, as if they were one sample.
+    """
     if spec is None:
         return patches
+    if spec.granularity == "channel_token":
+        return DynamicQuantizer(spec).forward(patches[None])[0]
     if spec.granularity == "token":
         return DynamicQuantizer(spec).forward(patches)
     flat = patches.reshape(1, -1)

@@ -34,6 +34,7 @@ from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.quantizer import InputQuantizer
 from stepquant.model.surgery import Unit, operand_specs, quantized_layers, units_of
 from stepquant.numerics.spec import LayerScheme
+from stepquant.processes import ALONE, Processes, on_device
 from stepquant.recipe import Figures, Job
 
 __all__ = [
@@ -198,9 +199,25 @@ def _first_tensor(value: Any) -> Tensor:
 
 
 def _capture(
+    denoiser: nn.Module, units: Sequence[str], batches: Sequence[Call], with_inputs: bool, processes: Processes
+) -> dict[str, list[Captured]]:
+    """What units are called with and return on each batch; several processes run every n-th batch each."""
+    if processes.count == 1:
+        return _captured(denoiser, units, batches, with_inputs)
+
+    def one(batch: Call) -> list[Captured]:
+        found = _captured(denoiser, units, [batch], with_inputs)
+        return [found[unit][0] for unit in units]
+
+    device = next(denoiser.parameters()).device
+    calls = [on_device(found, device) for found in processes.in_turn(one, batches)]
+    return {unit: [found[place] for found in calls] for place, unit in enumerate(units)}
+
+
+def _captured(
     denoiser: nn.Module, units: Sequence[str], batches: Sequence[Call], with_inputs: bool
 ) -> dict[str, list[Captured]]:
-    """What units are called with and return on each batch. A forward call ends as soon as all of them have run."""
+    """`_capture` in this process. A forward call ends as soon as all units have run."""
     seen: dict[str, list[Captured]] = {unit: [] for unit in units}
 
     def hook_of(unit: str) -> Any:
@@ -245,6 +262,7 @@ def _caches(
     batches: Sequence[Call],
     bins: Tensor,
     quantized_prefix: bool,
+    processes: Processes,
     float_inputs: bool = False,
 ) -> dict[str, _Cache]:
     """Inputs from the quantized or the full-precision prefix, outputs always from full precision.
@@ -253,8 +271,8 @@ def _caches(
     """
     if not units:
         return {}
-    wanted = _capture(full_precision, units, batches, with_inputs=float_inputs or not quantized_prefix)
-    given = _capture(quantized, units, batches, with_inputs=True) if quantized_prefix else wanted
+    wanted = _capture(full_precision, units, batches, float_inputs or not quantized_prefix, processes)
+    given = _capture(quantized, units, batches, True, processes) if quantized_prefix else wanted
     found = {}
     for unit in units:
         outputs = [output for _, _, output in wanted[unit]]
@@ -428,7 +446,14 @@ class RoundBlocks:
         else:
             wanted = [unit.name for unit in group if soft[unit.name] or scales[unit.name]]
             caches = _caches(
-                job.denoiser, job.full_precision, wanted, batches, bins, self.quantized_prefix, fit.float_inputs
+                job.denoiser,
+                job.full_precision,
+                wanted,
+                batches,
+                bins,
+                self.quantized_prefix,
+                job.run.processes,
+                fit.float_inputs,
             )
             losses = {}
             for number, unit in enumerate(group, start=first):
@@ -646,7 +671,7 @@ class ScaleBlocks:
                     quantizer.scale.copy_(kept[0][name])
             return kept[1]
         wanted = [unit.name for unit in group if scales[unit.name]]
-        caches = _caches(job.denoiser, job.full_precision, wanted, batches, bins, quantized_prefix=False)
+        caches = _caches(job.denoiser, job.full_precision, wanted, batches, bins, False, job.run.processes)
         losses: Figures = {}
         for number, unit in enumerate(group, start=first):
             if scales[unit.name]:
@@ -706,6 +731,8 @@ def fit_unit(
     """Optimise the rounding variables, the activation scales or both of one unit; returns its loss before and after.
 
     The loss that is returned is the unit's own on one mini-batch, of quantized inputs and with nothing dropped.
+    Several processes take a part of each mini-batch, and their gradients are added; with `qdrop`, which draws numbers
+    for the elements of whole mini-batches, each takes all of it.
     weights: `[N]` with mean 1, of the cache's first N samples, which alone are fitted; None fits all of them alike.
     """
     module, clock = job.denoiser.get_submodule(unit.name), clocked(job.denoiser)
@@ -719,6 +746,7 @@ def fit_unit(
     optimizer = torch.optim.Adam(parameters)
     least = {name: quantizer.scale.detach() / 10 for name, quantizer in quantizers.items()}
     generator = job.run.generator("blocks", *stream)
+    processes = job.run.processes if fit.qdrop is None else ALONE
 
     short = fit.compute == "bfloat16" and all(rounding.quantizer.spec.bits <= MOST_BITS_SHORT for rounding in roundings)
 
@@ -752,16 +780,18 @@ def fit_unit(
         for iteration in range(fit.iterations):
             progress = iteration / fit.iterations
             chosen = torch.randint(count, (min(fit.batch, count),), generator=generator)
-            loss = loss_of(chosen, short=short, fitting=True)
+            part = processes.part(len(chosen))
+            loss = part.share * loss_of(part.of(chosen), short=short, fitting=True)
             beta = annealed_beta(progress, fit.warmup) if fit.round_weight else None
             if beta is not None:
                 for rounding in roundings:
-                    loss = loss + fit.round_weight * rounding.regulariser(beta)
+                    loss = loss + fit.round_weight / processes.count * rounding.regulariser(beta)
             for group in optimizer.param_groups:
                 if "base_lr" in group:
                     group["lr"] = group["base_lr"] * cosine(progress)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
+            processes.sum_([p.grad for group in parameters for p in group["params"] if p.grad is not None])
             optimizer.step()
             clamp_scales_(quantizers, least)
     for quantizer in quantizers.values():

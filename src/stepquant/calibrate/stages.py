@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
 from stepquant.calibrate.ranges import RangeRule, observing, weight_params
 from stepquant.calibrate.reconstruct import clocked, rounding_targets
 from stepquant.calibrate.select import inputs, uniform
-from stepquant.calibrate.trajectory import Trajectory, record, seal
+from stepquant.calibrate.split import recorded
+from stepquant.calibrate.trajectory import Trajectory
 from stepquant.calibrate.windows import windows_of
 from stepquant.errors import SpecError
 from stepquant.model.clock import StepClock, attach_clock, edges_between
@@ -72,16 +73,7 @@ class Record:
 
     def run(self, job: Job) -> Figures:
         seeds = calibration_seeds(job.run.seed, self.samples)
-        recorded = record(
-            job.pipe,
-            job.full_precision,
-            seeds=seeds,
-            steps=job.steps,
-            batch_size=min(self.batch, self.samples),
-            arguments=job.arguments,
-            run=job.run,
-        )
-        job.handed["trajectories"] = [seal(trajectory) for trajectory in recorded]
+        job.handed["trajectories"] = recorded(job, seeds, batch_size=min(self.batch, self.samples))
         steps = len(job.handed["trajectories"][0].steps)
         return {"seeds": [seeds[0], seeds[-1]], "steps": steps, "evaluations": self.samples * steps}
 
@@ -262,17 +254,21 @@ class FitInputRanges:
 
     rule: as for weights.
     samples: calibration samples to observe, spread evenly over the calibration set.
-    windows: lengths of consecutive windows of steps, noise first, that get a row of parameters each; None is one row
-        for all steps.
+    windows: lengths of consecutive windows of steps, noise first, that get a row of parameters each; "step" gives
+        every timestep that calibration saw a row, and others that of the next noisier; None is one row for all.
     """
 
     rule: RangeRule = "mse"
     samples: int = 256
     batch: int = 32
-    windows: tuple[int, ...] | None = None
+    windows: tuple[int, ...] | Literal["step"] | None = None
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "model", "plan"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.windows, str) and self.windows != "step":
+            raise SpecError(f'windows must be lengths such as (5, 5, 5, 5), "step" or None, found {self.windows!r}.')
 
     def run(self, job: Job) -> Figures:
         plan: dict[str, LayerScheme] = job.handed["plan"]
@@ -290,7 +286,8 @@ class FitInputRanges:
                 args, kwargs = inputs(job.handed["trajectories"], chosen, positions)
                 job.denoiser(*args, **kwargs)
                 advance(len(positions))
-        row_of_bin = row_of_bins(clock, job.handed["trajectories"], self.windows)
+        windows = None if self.windows == "step" else self.windows
+        row_of_bin = row_of_bins(clock, job.handed["trajectories"], windows)
         layers = quantized_layers(job.denoiser)
         with job.run.progress.track("Fitting activation ranges", len(observers)) as advance:
             for name, scheme in plan.items():
@@ -299,12 +296,14 @@ class FitInputRanges:
                         setattr(layers[name], attribute, DynamicQuantizer(spec))
                         continue
                     seen = observers[name, attribute]
-                    rows = seen.own_rows() if seen.keeps_sample(spec) else row_of_bin
+                    own = self.windows == "step" or seen.keeps_sample(spec)
+                    rows = seen.own_rows() if own else row_of_bin
                     params = seen.params(spec, rows, self.rule, f"The {attribute} of {name}")
                     quantizer = InputQuantizer(spec, clock, params, rows).to(clock.edges.device)
                     setattr(layers[name], attribute, quantizer)
                     advance(1)
-        return {"rows": len(self.windows or (0,)), "evaluations": count}
+        rows_each = clock.bins if self.windows == "step" else len(self.windows or (0,))
+        return {"rows": rows_each, "evaluations": count}
 
 
 def row_of_bins(clock: StepClock, trajectories: list[Trajectory], windows: tuple[int, ...] | None) -> torch.Tensor:

@@ -42,6 +42,7 @@ from stepquant.calibrate.steps import (
     run_scheduler,
 )
 from stepquant.errors import CalibrationError, UnsupportedPipeline
+from stepquant.model.correction import Corrector, Finishing, StepCorrection
 from stepquant.model.pipeline import arguments_of_batch
 from stepquant.model.schedule import ScheduleFingerprint
 from stepquant.run import Run
@@ -65,7 +66,10 @@ __all__ = [
 ]
 
 Correct = Callable[[Tensor, Any, Tensor], Tensor]
-"""Guided prediction, timestep and sample -> the prediction that the scheduler is given. A `Corrector` is one."""
+"""Guided prediction, timestep and sample -> the prediction that the scheduler is given.
+
+A `Corrector` is one; the noise and shift of its correction are then part of the step too.
+"""
 
 
 @dataclass(frozen=True)
@@ -281,7 +285,7 @@ def advance(
     guided = begun.predict(denoiser)
     if correct is not None:
         guided = correct(guided, begun.step.timestep, begun.sample)
-    return begun.follow(trajectory, guided)
+    return begun.follow(trajectory, guided, correct.correction if isinstance(correct, Corrector) else None)
 
 
 def predict(denoiser: nn.Module, trajectory: Trajectory, index: int, state: State) -> Tensor:
@@ -289,9 +293,14 @@ def predict(denoiser: nn.Module, trajectory: Trajectory, index: int, state: Stat
     return _begin(trajectory, index, state).predict(denoiser)
 
 
-def follow(trajectory: Trajectory, index: int, state: State, guided: Tensor) -> State:
-    """The second half of `advance`: the state after step `index` if the scheduler is given `guided`."""
-    return _begin(trajectory, index, state).follow(trajectory, guided)
+def follow(
+    trajectory: Trajectory, index: int, state: State, guided: Tensor, correction: StepCorrection | None = None
+) -> State:
+    """The second half of `advance`: the state after step `index` if the scheduler is given `guided`.
+
+    correction: whose noise and shift belong to the step; `guided` is corrected already.
+    """
+    return _begin(trajectory, index, state).follow(trajectory, guided, correction)
 
 
 def scheduler_output(trajectory: Trajectory, index: int, state: State, guided: Tensor) -> Tensor:
@@ -334,8 +343,9 @@ class _Begun:
         inputs = self.form.inputs(self.scaled, self.step)
         return self.form.combine(self.step, [prediction_of(denoiser(*args, **kwargs)) for args, kwargs in inputs])
 
-    def follow(self, trajectory: Trajectory, guided: Tensor) -> State:
-        sample = run_scheduler(self.scheduler, self.step, guided=guided, sample=self.sample)
+    def follow(self, trajectory: Trajectory, guided: Tensor, correction: StepCorrection | None) -> State:
+        scheduler = self.scheduler if correction is None else Finishing(self.scheduler, correction)
+        sample = run_scheduler(scheduler, self.step, guided=guided, sample=self.sample)
         if self.step.index + 1 < len(trajectory.steps):
             sample = self.form.carried(sample)
         return State(sample, _history_after(trajectory, self.step.index, self.scheduler))

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,7 @@ from stepquant.calibrate.trajectory import Trajectory
 from stepquant.errors import CalibrationError
 from stepquant.model.schedule import ScheduleFingerprint, with_constants
 
-__all__ = ["load_trajectories", "save_trajectories"]
+__all__ = ["load_trajectories", "packed", "save_trajectories", "unpacked"]
 
 _FORMAT = 1
 _INDEX = "trajectories.json"
@@ -47,9 +48,9 @@ def save_trajectories(folder: Path, trajectories: Sequence[Trajectory]) -> None:
     partial.mkdir(parents=True)
     entries = []
     for number, trajectory in enumerate(trajectories):
-        tensors = _Tensors()
-        entries.append({**_encode_trajectory(trajectory, tensors), "devices": tensors.devices})
-        save_file(tensors.by_name, partial / _shard(number))
+        entry, tensors = packed(trajectory)
+        entries.append(entry)
+        save_file(tensors, partial / _shard(number))
     (partial / _INDEX).write_text(json.dumps({"format": _FORMAT, "trajectories": entries}, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -67,14 +68,29 @@ def load_trajectories(folder: Path, pipe_scheduler: Any) -> list[Trajectory]:
     for number, entry in enumerate(index):
         path = folder / _shard(number)
         try:
-            # Back to where they were: the denoiser is still there, and other devices round differently.
-            tensors = {name: item.to(entry["devices"].get(name, "cpu")) for name, item in load_file(path).items()}
-            trajectories.append(_decode_trajectory(entry, tensors, pipe_scheduler))
+            trajectories.append(unpacked(entry, load_file(path), pipe_scheduler))
         except (KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
             raise CalibrationError(
                 f"{path} is damaged or missing ({type(error).__name__}: {error}). Record again."
             ) from error
     return trajectories
+
+
+def packed(trajectory: Trajectory) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A trajectory as JSON values and the tensors that they refer to: what a folder holds of it.
+
+    Raises CalibrationError for a call's argument that JSON and tensors cannot hold.
+    """
+    tensors = _Tensors()
+    entry = {**_encode_trajectory(trajectory, tensors), "devices": tensors.devices}
+    return entry, tensors.by_name
+
+
+def unpacked(entry: Mapping[str, Any], tensors: Mapping[str, Tensor], pipe_scheduler: Any) -> Trajectory:
+    """Undo `packed`; pipe_scheduler as for `load_trajectories`. Damage raises whatever it leads to."""
+    # Back to where they were: the denoiser is still there, and other devices round differently.
+    placed = {name: item.to(entry["devices"].get(name, "cpu")) for name, item in tensors.items()}
+    return _decode_trajectory(entry, placed, pipe_scheduler)
 
 
 def _shard(number: int) -> str:
@@ -154,6 +170,8 @@ def _encode(value: Any, tensors: _Tensors) -> Any:
         return {"dict": {str(key): _encode(item, tensors) for key, item in value.items()}}
     if isinstance(value, tuple):
         return {"tuple": [_encode(item, tensors) for item in value]}
+    if isinstance(value, np.ndarray | np.generic):
+        return _encode(value.tolist(), tensors)  # sigmas that a pipeline hands to its scheduler, in float64
     if isinstance(value, list):
         return [_encode(item, tensors) for item in value]
     if value is None or isinstance(value, bool | int | float | str):

@@ -10,14 +10,16 @@ So the ranges of a step see the error that all steps before it have left, as the
 are kept from step to step, so this takes 2 S - 1 calls of the network for each batch of images. Running the
 half-quantized model from the noise anew for every step, as the paper describes it, takes S (S + 1) / 2.
 
-Source: Tang et al. 2024 (PCR, arXiv:2311.06322), progressive calibration.
+Some steps may have more bits ("activation relaxing"): the last share of them, next to the image, or the first.
+
+Source: Tang et al. 2024 (PCR, arXiv:2311.06322), progressive calibration and activation relaxing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,17 +27,26 @@ from torch import Tensor
 from stepquant.calibrate.ranges import Observer, RangeRule, observing
 from stepquant.calibrate.reconstruct import clocked
 from stepquant.calibrate.trajectory import State, Step, Trajectory, advance, predict, state_at
-from stepquant.errors import CalibrationError, SpecError
+from stepquant.errors import CalibrationError, SpecError, nearest
 from stepquant.model.clock import StepClock
 from stepquant.model.quantizer import DynamicQuantizer, InputQuantizer
 from stepquant.model.surgery import operand_specs, quantized_layers
 from stepquant.numerics.affine import QParams
-from stepquant.numerics.spec import LayerScheme, QuantSpec
+from stepquant.numerics.spec import LayerScheme, QuantSpec, RowSpec, row_spec
 from stepquant.recipe import Figures, Job
 
-__all__ = ["FitRangesProgressively"]
+__all__ = ["FitRangesProgressively", "RelaxedEnd", "relaxed_steps"]
+
+RelaxedEnd = Literal["image", "noise"]
+"""Which end of sampling has more bits: its last steps, which make the details, or its first."""
 
 _KEPT = "steps"
+
+
+def relaxed_steps(steps: int, share: float, end: RelaxedEnd) -> range:
+    """The steps that have more bits: the nearest whole number to this share of them."""
+    count = round(share * steps)
+    return range(count) if end == "noise" else range(steps - count, steps)
 
 
 @dataclass(frozen=True)
@@ -44,13 +55,18 @@ class FitRangesProgressively:
 
     rule: as for weights.
     samples: images to walk with, the first recorded ones, whole batches of them.
+    relaxed: share of the steps whose activations have `relaxed_bits` where they would have fewer, at `relaxed_end`.
+        Beyond 8 bits no engine runs integers.
 
     A timestep that comes several times (PNDM's first steps, the second calls of Heun) has one row of parameters, from
-    its first time: it is frozen when it comes again.
+    its first time: it is frozen when it comes again, and it is relaxed if that first time is.
     """
 
     rule: RangeRule = "minmax"
     samples: int = 256
+    relaxed: float = 0.0
+    relaxed_bits: int = 10
+    relaxed_end: RelaxedEnd = "image"
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
@@ -58,6 +74,14 @@ class FitRangesProgressively:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise SpecError(f"FitRangesProgressively needs at least one sample, found {self.samples}.")
+        if not 0 <= self.relaxed < 1:
+            raise SpecError(f"relaxed is a share of the steps, from 0 to below 1, found {self.relaxed}.")
+        if self.relaxed_end not in get_args(RelaxedEnd):
+            raise SpecError(
+                f"relaxed_end must be 'image' or 'noise', found {self.relaxed_end!r}."
+                f"{nearest(str(self.relaxed_end), get_args(RelaxedEnd))}"
+            )
+        row_spec(QuantSpec(8), self.relaxed_bits)  # checks the bits early
 
     def run(self, job: Job) -> Figures:
         walk = _Walk.begin(self, job)
@@ -74,7 +98,12 @@ class FitRangesProgressively:
                     walk.advance(index)
                 walk.keep(index + 1)
                 advanced(1)
-        return {"rows": int(walk.frozen.sum()), "images": walk.images, "evaluations": walk.evaluations}
+        return {
+            "rows": int(walk.frozen.sum()),
+            "relaxed_rows": int(walk.relaxed.sum()),
+            "images": walk.images,
+            "evaluations": walk.evaluations,
+        }
 
 
 @dataclass
@@ -82,7 +111,7 @@ class _Walk:
     """Where the quantized model has come to, and which timesteps are frozen.
 
     states: of each trajectory, before the next step.
-    frozen `[bins]`: bool, timestep bins whose parameters are final.
+    frozen `[bins]`: bool, timestep bins whose parameters are final. relaxed `[bins]`: bool, those of more bits.
     """
 
     stage: FitRangesProgressively
@@ -91,6 +120,7 @@ class _Walk:
     trajectories: list[Trajectory]
     states: list[State]
     frozen: Tensor
+    relaxed: Tensor
     evaluations: int = 0
 
     @classmethod
@@ -105,7 +135,17 @@ class _Walk:
                 setattr(layers[name], attribute, DynamicQuantizer(spec) if spec.dynamic else None)
         clock: StepClock = clocked(job.denoiser)
         states = [state_at(trajectory, 0) for trajectory in chosen]
-        return cls(stage, job, clock, chosen, states, torch.zeros(clock.bins, dtype=torch.bool))
+        nothing = torch.zeros(clock.bins, dtype=torch.bool)
+        walk = cls(stage, job, clock, chosen, states, nothing, nothing.clone())
+        walk._relax()
+        return walk
+
+    def _relax(self) -> None:
+        """Which timesteps have more bits: those that come first in a relaxed step."""
+        steps = self.trajectories[0].steps
+        more = relaxed_steps(len(steps), self.stage.relaxed, self.stage.relaxed_end)
+        for index in reversed(range(len(steps))):
+            self.relaxed[self._bins(steps[index])] = index in more
 
     @property
     def images(self) -> int:
@@ -131,7 +171,8 @@ class _Walk:
         layer = quantized_layers(self.job.denoiser)[name]
         row_of_bin = torch.full((self.clock.bins,), -1)
         row_of_bin[at] = 0
-        params = observer.params(spec, row_of_bin, self.stage.rule, f"The {attribute} of {name} at timestep bin {at}")
+        own = self._spec_at(spec, at)
+        params = observer.params(own, row_of_bin, self.stage.rule, f"The {attribute} of {name} at timestep bin {at}")
         quantizer = getattr(layer, attribute)
         if quantizer is None:
             # Rows of timesteps still to come begin as this one; each is fitted before it is used.
@@ -141,8 +182,14 @@ class _Walk:
         quantizer.scale[at] = params.scale.item()
         quantizer.zero_point[at] = params.zero_point.item()
 
+    def _spec_at(self, spec: QuantSpec, at: int) -> RowSpec:
+        """Of the row of a timestep bin."""
+        return row_spec(spec, max(spec.bits, self.stage.relaxed_bits) if self.relaxed[at] else spec.bits)
+
     def _table(self, spec: QuantSpec, params: QParams) -> InputQuantizer:
-        return InputQuantizer(spec, self.clock, params, torch.arange(self.clock.bins)).to(self.clock.edges.device)
+        rows = torch.arange(self.clock.bins)
+        bits = [self._spec_at(spec, at).bits for at in rows.tolist()]
+        return InputQuantizer(spec, self.clock, params, rows, bits=bits).to(self.clock.edges.device)
 
     def advance(self, index: int) -> None:
         """Take step `index` with the quantized model."""

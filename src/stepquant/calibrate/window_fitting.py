@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import nn
 
 from stepquant.calibrate.reconstruct import (
     adam_state,
@@ -28,6 +29,7 @@ from stepquant.calibrate.rounding import (
     materialised,
     relative_groups,
 )
+from stepquant.calibrate.split import row_by_row
 from stepquant.calibrate.trajectory import State, Trajectory, replay
 from stepquant.calibrate.windows import GradientMode, equal_windows, window_gradient, windows_of
 from stepquant.errors import SpecError, nearest
@@ -140,10 +142,14 @@ class FitWindows:
 
 @dataclass
 class _Fitting:
-    """The variables and optimizers of one run of the stage."""
+    """The variables and optimizers of one run of the stage.
+
+    denoiser: the job's; with several processes each runs a part of a mini-batch's rows.
+    """
 
     stage: FitWindows
     job: Job
+    denoiser: nn.Module
     layers: Mapping[str, QuantizedLayer]
     soft: dict[str, SoftRounding]
     scales: dict[str, InputQuantizer]
@@ -163,6 +169,7 @@ class _Fitting:
         return cls(
             stage=stage,
             job=job,
+            denoiser=row_by_row(job),
             layers=layers,
             soft=soft,
             scales=scales,
@@ -188,7 +195,9 @@ class _Fitting:
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         with materialised(self.layers):
-            loss = window_gradient(self.job.denoiser, trajectory, start, stop, mode=self.stage.gradient, state=state)
+            loss = window_gradient(self.denoiser, trajectory, start, stop, mode=self.stage.gradient, state=state)
+        learnt = [*(s.alpha for s in self.soft.values()), *(q.scale for q in self.scales.values())]
+        self.job.run.processes.sum_([parameter.grad for parameter in learnt if parameter.grad is not None])
         self._regularise(iteration)
         if self.scale_optimizer is not None:
             for group in self.scale_optimizer.param_groups:
@@ -200,7 +209,7 @@ class _Fitting:
 
     def _free_run(self, trajectory: Trajectory, start: int) -> State | None:
         with torch.no_grad(), materialised(self.layers):
-            states = list(replay(self.job.denoiser, trajectory, 0, start))
+            states = list(replay(self.denoiser, trajectory, 0, start))
         return states[-1] if states else None
 
     def _regularise(self, iteration: int) -> None:

@@ -32,7 +32,7 @@ Differs from the paper (which does not publish M per model, learning rates, iter
 - Scales learn at a rate relative to their size, with cosine decay.
 - Windows may have different lengths (`windows`), the one near the image is best kept short: there the remaining steps
   erase part of earlier errors, and the identity approximation is least true.
-- `rows="window"` gives every window activation parameters of its own.
+- `rows="window"` gives every window activation parameters of its own, `rows="step"` every timestep.
 - `free_run` starts that share of the windows from the quantized model's own state instead of the full-precision one.
 """
 
@@ -47,7 +47,7 @@ from stepquant.calibrate.stages import FitInputRanges, LayerRule
 from stepquant.calibrate.window_fitting import FitWindows
 from stepquant.calibrate.windows import GradientMode
 from stepquant.errors import SpecError
-from stepquant.methods.baseline import layers_first, start
+from stepquant.methods.baseline import layers_first, rows_over_time, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe
 
@@ -86,6 +86,9 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 
 
+ROWS = ("shared", "window", "step")
+
+
 def accuquant(
     *,
     weights: int | None = 4,
@@ -97,7 +100,7 @@ def accuquant(
     window: int = 5,
     windows: Sequence[int] | None = None,
     gradient: GradientMode = "identity",
-    rows: Literal["shared", "window"] = "shared",
+    rows: Literal["shared", "window", "step"] = "shared",
     iterations: int = 3_000,
     lr_weights: float = 1e-3,
     lr_scales: float = 4e-3,
@@ -138,7 +141,7 @@ def accuquant(
             RoundBlocks(iterations=block_iterations, batch=batch, lr=block_lr, together=together, keep_rounding=keep),
         )
     scales = (ScaleBlocks(iterations=scale_iterations, batch=batch),) if scale_iterations else ()
-    ranges_of_inputs = FitInputRanges(ranges, windows=lengths if rows == "window" else None)
+    ranges_of_inputs = FitInputRanges(ranges, windows=rows_over_time(rows, lengths, ROWS))
     fit = FitWindows(
         window=window,
         windows=lengths,

@@ -10,13 +10,16 @@ Differs from the paper: there is no paper; ranges follow the public code of Q-Di
 
 from __future__ import annotations
 
+from typing import Literal
+
 from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, LayerRule, Place, Record, Select
+from stepquant.errors import SpecError, nearest
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe
 
-__all__ = ["BIBTEX", "PRESETS", "layers_first", "rtn", "start"]
+__all__ = ["BIBTEX", "PRESETS", "layers_first", "rows_over_time", "rtn", "start"]
 
 BIBTEX = ""
 
@@ -67,6 +70,15 @@ def layers_first(
     return (RoundLayers(batch=batch, together=together),), KEEP_ROUNDING
 
 
+def rows_over_time(
+    rows: str, lengths: tuple[int, ...] | None = None, allowed: tuple[str, ...] = ("shared", "step")
+) -> tuple[int, ...] | Literal["step"] | None:
+    """`FitInputRanges.windows` for a method's option `rows`: which timesteps share activation parameters."""
+    if rows not in allowed:
+        raise SpecError(f"rows must be one of {', '.join(allowed)}, found {rows!r}.{nearest(rows, allowed)}")
+    return "step" if rows == "step" else lengths if rows == "window" else None
+
+
 def rtn(
     *,
     weights: int | None = 4,
@@ -75,13 +87,17 @@ def rtn(
     batch: int = 16,
     every: int = 1,
     samples_per_step: int | None = None,
+    rows: Literal["shared", "step"] = "shared",
     ends: Ends = "8bit",
     softmax_bits: int | None = 8,
     group_size: int | None = None,
     ranges: RangeRule = "mse",
     rules: tuple[LayerRule, ...] = (),
 ) -> Recipe:
-    """Round every weight to the nearest level; activation ranges from recorded samples."""
+    """Round every weight to the nearest level; activation ranges from recorded samples.
+
+    rows: "step" gives every timestep an activation range of its own, "shared" one to all.
+    """
     beginning = start(
         weights=weights,
         activations=activations,
@@ -95,4 +111,4 @@ def rtn(
         ranges=ranges,
         rules=rules,
     )
-    return Recipe("rtn", (*beginning, FitInputRanges(ranges)))
+    return Recipe("rtn", (*beginning, FitInputRanges(ranges, windows=rows_over_time(rows))))

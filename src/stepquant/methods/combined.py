@@ -4,7 +4,8 @@
    block-wise AdaRound (Li et al. 2021, Q-Diffusion) from there, on samples with learnt weights if `sample_weights`
    (GAC, Hoang et al. 2026).
 2. Activation parameters over time (`rows`): one row for all timesteps ("shared"), one for each window of steps
-   ("window"), or groups of timesteps found by search ("groups", ADP-DM, Wang et al. 2024).
+   ("window"), one for each timestep ("step"), or groups of timesteps found by search ("groups", ADP-DM, Wang et al.
+   2024).
 3. Block-wise activation scales (`scale_iterations`, Q-Diffusion).
 4. Windows of simulated steps for rounding and scales of the whole network (AccuQuant, Lee et al. 2025).
 5. Correction of every step's prediction, fitted last, on the finished model (`compensation`, CEC, Liu et al. 2025).
@@ -28,8 +29,8 @@ from stepquant.calibrate.stages import FitInputRanges, LayerRule
 from stepquant.calibrate.weighting import SampleWeighting
 from stepquant.calibrate.window_fitting import FitWindows
 from stepquant.calibrate.windows import GradientMode
-from stepquant.errors import SpecError, nearest
-from stepquant.methods.baseline import layers_first, start
+from stepquant.errors import SpecError
+from stepquant.methods.baseline import layers_first, rows_over_time, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe, Stage
 
@@ -65,7 +66,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "full": {"samples": 256},
 }
 
-ROWS = ("shared", "window", "groups")
+ROWS = ("shared", "window", "step", "groups")
 
 
 def combined(
@@ -81,7 +82,7 @@ def combined(
     meta_iterations: int = 20,
     block_iterations: int = 2_000,
     block_lr: float = 1e-3,
-    rows: Literal["shared", "window", "groups"] = "shared",
+    rows: Literal["shared", "window", "step", "groups"] = "shared",
     row_windows: tuple[int, ...] | None = None,
     search_rounds: int = 64,
     scale_iterations: int = 1_000,
@@ -107,8 +108,7 @@ def combined(
         the scheduler's steps.
     block_iterations, scale_iterations, window_iterations: 0 leaves the part out.
     """
-    if rows not in ROWS:
-        raise SpecError(f"rows must be one of {', '.join(ROWS)}, found {rows!r}.{nearest(str(rows), ROWS)}")
+    windows = rows_over_time(rows, row_windows, ROWS)
     if (rows == "window") != (row_windows is not None):
         raise SpecError(
             'rows="window" and row_windows go together: pass both, such as row_windows=(5, 5, 5, 5), or neither; '
@@ -143,7 +143,7 @@ def combined(
                 keep_rounding=keep,
             )
         )
-    stages.append(FitInputRanges(ranges, windows=row_windows))
+    stages.append(FitInputRanges(ranges, windows=windows))
     if rows == "groups":
         # A short search: it begins at the range that was observed at each timestep and follows full precision.
         search = SearchGroups(rounds=search_rounds, ranges=ranges, target="full_precision", prior=2.0, lr_logits=0.2)

@@ -645,9 +645,9 @@ def test_settings_are_plain_data() -> None:
         def run(self, job: Job) -> dict[str, Any]:
             return {}
 
-    stages = (Given(), Compensate(), Compensate("regression", ("one", "previous"), ridge=0.5, shared=True))
-    recipe = Recipe("cec", stages)
-    assert recipe_from_dict(recipe.to_dict(), {"Given": Given, "Compensate": Compensate}) == recipe
+    for stage in (Compensate(), Compensate("regression", ("one", "previous"), ridge=0.5, shared=True)):
+        recipe = Recipe("cec", (Given(), stage))
+        assert recipe_from_dict(recipe.to_dict(), {"Given": Given, "Compensate": Compensate}) == recipe
     assert Compensate("regression")._named() == Estimator("regression", ("prediction", "sample", "one"), RIDGE)
 
 

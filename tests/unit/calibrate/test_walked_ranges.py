@@ -14,12 +14,13 @@ import tiny
 from stepquant.calibrate.ranges import fit_range
 from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, Place, Record, Select
 from stepquant.calibrate.trajectory import replay, state_at
-from stepquant.calibrate.walked_ranges import FitRangesProgressively
+from stepquant.calibrate.walked_ranges import FitRangesProgressively, RelaxedEnd, relaxed_steps
 from stepquant.errors import SpecError
 from stepquant.model.pipeline import DenoiserPipeline
 from stepquant.model.quantizer import InputQuantizer
 from stepquant.model.surgery import operand_specs, quantized_layers
 from stepquant.numerics.affine import QParams
+from stepquant.numerics.spec import row_spec
 from stepquant.recipe import Job
 from stepquant.run import Run
 
@@ -62,15 +63,17 @@ def noting(values: list[Tensor]) -> Any:
     return lambda _module, args: values.append(args[0].flatten())
 
 
-def naive(job: Job) -> dict[str, tuple[Tensor, Tensor]]:
+def naive(job: Job, bits: list[int] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """The paper's loop: for every step, run from the noise with the steps before it quantized, and look at that step.
 
     By min and max of what goes into each layer, noted by hooks. Timesteps that come again keep their first range.
+    bits: of each step's activations; None: those of the plan.
     """
     denoiser, trajectories, plan = job.denoiser, job.handed["trajectories"], job.handed["plan"]
     clock = denoiser.stepquant_clock
     layers = quantized_layers(denoiser)
     found: dict[str, dict[int, QParams]] = {name: {} for name in layers}
+    own: dict[int, int] = {}
 
     def install(*, active: bool) -> None:
         for name, layer in layers.items():
@@ -80,7 +83,8 @@ def naive(job: Job) -> dict[str, tuple[Tensor, Tensor]]:
             rows = [found[name].get(at, next(iter(found[name].values()))) for at in range(clock.bins)]
             params = QParams(*(torch.cat([part.reshape(-1) for part in parts]) for parts in zip(*rows, strict=True)))
             spec = dict(operand_specs(plan[name]))["input_quantizer"]
-            layer.input_quantizer = InputQuantizer(spec, clock, params, torch.arange(clock.bins))
+            each = [own.get(at, spec.bits) for at in range(clock.bins)]
+            layer.input_quantizer = InputQuantizer(spec, clock, params, torch.arange(clock.bins), bits=each)
 
     for index in range(len(trajectories[0].steps)):
         install(active=True)
@@ -97,7 +101,8 @@ def naive(job: Job) -> dict[str, tuple[Tensor, Tensor]]:
         at = int(clock.bin)
         for name in layers:
             spec = dict(operand_specs(plan[name]))["input_quantizer"]
-            found[name].setdefault(at, fit_range(torch.cat(seen[name]), spec, "minmax"))
+            own.setdefault(at, spec.bits if bits is None else bits[index])
+            found[name].setdefault(at, fit_range(torch.cat(seen[name]), row_spec(spec, own[at]), "minmax"))
     install(active=True)
     return tables(denoiser)
 
@@ -147,6 +152,51 @@ def test_only_as_many_images_as_asked_for() -> None:
         FitRangesProgressively(samples=0)
 
 
+@pytest.mark.parametrize(
+    ("steps", "share", "end", "expected"),
+    [(50, 0.2, "image", range(40, 50)), (50, 0.05, "noise", range(2)), (5, 0.0, "image", range(5, 5))],
+)
+def test_a_share_of_the_steps_at_one_end_is_relaxed(steps: int, share: float, end: RelaxedEnd, expected: range) -> None:
+    assert relaxed_steps(steps, share, end) == expected
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler])
+@pytest.mark.parametrize(("end", "bits"), [("image", 10), ("noise", 6)])
+def test_relaxed_steps_have_their_bits_and_walk_with_them(scheduler: Any, end: RelaxedEnd, bits: int) -> None:
+    job, twin = placed(scheduler), placed(scheduler)
+    figures = FitRangesProgressively(relaxed=0.4, relaxed_bits=bits, relaxed_end=end).run(job)
+    steps = len(job.handed["trajectories"][0].steps)
+    more = range(round(0.4 * steps)) if end == "noise" else range(steps - round(0.4 * steps), steps)
+    expected = naive(twin, [bits if index in more else 3 for index in range(steps)])
+    for name, (scale, zero_point) in tables(job.denoiser).items():
+        torch.testing.assert_close(scale, expected[name][0])
+        assert torch.equal(zero_point, expected[name][1])
+        found, oracle = (quantized_layers(one.denoiser)[name].input_quantizer for one in (job, twin))
+        assert found.bits == oracle.bits
+        assert figures["relaxed_rows"] == found.bits.count(bits) > 0
+        assert found.spec.bits == 3
+
+
+def test_layers_of_more_bits_are_not_relaxed() -> None:
+    job = placed(activations=8)
+    FitRangesProgressively(relaxed=0.4, relaxed_bits=6).run(job)
+    assert job.denoiser.conv.input_quantizer.row_bits is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"relaxed": 1.0}, "a share of the steps"),
+        ({"relaxed": -0.1}, "a share of the steps"),
+        ({"relaxed_bits": 17}, "from 2 to 16"),
+        ({"relaxed_end": "images"}, "'image' or 'noise'"),
+    ],
+)
+def test_shares_and_bits_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        FitRangesProgressively(**options)
+
+
 class Memory:
     """Keeps in memory, and presses Ctrl-C after a number of steps."""
 
@@ -167,16 +217,18 @@ class Memory:
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler])
 def test_an_interrupted_walk_goes_on_where_it_was(scheduler: Any) -> None:
     whole, broken = placed(scheduler), placed(scheduler)
-    figures = FitRangesProgressively().run(whole)
+    stage = FitRangesProgressively(relaxed=0.4)
+    figures = stage.run(whole)
     broken.keeper = Memory(stop=3)
     with pytest.raises(KeyboardInterrupt):
-        FitRangesProgressively().run(broken)
+        stage.run(broken)
     resumed = placed(scheduler)
     resumed.keeper = broken.keeper
     taken: list[int] = []
     resumed.denoiser.register_forward_hook(lambda _module, args, _output: taken.append(len(args[0])))
-    assert FitRangesProgressively().run(resumed) == figures
+    assert stage.run(resumed) == figures
     assert 0 < sum(taken) < figures["evaluations"]
     for name, (scale, zero_point) in tables(resumed.denoiser).items():
         assert torch.equal(scale, tables(whole.denoiser)[name][0])
         assert torch.equal(zero_point, tables(whole.denoiser)[name][1])
+        assert 10 in quantized_layers(resumed.denoiser)[name].input_quantizer.bits
