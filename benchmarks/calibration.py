@@ -108,7 +108,7 @@ def _speeds(arguments: argparse.Namespace, job: Any) -> dict[str, Any]:
     job = _copied(job)
     layers = {n: x for n, x in quantized_layers(job.denoiser).items() if isinstance(x, QuantizedLayer)}
     soften_all_(job, layers, keep=0.0)
-    batches = list(reconstruct._batches(job.handed["trajectories"], job.handed["calibration"], arguments.batch))
+    batches = reconstruct._batches_of(job, job.handed["calibration"], arguments.batch)
     bins = reconstruct._bins_of(job.denoiser, batches)
     seconds: dict[str, list[float]] = {form: [0.0] * arguments.rounds for form in FORMS}
     fitted, iterations = 0, 20

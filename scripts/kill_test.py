@@ -150,7 +150,7 @@ def import_everything() -> None:
 
     torch.set_num_threads(1)
     import stepquant.api
-    import stepquant.cli.work  # noqa: F401
+    import stepquant.cli.evaluate  # noqa: F401
 
 
 def make_model(folder: Path, *, short: bool) -> None:

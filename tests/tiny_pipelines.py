@@ -344,7 +344,7 @@ def sana() -> Any:
 
 
 def wan(experts: int = 1) -> Any:
-    """Video; with two experts, the second takes over below a timestep."""
+    """Video; with two experts, the second takes over below a timestep: in the later half of two or four steps."""
 
     def expert() -> Any:
         return seeded(
@@ -371,6 +371,11 @@ def wan(experts: int = 1) -> Any:
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
+    second = expert() if experts == 2 else None
+    if second is not None:
+        with torch.no_grad():
+            for parameter in second.parameters():
+                parameter.mul_(1.1)
     pipe = diffusers.WanPipeline(
         tokenizer=None,
         text_encoder=None,
@@ -379,8 +384,8 @@ def wan(experts: int = 1) -> Any:
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
         transformer=expert(),
-        transformer_2=expert() if experts == 2 else None,
-        boundary_ratio=0.5 if experts == 2 else None,
+        transformer_2=second,
+        boundary_ratio=0.8 if experts == 2 else None,
     )
     return _quiet(pipe)
 
@@ -427,6 +432,11 @@ FAMILIES: dict[str, Family] = {
         inpaint,
         lambda: {**_prompt(), "image": _image(), "mask_image": _mask(), "height": 16, "width": 16, "strength": 1.0},
     ),
+    "inpaint-unet": Family(
+        lambda: inpaint(channels=4),
+        lambda: {**_prompt(), "image": _image(), "mask_image": _mask(), "height": 16, "width": 16, "strength": 1.0},
+    ),
+    "controlnet": Family(controlnet, lambda: {**_prompt(), "image": _image()}),
     "lcm": Family(lcm, lambda: {"prompt_embeds": tokens(5, 16), "guidance_scale": 4.0, "height": 16, "width": 16}),
     "turbo": Family(turbo, lambda: {"prompt_embeds": tokens(5, 16), "guidance_scale": 0.0}),
     "sdxl": Family(

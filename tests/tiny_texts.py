@@ -81,7 +81,7 @@ def gemma(width: int) -> Any:
 
 
 def _parts(family: str) -> dict[str, Any]:
-    if family in ("sd15", "img2img", "inpaint", "lcm", "turbo"):
+    if family in ("sd15", "img2img", "inpaint", "inpaint-unet", "controlnet", "lcm", "turbo"):
         return {"text_encoder": clip(16)}
     if family == "sdxl":
         return {"text_encoder": clip(8), "text_encoder_2": clip(8, 16)}

@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
 
     torch.set_num_threads(1)
     import stepquant.api
-    import stepquant.cli.work  # noqa: F401
+    import stepquant.cli.evaluate  # noqa: F401
 
     make_model(folder)
     results: dict[str, Any] = {}

@@ -15,19 +15,19 @@ Class 1000 of `DiTPipeline` means "no label", so the tables of labels have 1001 
 from __future__ import annotations
 
 import argparse
-import json
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from digits_unet import (
+from loop import (
     TRAIN_TIMESTEPS,
     build_optimizers,
-    learning_rate,
+    fit,
     load_images,
+    parser_of,
     save_state,
+    scaled,
+    stratified,
     use_plain_attention,
 )
 
@@ -84,28 +84,12 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def say(work: Path, row: dict[str, object]) -> None:
-    with (work / "log.jsonl").open("a") as log:
-        log.write(json.dumps(row) + "\n")
-
-
 def train_autoencoder(args: argparse.Namespace, data: torch.Tensor) -> AutoencoderKL:
     """data: `[N, 1, 32, 32]` in [-1, 1]."""
     torch.manual_seed(args.seed)
-    model, path, start = build_autoencoder(), args.work / "autoencoder.pt", 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.autoencoder_lr, weight_decay=1e-4)
-    generator = torch.Generator().manual_seed(args.seed)
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        start = state["step"]
-    model.to(args.device, memory_format=torch.channels_last)
-    began, errors = time.time(), []
-    for step in range(start, args.autoencoder_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.autoencoder_steps, args.autoencoder_lr)
+    model = build_autoencoder().to(args.device, memory_format=torch.channels_last)
+
+    def losses_of(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         images = data[torch.randint(len(data), (args.batch,), generator=generator)].to(args.device)
         with torch.autocast(args.device, torch.bfloat16):
             posterior = model.encode(images).latent_dist
@@ -113,22 +97,19 @@ def train_autoencoder(args: argparse.Namespace, data: torch.Tensor) -> Autoencod
             decoded = model.decode(posterior.mean + spread).sample
         error = (decoded.float() - images).square().mean()
         divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
-        optimizer.zero_grad()
-        (error + KL_WEIGHT * divergence).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        errors.append(error.item())
-        if (step + 1) % 50 == 0:
-            mean, spent = float(np.mean(errors[-50:])), round(time.time() - began, 1)
-            say(args.work, {"autoencoder": step + 1, "squared_error": mean, "seconds": spent})
-        if (step + 1) % args.save_every == 0 or step + 1 == args.autoencoder_steps:
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step + 1,
-                "generator": generator.get_state(),
-            }
-            save_state(path, state)
+        return error + KL_WEIGHT * divergence, error
+
+    fit(
+        model,
+        [torch.optim.AdamW(model.parameters(), lr=args.autoencoder_lr, weight_decay=1e-4)],
+        losses_of,
+        args.work / "autoencoder.pt",
+        steps=args.autoencoder_steps,
+        lr=args.autoencoder_lr,
+        seed=args.seed,
+        save_every=args.save_every,
+        named=("autoencoder", "squared_error"),
+    )
     return model.cpu().eval().requires_grad_(False)
 
 
@@ -153,33 +134,15 @@ def train_transformer(
     model = build_transformer().to(args.device).eval()
     if args.device == "cpu":
         use_plain_attention(model)
-    ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    ends = ("pos_embed", "proj_out", "embedding_table", "timestep_embedder")
-    optimizers = build_optimizers(model, "muon", args.lr, ends)
-    generator = torch.Generator().manual_seed(args.seed)
-    path, start = args.work / "transformer.pt", 0
-    if path.exists():
-        state = torch.load(path, map_location=args.device, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        ema, start = state["ema"], state["step"]
-        generator.set_state(state["generator"].cpu())
-        print(f"resumed at step {start}", flush=True)
     alpha_bar = build_scheduler().alphas_cumprod
     forward = torch.compile(model) if args.compile else model
     mean, std = latents
-    began, losses = time.time(), []
-    for step in range(start, args.steps):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps, args.lr)
+
+    def losses_of(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = torch.randint(len(mean), (args.batch,), generator=generator)
         noise = torch.randn((2, args.batch, *mean.shape[1:]), generator=generator)
         clean = scale * (mean[chosen] + std[chosen] * noise[0])
-        # Stratified timesteps: one from each of `batch` equal parts of the range. Same mean loss, less variance.
-        jitter = (torch.arange(args.batch) + torch.rand(args.batch, generator=generator)) / args.batch
-        timestep = (jitter * TRAIN_TIMESTEPS).long().clamp(max=TRAIN_TIMESTEPS - 1)
+        timestep = (stratified(args.batch, generator) * TRAIN_TIMESTEPS).long().clamp(max=TRAIN_TIMESTEPS - 1)
         dropped = torch.rand(args.batch, generator=generator) < DROPPED_LABELS
         label = torch.where(dropped, NO_LABEL, labels[chosen])
         level = alpha_bar[timestep].view(-1, 1, 1, 1)
@@ -190,33 +153,25 @@ def train_transformer(
                 noisy.to(args.device), timestep=timestep.to(args.device), class_labels=label.to(args.device)
             ).sample
         loss = (prediction.float() - target).square().mean()
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        decay = min(args.ema, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for name, value in model.state_dict().items():
-                ema[name].lerp_(value, 1 - decay)
-        losses.append(loss.item())
-        if (step + 1) % 50 == 0:
-            spent = round(time.time() - began, 1)
-            say(args.work, {"transformer": step + 1, "loss": float(np.mean(losses[-50:])), "seconds": spent})
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            state = {
-                "model": model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "ema": ema,
-                "step": step + 1,
-                "generator": generator.get_state(),
-            }
-            save_state(path, state)
+        return loss, loss
+
+    fit(
+        model,
+        build_optimizers(model, "muon", args.lr, ("pos_embed", "proj_out", "embedding_table", "timestep_embedder")),
+        losses_of,
+        args.work / "transformer.pt",
+        steps=args.steps,
+        lr=args.lr,
+        seed=args.seed,
+        save_every=args.save_every,
+        ema=args.ema,
+        named=("transformer", "loss"),
+    )
 
 
 def train(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
-    data = load_images(args.data).float() / 127.5 - 1
+    data = scaled(load_images(args.data))
     labels = torch.from_numpy(np.load(args.data)["train_y"]).long()
     autoencoder = train_autoencoder(args, data)
     mean, std = encoded(args, autoencoder, data)
@@ -237,25 +192,16 @@ def export(args: argparse.Namespace) -> None:
     state = torch.load(args.work / "transformer.pt", map_location="cpu", weights_only=True)
     transformer.load_state_dict(state["ema"])
     names = {digit: str(digit) for digit in range(10)}
-    DiTPipeline(transformer.half(), autoencoder.half(), build_scheduler(), id2label=names).save_pretrained(args.export)
+    pipeline = DiTPipeline(transformer.half(), autoencoder.half(), build_scheduler(), id2label=names)
+    pipeline.register_to_config(id2label=names)  # the pipeline itself forgets it when it is saved
+    pipeline.save_pretrained(args.export)
     print(f"exported step {state['step']} to {args.export}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/mnist.npz"))
-    parser.add_argument("--work", type=Path, default=Path("runs/digits-dit"))
-    parser.add_argument("--export", type=Path, help="write the pipeline here instead of training")
+    parser = parser_of(__doc__, work="runs/digits-dit", steps=12000, batch=128, ema=0.998)
     parser.add_argument("--autoencoder-steps", type=int, default=3000)
     parser.add_argument("--autoencoder-lr", type=float, default=2e-3)
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--ema", type=float, default=0.998)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=250)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     if args.export:
         export(args)

@@ -12,19 +12,22 @@ run the same command again.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import re
-import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from diffusers.models.attention_processor import Attention, AttnProcessor
-
-TRAIN_TIMESTEPS = 1000
+from loop import (
+    TRAIN_TIMESTEPS,
+    build_optimizers,
+    fit,
+    load_images,
+    parser_of,
+    scaled,
+    stratified,
+    use_plain_attention,
+)
 
 # Weight of the squared error of the predicted image: the signal-to-noise ratio between these bounds, which are ours.
 # Errors at low noise count less than under Min-SNR (Hang et al. 2023, upper bound 5), those at high noise more (it has
@@ -57,13 +60,6 @@ def build_unet() -> UNet2DModel:
     )
 
 
-def use_plain_attention(model: torch.nn.Module) -> None:
-    """Two batched products and a softmax: on a CPU the fused attention's gradient costs more over so few tokens."""
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.set_processor(AttnProcessor())
-
-
 def begin_from(model: UNet2DModel, folder: Path) -> None:
     """Take over the weights of an earlier export. One with a level less gives all but the coarsest level's."""
     earlier = UNet2DModel.from_pretrained(folder / "unet", dtype=torch.float32)
@@ -79,18 +75,6 @@ def build_scheduler() -> DDIMScheduler:
     return DDIMScheduler(num_train_timesteps=TRAIN_TIMESTEPS, clip_sample=False, timestep_spacing="trailing")
 
 
-def load_images(path: Path) -> torch.Tensor:
-    """MNIST's training images, uint8 `[60000, 1, 32, 32]`."""
-    images = np.load(path)["train_x"]
-    return torch.nn.functional.pad(torch.from_numpy(images), (2, 2, 2, 2))[:, None]
-
-
-def learning_rate(step: int, total: int, peak: float, warmup: int = 200) -> float:
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
 def posterior_mean(noisy: torch.Tensor, level: torch.Tensor, data: torch.Tensor, halved: torch.Tensor) -> torch.Tensor:
     """E[image | noisy] under the uniform distribution over `data`.
 
@@ -103,47 +87,11 @@ def posterior_mean(noisy: torch.Tensor, level: torch.Tensor, data: torch.Tensor,
     return (logits.softmax(1) @ data).view_as(noisy)
 
 
-class Muon(torch.optim.Muon):
-    """torch's Muon, which takes matrices only, with convolutions as `[out, in * kh * kw]`; rates as for AdamW."""
-
-    def __init__(self, parameters: Iterable[torch.Tensor], lr: float) -> None:
-        self.shaped = list(parameters)
-        self.matrices = [torch.nn.Parameter(parameter.detach().flatten(1).clone()) for parameter in self.shaped]
-        super().__init__(self.matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for parameter, matrix in zip(self.shaped, self.matrices, strict=True):
-            matrix.copy_(parameter.flatten(1))
-            matrix.grad = parameter.grad.flatten(1)
-        super().step()
-        for parameter, matrix in zip(self.shaped, self.matrices, strict=True):
-            parameter.copy_(matrix.view_as(parameter))
-
-
-def build_optimizers(
-    model: torch.nn.Module, kind: str, lr: float, ends: tuple[str, ...] = ("conv_in", "conv_out")
-) -> list[torch.optim.Optimizer]:
-    """AdamW for everything; or Muon for the matrices and convolutions inside, AdamW for `ends`, norms and biases."""
-    named = list(model.named_parameters())
-    inner = [p for name, p in named if kind == "muon" and p.ndim > 1 and not any(end in name for end in ends)]
-    chosen = {id(parameter) for parameter in inner}
-    others = [parameter for _, parameter in named if id(parameter) not in chosen]
-    adam = torch.optim.AdamW(others, lr=lr, weight_decay=1e-3, betas=(0.9, 0.99))
-    return [adam, Muon(inner, lr)] if inner else [adam]
-
-
-def save_state(path: Path, state: dict[str, object]) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    temporary.replace(path)
-
-
 def train(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
     images = load_images(args.data)
-    data = images.flatten(1).float() / 127.5 - 1
+    data = scaled(images.flatten(1))
     halved = data.square().sum(1) / 2
     torch.manual_seed(args.seed)
     model = build_unet()
@@ -152,31 +100,14 @@ def train(args: argparse.Namespace) -> None:
     if device.type == "cpu":
         use_plain_attention(model)
     model.to(device, memory_format=torch.channels_last)
-    ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    optimizers = build_optimizers(model, args.optimizer, args.lr)
-    generator = torch.Generator().manual_seed(args.seed)
-    start = 0
-    state_path = args.work / "state.pt"
-    if state_path.exists():
-        state = torch.load(state_path, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        ema, start = state["ema"], state["step"]
-        generator.set_state(state["generator"].cpu())
-        print(f"resumed at step {start}", flush=True)
     alpha_bar = build_scheduler().alphas_cumprod
     forward = torch.compile(model) if args.compile else model
-    began, losses = time.time(), []
-    for step in range(start, args.steps):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps, args.lr)
+
+    def losses_of(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = torch.randint(len(images), (args.batch,), generator=generator)
         clean = data[chosen].view(-1, *images.shape[1:])
-        # Stratified timesteps: one from each of `batch` equal parts of the range. Same mean loss, less variance.
-        jitter = (torch.arange(args.batch) + torch.rand(args.batch, generator=generator)) / args.batch
-        timestep = torch.from_numpy(np.interp(jitter, DRAWN_SHARE, DRAWN_BELOW)).long().clamp(max=TRAIN_TIMESTEPS - 1)
+        drawn = np.interp(stratified(args.batch, generator), DRAWN_SHARE, DRAWN_BELOW)
+        timestep = torch.from_numpy(drawn).long().clamp(max=TRAIN_TIMESTEPS - 1)
         noise = torch.randn(clean.shape, generator=generator)
         level = alpha_bar[timestep].view(-1, 1, 1, 1)
         noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
@@ -189,32 +120,19 @@ def train(args: argparse.Namespace) -> None:
         ratio = level / (1 - level)
         weight = (ratio.clamp(LOWEST_RATIO, HIGHEST_RATIO) / ratio).clamp(max=HIGHEST_WEIGHT).to(device)
         loss = (weight * (prediction.float() - target.to(device)).square()).mean()
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        decay = min(args.ema, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for name, value in model.state_dict().items():
-                ema[name].lerp_(value, 1 - decay)
-        losses.append(loss.item())
-        if (step + 1) % 50 == 0:
-            spent = time.time() - began
-            row = {"step": step + 1, "loss": float(np.mean(losses[-50:])), "seconds": round(spent, 1)}
-            with (args.work / "log.jsonl").open("a") as log:
-                log.write(json.dumps(row) + "\n")
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_state(
-                state_path,
-                {
-                    "model": model.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                    "ema": ema,
-                    "step": step + 1,
-                    "generator": generator.get_state(),
-                },
-            )
+        return loss, loss
+
+    fit(
+        model,
+        build_optimizers(model, args.optimizer, args.lr),
+        losses_of,
+        args.work / "state.pt",
+        steps=args.steps,
+        lr=args.lr,
+        seed=args.seed,
+        save_every=args.save_every,
+        ema=args.ema,
+    )
 
 
 def export(args: argparse.Namespace) -> None:
@@ -234,11 +152,11 @@ def compare(args: argparse.Namespace, count: int = 256) -> None:
     The second is the best that copying training images can do: a network above it has not learnt what there is.
     """
     model = UNet2DModel.from_pretrained(args.compare / "unet", dtype=torch.float32).eval()
-    data = load_images(args.data).flatten(1).float() / 127.5 - 1
+    data = scaled(load_images(args.data).flatten(1))
     halved = data.square().sum(1) / 2
-    test = torch.nn.functional.pad(torch.from_numpy(np.load(args.data)["test_x"]), (2, 2, 2, 2))[:, None]
+    test = load_images(args.data, "test")
     generator = torch.Generator().manual_seed(args.seed)
-    clean = test[torch.randperm(len(test), generator=generator)[:count]].float() / 127.5 - 1
+    clean = scaled(test[torch.randperm(len(test), generator=generator)[:count]])
     for timestep in range(100, TRAIN_TIMESTEPS, 100):
         level = build_scheduler().alphas_cumprod[timestep].view(1, 1, 1, 1)
         noise = torch.randn(clean.shape, generator=generator)
@@ -251,21 +169,10 @@ def compare(args: argparse.Namespace, count: int = 256) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/mnist.npz"))
-    parser.add_argument("--work", type=Path, default=Path("runs/digits-unet"))
+    parser = parser_of(__doc__, work="runs/digits-unet", steps=3600, batch=64, ema=0.995)
     parser.add_argument("--init", type=Path, help="begin with the weights of this pipeline folder (an earlier export)")
-    parser.add_argument("--export", type=Path, help="write the pipeline here instead of training")
     parser.add_argument("--compare", type=Path, help="only measure the pipeline in this folder on test images")
-    parser.add_argument("--steps", type=int, default=3600)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
-    parser.add_argument("--ema", type=float, default=0.995)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=250)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     if args.compare:
         compare(args)

@@ -13,6 +13,7 @@ import hashlib
 import importlib.resources
 import inspect
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from stepquant.calibrate.compensation import Compensate, EstimatorChoice, Regressor
+from stepquant.calibrate.estimate import Estimate, estimated
 from stepquant.calibrate.noise_correction import CorrectNoise
 from stepquant.calibrate.split import agree_
 from stepquant.calibrate.stages import Record
@@ -38,22 +40,29 @@ from stepquant.engines.base import GraphEngine, place
 from stepquant.errors import CheckpointError, ModelError, SpecError, UnsupportedPipeline, nearest
 from stepquant.manifest import MANIFEST_NAME, Manifest, read_manifest
 from stepquant.model.correction import CorrectedScheduler, StepCorrection
-from stepquant.model.families import find_denoiser, refuse_unsupported
+from stepquant.model.families import (
+    find_denoiser,
+    network_beside,
+    other_denoisers,
+    refuse_unsupported,
+    several_denoisers,
+)
 from stepquant.model.layer import QuantizedLayer
-from stepquant.model.pipeline import arguments_of_batch
-from stepquant.model.schedule import ScheduleFingerprint, guard_schedule
+from stepquant.model.pipeline import arguments_of_batch, with_labels
+from stepquant.model.schedule import ScheduleFingerprint, guard_schedule, guarded_by
 from stepquant.model.surgery import check_finite, quantized_layers
 from stepquant.pretrained import attach_
 from stepquant.processes import ALONE, Processes
 from stepquant.recipe import Checked, Job, Recipe
 from stepquant.run import Progress, Run, SilentProgress
-from stepquant.work_folder import WorkFolder, opened
+from stepquant.work_folder import WorkFolder, opened, spilling
 
 __all__ = [
     "SHIPPED_MODELS",
     "Compensated",
     "Quantized",
     "compensate",
+    "estimate",
     "load",
     "open_any",
     "open_model",
@@ -62,14 +71,14 @@ __all__ = [
     "with_denoiser",
 ]
 
-SHIPPED_MODELS = ("digits-unet",)
+SHIPPED_MODELS = ("digits-unet", "digits-dit")
 """Models inside the package: they open with no network."""
 
 
 def open_model(model: str, *, device: torch.device | str | None = None) -> Any:
     """A full-precision diffusers pipeline.
 
-    model: a shipped model ("digits-unet"), a diffusers folder, or a hub id ("owner/name").
+    model: a shipped model ("digits-unet", "digits-dit"), a diffusers folder, or a hub id ("owner/name").
     Raises ModelError if there is none of these, naming the nearest shipped model.
     """
     path = Path(model)
@@ -99,12 +108,18 @@ def _from_folder(folder: Path, **options: Any) -> Any:
     from diffusers.utils import logging as diffusers_logging
 
     diffusers_logging.disable_progress_bar()
+    # JSON has no numbers as keys, so diffusers warns about every pipeline that says what its classes are called.
+    logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(_not_about_names_of_classes)
     if not is_accelerate_available():
         options["low_cpu_mem_usage"] = False
     try:
         return DiffusionPipeline.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder} could not be opened as a diffusers pipeline: {error}") from error
+
+
+def _not_about_names_of_classes(record: logging.LogRecord) -> bool:
+    return "Expected types for id2label" not in record.getMessage()
 
 
 def _from_hub(model: str) -> Any:
@@ -180,6 +195,7 @@ def quantize(
     arguments: Mapping[str, Any] | None = None,
     base_model: str = "",
     resume: bool = False,
+    denoiser: str | None = None,
 ) -> Quantized:
     """Quantize a pipeline's denoiser; the given pipeline stays as it was.
 
@@ -189,30 +205,27 @@ def quantize(
     base_model: what the checkpoint will say it was made from.
     resume: go on with what `run.work` holds of the same run.
     run: may name several processes that all call this with the same arguments; every one gets the result.
+    denoiser: which one, of a pipeline that switches between several ("transformer", "transformer_2"). It is calibrated
+        on its own steps; quantize the other from the same pipeline, and load one checkpoint onto the other.
 
     Raises ModelError for a model that cannot be quantized (NaN weights, no denoiser), UnsupportedPipeline if its
     sampling cannot be replayed, SpecError for settings that fit no layer.
     """
     run = run or Run()
-    if steps < 1:
-        raise SpecError(f"steps must be at least 1, found {steps}.")
-    name, full_precision = find_denoiser(pipe)
-    refuse_unsupported(pipe)
-    check_finite(full_precision)
+    name, full_precision = _to_quantize(pipe, recipe, steps, denoiser)
     with _still(full_precision):
-        denoiser = copy.deepcopy(full_precision).requires_grad_(False)
-        job = Job(pipe, full_precision, denoiser, run, steps, dict(arguments or {}))
-        for stage in recipe.stages:
-            if isinstance(stage, Checked):
-                stage.check(job)
+        quantizing = copy.deepcopy(full_precision).requires_grad_(False)
+        job = Job(pipe, full_precision, quantizing, run, steps, dict(arguments or {}))
+        _check_stages(job, recipe)
         identity = {}
         if run.work is not None or run.processes.count > 1:
-            identity = _identity(recipe, run, steps, job.arguments, full_precision)
+            identity = _identity(recipe, run, steps, job)
             run.processes.check_same("runs", {**identity, "work": run.work is not None, "resume": resume})
         with (
             nullcontext()
             if run.work is None
-            else opened(run.work, identity, resume=resume, processes=run.processes) as work
+            else opened(run.work, identity, resume=resume, processes=run.processes) as work,
+            spilling(run, work) as job.spill,
         ):
             figures = _run_stages(job, recipe, work)
     if "plan" not in job.handed:
@@ -236,6 +249,55 @@ def quantize(
         base_model=base_model,
         figures=tuple(figures),
     )
+
+
+def _to_quantize(pipe: Any, recipe: Recipe, steps: int, denoiser: str | None) -> tuple[str, nn.Module]:
+    """The denoiser and its name in the pipeline, if it can be quantized."""
+    if steps < 1:
+        raise SpecError(f"steps must be at least 1, found {steps}.")
+    name, full_precision = find_denoiser(pipe, denoiser)
+    refuse_unsupported(pipe, denoiser)
+    _refuse_correction(pipe, recipe)
+    check_finite(full_precision)
+    return name, full_precision
+
+
+def _check_stages(job: Job, recipe: Recipe) -> None:
+    for stage in recipe.stages:
+        if isinstance(stage, Checked):
+            stage.check(job)
+
+
+def _refuse_correction(pipe: Any, recipe: Recipe) -> None:
+    """A correction belongs to the scheduler, and would change the steps of a pipeline's other denoisers too."""
+    fitting = [type(stage).__name__ for stage in recipe.stages if "correction" in stage.gives]
+    if fitting and several_denoisers(pipe):
+        raise UnsupportedPipeline(
+            f"{fitting[0]} of recipe {recipe.name!r} corrects the scheduler's steps, and {type(pipe).__name__} "
+            f"switches between {' and '.join(several_denoisers(pipe))}, whose steps it would change too. Use a recipe "
+            "without it."
+        )
+
+
+def estimate(
+    pipe: Any,
+    recipe: Recipe,
+    *,
+    steps: int,
+    run: Run | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    denoiser: str | None = None,
+) -> Estimate | None:
+    """What `quantize` with the same arguments will take in memory, on disk and in time; None if it records nothing.
+
+    Samples one image in a few steps, where the pipeline is; nothing is changed. Raises as `quantize` does for what
+    cannot be recorded or quantized.
+    """
+    _, full_precision = _to_quantize(pipe, recipe, steps, denoiser)
+    with _still(full_precision):
+        job = Job(pipe, full_precision, full_precision, run or Run(), steps, dict(arguments or {}))
+        _check_stages(job, recipe)
+        return estimated(job, recipe)
 
 
 _CORRECTING_STAGES = {stage.__name__ for stage in (Compensate, CorrectNoise, CorrectProgressively)}
@@ -317,6 +379,11 @@ def compensate(
     """
     run = run or Run()
     settings = Compensate(estimator, regressors, gamma, ridge, shared, held_out)
+    if several_denoisers(against):
+        raise UnsupportedPipeline(
+            f"{type(against).__name__} switches between {' and '.join(several_denoisers(against))}; a correction can "
+            "be fitted for one denoiser in all steps only."
+        )
     _, full_precision = find_denoiser(against)
     check_finite(full_precision)
     pipe, manifest = _candidate(candidate, full_precision)
@@ -382,19 +449,20 @@ def _still(denoiser: nn.Module) -> Iterator[None]:
         denoiser.train(training)
 
 
-def _identity(
-    recipe: Recipe, run: Run, steps: int, arguments: Mapping[str, Any], denoiser: nn.Module
-) -> dict[str, Any]:
+def _identity(recipe: Recipe, run: Run, steps: int, job: Job) -> dict[str, Any]:
     """What must be the same for a run to be continued."""
     digest = hashlib.sha256()
-    for key, tensor in denoiser.state_dict().items():
-        digest.update(key.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    beside = network_beside(job.pipe)
+    others = other_denoisers(job.pipe, job.full_precision)
+    for module in (job.full_precision, *([] if beside is None else [beside]), *others):
+        for key, tensor in module.state_dict().items():
+            digest.update(key.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return {
         "recipe": recipe.to_dict(),
         "seed": run.seed,
         "steps": steps,
-        "arguments": json.loads(json.dumps(dict(arguments), default=repr)),
+        "arguments": json.loads(json.dumps(dict(job.arguments), default=repr)),
         "weights": digest.hexdigest(),
     }
 
@@ -427,6 +495,7 @@ def load(
     device: torch.device | str | None = None,
     denoiser: nn.Module | None = None,
     schedule: Literal["strict", "nearest"] = "strict",
+    onto: Any = None,
 ) -> Any:
     """Open a checkpoint as an ordinary pipeline whose denoiser is quantized.
 
@@ -435,11 +504,14 @@ def load(
     denoiser: the float module, for a checkpoint of a plain torch denoiser.
     schedule: "strict" refuses to sample with other timesteps than those of the calibration; "nearest" lets every
         timestep use the parameters of the nearest calibrated one.
+    onto: a pipeline that all parts but the quantized denoiser are taken from. A pipeline that switches between two
+        denoisers has a checkpoint for each: `load("second", onto=load("first"))` has both.
     Raises CheckpointError for a damaged checkpoint, EngineError for an unknown engine.
     """
     if schedule not in ("strict", "nearest"):
         raise SpecError(f"schedule must be 'strict' or 'nearest', found {schedule!r}.")
-    pipe, manifest = load_checkpoint(folder, denoiser=denoiser)
+    given = None if onto is None else _parts_for(Path(folder), onto)
+    pipe, manifest = load_checkpoint(folder, denoiser=denoiser, components=given)
     if device is not None:
         pipe.to(device)
     placed, _ = place(getattr(pipe, manifest.denoiser.name), engine)
@@ -447,6 +519,25 @@ def load(
     if schedule == "strict" and manifest.schedule is not None:
         guard_schedule(pipe.scheduler, ScheduleFingerprint.from_dict(manifest.schedule))
     return pipe
+
+
+def _parts_for(folder: Path, onto: Any) -> dict[str, Any]:
+    """What a checkpoint takes from another pipeline: everything but the denoiser that it holds."""
+    manifest = read_manifest(folder)
+    if type(onto).__name__ != manifest.pipeline.class_name or not hasattr(onto, "components"):
+        raise SpecError(
+            f"{folder} is a checkpoint of a {manifest.pipeline.class_name}, and onto= is a {type(onto).__name__}. Load "
+            "it onto a pipeline of its own kind."
+        )
+    wanted = None if manifest.schedule is None else ScheduleFingerprint.from_dict(manifest.schedule)
+    present = guarded_by(onto.scheduler)
+    if wanted is not None and present is not None and wanted.timesteps != present.timesteps:
+        raise SpecError(
+            f"{folder} is calibrated for {wanted.steps} steps of {wanted.scheduler}, and the pipeline in onto= for "
+            f"{present.steps} steps of {present.scheduler}: both must be for one schedule."
+        )
+    parts = {name: part for name, part in onto.components.items() if name != manifest.denoiser.name}
+    return {**parts, "scheduler": copy.deepcopy(onto.scheduler)}
 
 
 def open_any(source: str, *, device: torch.device | str | None = None, **options: Any) -> tuple[Any, str]:
@@ -510,6 +601,7 @@ def sampled(
     def images_of(start: int) -> Tensor:
         chunk = seeds[start : start + batch_size]
         own = arguments_of_batch(arguments or {}, slice(start, start + batch_size), len(seeds))
+        own = dict(with_labels(pipe, own, chunk))
         generators = [torch.Generator().manual_seed(seed) for seed in chunk]
         offered = {"batch_size": len(chunk), "num_inference_steps": steps, "output_type": "np"}
         if any(key.startswith("prompt") for key in own) and isinstance(own.get("prompt"), list):

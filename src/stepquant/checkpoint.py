@@ -44,6 +44,7 @@ from stepquant.model.components import (
     build_pipeline,
     class_identity,
     json_config,
+    keeps_float32,
     load_component,
     save_component,
 )
@@ -58,7 +59,7 @@ from stepquant.model.layer import QuantizedLayer
 from stepquant.model.pipeline import DenoiserPipeline
 from stepquant.model.quantizer import WeightQuantizer
 from stepquant.model.surgery import check_finite, operand_specs, quantized_layers
-from stepquant.pretrained import INDEX_NAME, attach_, stock_config
+from stepquant.pretrained import INDEX_NAME, attach_, refuse_adapters, stock_config
 from stepquant.slots import (
     Dtypes,
     Slot,
@@ -122,6 +123,8 @@ def save_checkpoint(
     target = Path(folder)
     _check_target(target, overwrite)
     _refuse_packed(denoiser)
+    refuse_adapters([name for name, module in denoiser.named_modules() if hasattr(module, "base_layer")])
+    _refuse_second(pipe, denoiser_name)
     check_finite(denoiser)
     structure = describe(denoiser)
     scheduler = pipe.scheduler
@@ -179,6 +182,16 @@ def _refuse_packed(denoiser: nn.Module) -> None:
         ):
             raise CheckpointError(
                 f"{name} is packed by an engine: save the model before packing, or copy the checkpoint."
+            )
+
+
+def _refuse_second(pipe: Any, denoiser_name: str) -> None:
+    """Quantized parts beside the denoiser would be saved as what they are not."""
+    for name, part in _components(pipe).items():
+        if name != denoiser_name and isinstance(part, nn.Module) and clock_of(part) is not None:
+            raise CheckpointError(
+                f"{name} is quantized too, and a checkpoint holds one quantized denoiser: save {denoiser_name} and "
+                f"{name} from pipelines in which the other one is in full precision."
             )
 
 
@@ -577,7 +590,9 @@ def _part(root: Path, name: str, part: ComponentIdentity | None, given: Mapping[
     if not (root / name).is_dir():
         raise CheckpointError(f"{root} lacks the folder {name} of the pipeline's {part.class_name}.")
     value = load_component(root / name, part.library, part.class_name)
-    return _cast(value, part.dtype) if isinstance(value, nn.Module) and part.dtype is not None else value
+    if not isinstance(value, nn.Module) or part.dtype is None or keeps_float32(value):
+        return value
+    return _cast(value, part.dtype)
 
 
 def _plain_pipeline(manifest: Manifest, model: nn.Module, parts: Mapping[str, Any]) -> DenoiserPipeline:

@@ -151,7 +151,7 @@ def stock_config(manifest: Manifest) -> dict[str, Any]:
 
     Raises CheckpointError if adapters are attached: a checkpoint has no place for them, and could not be loaded.
     """
-    _refuse_adapters(sorted({name.split(_ADAPTED)[0] for name in manifest.checksums if _ADAPTED in name}))
+    refuse_adapters(sorted({name.split(_ADAPTED)[0] for name in manifest.checksums if _ADAPTED in name}))
     values = manifest_json(manifest)
     return {"quant_method": METHOD, **{key: values[key] for key in _KEYS if values.get(key) is not None}}
 
@@ -340,7 +340,8 @@ _ADAPTED = ".base_layer."
 """In the name of a tensor whose layer has an adapter around it."""
 
 
-def _refuse_adapters(layers: Sequence[str]) -> None:
+def refuse_adapters(layers: Sequence[str]) -> None:
+    """Raise CheckpointError if these layers have adapters (peft): they would be saved without, under other names."""
     if layers:
         raise CheckpointError(
             f"{len(layers)} layers have adapters, the first is {layers[0]}. Save the adapters on their own "
@@ -350,7 +351,7 @@ def _refuse_adapters(layers: Sequence[str]) -> None:
 
 
 def _refuse_changed(denoiser: nn.Module, config: StepquantConfig) -> None:
-    _refuse_adapters([name for name, module in denoiser.named_modules() if hasattr(module, "base_layer")])
+    refuse_adapters([name for name, module in denoiser.named_modules() if hasattr(module, "base_layer")])
     try:
         found = StepquantConfig.of(denoiser)
     except ModelError as error:

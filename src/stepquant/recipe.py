@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from stepquant.errors import SpecError, nearest
-from stepquant.run import Run
+from stepquant.run import Run, Spill
 
 __all__ = ["Checked", "Job", "Keeper", "Recipe", "Stage", "recipe_from_dict"]
 
@@ -42,6 +42,7 @@ class Job:
     denoiser: the copy that is being quantized.
     arguments: what the pipeline is called with beside seeds and steps (prompts, guidance scale, class labels).
     keeper: where long stages keep their state; None keeps nothing.
+    spill: where trajectories and large caches lie on disk; None keeps them in memory.
     handed: nouns of the stages' `gives` -> values ("trajectories", "calibration", "order", ...).
     """
 
@@ -53,6 +54,7 @@ class Job:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     handed: dict[str, Any] = field(default_factory=dict)
     keeper: Keeper | None = None
+    spill: Spill | None = None
 
 
 @runtime_checkable
@@ -60,6 +62,8 @@ class Stage(Protocol):
     """One thing done to a job. A frozen dataclass whose fields are its settings.
 
     needs, gives: nouns. "model" stands for the quantized denoiser's own state.
+    Two marks that a stage may have: `sets_row_bits`, it gives timesteps bits of their own, and
+    `replaces_input_quantizers`, it makes the quantizers of activations anew with equal bits.
     """
 
     needs: ClassVar[frozenset[str]]
@@ -98,7 +102,20 @@ class Recipe:
                     f"Stage {number + 1} of recipe {self.name!r}, {type(stage).__name__}, fits a correction, and a "
                     "stage before it has fitted one already, which it would replace. Keep one of them."
                 )
+            self._refuse_lost_bits(number)
             have |= stage.gives
+
+    def _refuse_lost_bits(self, number: int) -> None:
+        """Stages that make quantizers of activations anew know nothing of bits that earlier ones gave to rows."""
+        stage, before = self.stages[number], self.stages[:number]
+        setting = next((type(one).__name__ for one in before if getattr(one, "sets_row_bits", False)), None)
+        if setting is not None and getattr(stage, "replaces_input_quantizers", False):
+            name = type(stage).__name__
+            raise SpecError(
+                f"Stage {number + 1} of recipe {self.name!r}, {name}, makes the quantizers of activations anew, and "
+                f"would drop the bits of timesteps that {setting} has set before it. Put {name} before {setting}, or "
+                "leave one of them out."
+            )
 
     def then(self, *stages: Stage, name: str | None = None) -> Recipe:
         """This recipe with further stages after it."""

@@ -13,7 +13,7 @@ import torch
 
 from stepquant.processes import ALONE, Processes
 
-__all__ = ["Progress", "Run", "SilentProgress"]
+__all__ = ["Progress", "Run", "SilentProgress", "Spill"]
 
 
 class Progress(Protocol):
@@ -32,6 +32,17 @@ class SilentProgress:
         yield lambda _done: None
 
 
+@dataclass(frozen=True)
+class Spill:
+    """Where a run puts what is too large for main memory.
+
+    folder: on disk; empty at the start, removed at the end. memory: bytes of cached data that may stay in memory.
+    """
+
+    folder: Path
+    memory: int
+
+
 def _tell_nobody(number: int, figures: Mapping[str, Any]) -> None:
     """The default of `Run.finished`."""
 
@@ -45,6 +56,9 @@ class Run:
     finished: called with the number and the figures of every stage that has finished.
     processes: that share the work, `processes.joined()`. All of them must be given the same run; the first one alone
         uses the work folder.
+    max_memory: bytes of what calibration records and caches that may be in main memory at a time; what is beyond, and
+        all trajectories, lies on disk: in the work folder, or without one among the system's temporary files. None
+        keeps everything in memory. Results are the same.
     """
 
     seed: int = 0
@@ -52,6 +66,7 @@ class Run:
     progress: Progress = field(default_factory=SilentProgress)
     finished: Callable[[int, Mapping[str, Any]], None] = _tell_nobody
     processes: Processes = ALONE
+    max_memory: int | None = None
 
     def generator(self, *name: object) -> torch.Generator:
         """A CPU generator of its own for each name.

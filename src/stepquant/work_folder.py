@@ -7,6 +7,7 @@
     calibration-NN.json, plan-NN.json, correction-NN.safetensors, model-NN.json, model-NN.safetensors
                                    the others with the number of the stage that gave them last
     partial-NN-NAME.safetensors    kept by stage NN itself, removed when it has finished
+    spill/                         what the process at work does not keep in memory; of no use to any other
 
 Of several processes only the first has the folder. The others begin with a copy of what it holds, in a temporary one.
 
@@ -21,6 +22,7 @@ import copy
 import json
 import logging
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,17 +38,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stepquant.calibrate.select import CalibrationSet
-from stepquant.calibrate.trajectory_files import load_trajectories, save_trajectories
+from stepquant.calibrate.split import kept
+from stepquant.calibrate.trajectory_files import save_trajectories, shards
 from stepquant.errors import CalibrationError, SpecError, StepquantError
 from stepquant.model.assembly import Structure, assemble_, describe
 from stepquant.model.correction import StepCorrection
+from stepquant.model.families import network_beside
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.surgery import Plan, quantized_layers
 from stepquant.processes import Processes
 from stepquant.recipe import Job, Stage
+from stepquant.run import Run, Spill
 from stepquant.storage import errors_name
 
-__all__ = ["WorkFolder", "hold", "opened"]
+__all__ = ["WorkFolder", "hold", "opened", "spilling"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +61,7 @@ _CALIBRATION = TypeAdapter(CalibrationSet)
 
 _KEPT = ("trajectories", "calibration", "plan", "model", "correction")
 _LOCK, _OWNER = "lock", "owner.json"
+_SPILL = "spill"
 _TENSORS = ".safetensors"
 
 
@@ -180,7 +186,8 @@ class WorkFolder:
         given = {noun: number for number, stage in enumerate(stages[: self.finished]) for noun in stage.gives}
         if "trajectories" in given:
             folder = self.folder / "trajectories"
-            job.handed["trajectories"] = load_trajectories(folder, job.pipe.scheduler)
+            found = shards(folder, job.pipe.scheduler, network_beside(job.pipe))
+            job.handed["trajectories"] = kept(job, found)
         if "calibration" in given:
             path = self._path("calibration", given["calibration"])
             with _read(path, self.folder):
@@ -277,6 +284,7 @@ def opened(folder: Path, identity: Mapping[str, Any], *, resume: bool, processes
     if processes.first:
         with hold(folder):
             work = WorkFolder(folder, identity, resume=resume)
+            shutil.rmtree(folder / _SPILL, ignore_errors=True)  # of a run that was killed
             _copied(folder, processes)
             yield work
     else:
@@ -284,6 +292,20 @@ def opened(folder: Path, identity: Mapping[str, Any], *, resume: bool, processes
             copy_of_it = Path(temporary)
             _copied(copy_of_it, processes)
             yield _Copy(copy_of_it, identity, resume=True)
+
+
+@contextmanager
+def spilling(run: Run, work: WorkFolder | None) -> Iterator[Spill | None]:
+    """Inside, the folder for what a run with `max_memory` does not keep in memory; None for a run without."""
+    if run.max_memory is None:
+        yield None
+        return
+    folder = Path(tempfile.mkdtemp(prefix="stepquant-spill-")) if work is None else work.folder / _SPILL
+    folder.mkdir(exist_ok=True)
+    try:
+        yield Spill(folder, run.max_memory)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _copied(folder: Path, processes: Processes) -> None:

@@ -22,7 +22,7 @@ import stepquant
 import tiny
 from doc_blocks import ROOT, Block
 from stepquant import api
-from stepquant.cli import work
+from stepquant.cli import evaluate
 from stepquant.cli.main import main
 from stepquant.config import parse_yaml, resolve
 from stepquant.engines.openvino import OpenVINOEngine
@@ -79,7 +79,7 @@ def shortened(monkeypatch: pytest.MonkeyPatch) -> None:
         return small_model() if model == "digits-unet" else opened(model, **options)
 
     monkeypatch.setattr(api, "open_model", open_small)
-    monkeypatch.setattr(work, "_EVALUATED", range(1000, 1004))
+    monkeypatch.setattr(evaluate, "_EVALUATED", range(1000, 1004))
     for method, presets in PRESETS.items():
         for name in presets:
             monkeypatch.setitem(presets, name, {"samples": 2, "batch": 2, **SHORT.get(method, {})})

@@ -17,12 +17,14 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from stepquant.cli import work
+from stepquant.calibrate.estimate import Estimate
+from stepquant.cli import compensate, evaluate, report, work
+from stepquant.cli.arguments import bytes_named
 from stepquant.cli.commands import app
 from stepquant.cli.console import BarProgress, LineProgress, duration
 from stepquant.cli.main import arranged, main
 from stepquant.cli.seeds import format_seeds, parse_seeds
-from stepquant.errors import ModelError
+from stepquant.errors import ModelError, SpecError
 from stepquant.numerics.spec import LayerScheme, scheme_for
 from stepquant.recipe import Recipe
 
@@ -79,6 +81,12 @@ class Library:
         self.calls.append(("load", {"folder": folder, **options}))
         return FakePipe()
 
+    def estimate(self, pipe: Any, recipe: Any, **options: Any) -> Estimate:
+        self.calls.append(("estimate", {"recipe": recipe, **options}))
+        return Estimate(
+            network=10**6, recording=2 * 10**9, batch=10**8, caches=3 * 10**9, seconds=75.0, uncounted=("Compensate",)
+        )
+
     def quantize(self, pipe: Any, recipe: Any, **options: Any) -> FakeQuantized:
         self.calls.append(("quantize", {"recipe": recipe, **options}))
         if self.failure is not None:
@@ -128,10 +136,11 @@ def describe(folder: Path) -> dict[str, Any]:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     fake = Library()
-    for name in ("open_model", "open_any", "load", "quantize", "sample"):
+    for name in ("open_model", "open_any", "load", "estimate", "quantize", "sample"):
         monkeypatch.setattr(work.api, name, getattr(fake, name))
-    monkeypatch.setattr(work, "compare", fake.compare)
-    monkeypatch.setattr(work, "inspect_checkpoint", describe)
+    monkeypatch.setattr(evaluate, "compare", fake.compare)
+    for module in (work, evaluate, compensate, report):
+        monkeypatch.setattr(module, "inspect_checkpoint", describe)
     monkeypatch.setattr("stepquant.inspection.inspect_checkpoint", describe)
     monkeypatch.setattr(work, "tune_allocator", lambda: True)
     monkeypatch.setattr("stepquant.report.groups.rows_over_time", lambda _pipe: ([], torch.zeros(0, 1), [0.0]))
@@ -312,9 +321,35 @@ def test_a_dry_run_touches_nothing(run: Run, library: Library, tmp_path: Path) -
     status, out, _ = run("quantize", "digits-unet", "-o", tmp_path / "out", "--dry-run", "--preset", "quick")
     assert status == 0
     assert "FitWindows" in out
+    assert "About 5.00 GB of memory" in out
+    assert "1 min 15 s and the time of Compensate." in " ".join(out.split())
     assert "Nothing was written." in out
     assert list(tmp_path.iterdir()) == []
     assert library.asked("quantize") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("0", 0), ("8GB", 8 * 10**9), ("1.5 GiB", 3 * 2**29), ("500mb", 5 * 10**8), ("7 kB", 7000), ("12B", 12)],
+)
+def test_sizes_are_read(text: str, expected: int) -> None:
+    assert bytes_named(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GB", "8 GX", "1e3", "GB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(SpecError, match="Expected a size such as 8GB"):
+        bytes_named(text)
+
+
+def test_max_memory_reaches_the_run_and_the_estimate(run: Run, library: Library, tmp_path: Path) -> None:
+    command = ["quantize", "digits-unet", "-o", tmp_path / "out", "--max-memory", "1GB"]
+    status, out, _ = run(*command, "--dry-run")
+    assert status == 0
+    assert "About 1.00 GB of memory" in out  # two networks of 1 MB are in it
+    assert "5.00 GB of disk" in out  # 2 GB are recorded, 3 GB of caches do not fit
+    assert run(*command)[0] == 0
+    assert library.asked("quantize")[0]["run"].max_memory == 10**9
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def test_a_table_of_another_name_is_damage(quantized: Quantized, tmp_path: Path)
 
 
 def test_no_correction_where_nothing_is_better(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("stepquant.calibrate.compensation._Moments.share_to_keep", lambda *_: 0.0)
+    monkeypatch.setattr("stepquant.calibrate.correction_fit.Moments.share_to_keep", lambda *_: 0.0)
     made = quantize(pipe_of(), cec(**SETTINGS), steps=STEPS, run=Run(work=tmp_path / "work"))
     assert made.figures[-1]["chosen"] == "none"
     assert type(made.pipe.scheduler) is DDIMScheduler

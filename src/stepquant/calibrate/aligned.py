@@ -20,7 +20,7 @@ from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.stages import FitInputRanges, calibration_seeds
 from stepquant.calibrate.trajectory import Trajectory, record, seal
 from stepquant.errors import SpecError
-from stepquant.model.families import find_denoiser
+from stepquant.model.families import name_of_denoiser
 from stepquant.recipe import Figures, Job
 
 __all__ = ["AlignLayers"]
@@ -43,6 +43,7 @@ class AlignLayers:
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
+    replaces_input_quantizers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -69,7 +70,7 @@ class AlignLayers:
         known: list[Trajectory] = job.handed["trajectories"]
         count = sum(len(one.seeds) for one in known)
         seeds = calibration_seeds(job.run.seed, count * (number + 1))[count * number :]
-        name, _ = find_denoiser(job.pipe)
+        name = name_of_denoiser(job.pipe, job.full_precision)
         pipe = copy.copy(job.pipe)
         setattr(pipe, name, job.denoiser)
         pipe.scheduler = copy.deepcopy(job.pipe.scheduler)

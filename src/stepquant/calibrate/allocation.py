@@ -33,16 +33,17 @@ import copy
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
-import numpy as np
 from torch import Tensor, nn
 
+from stepquant.calibrate.bit_costs import Choice, Costs, Problem, costs_of
 from stepquant.calibrate.decoupled import decoupled_scores
+from stepquant.calibrate.integer_program import solve
 from stepquant.calibrate.outlier_token import KeepFirstToken
-from stepquant.calibrate.ranges import SAMPLE_MARGIN_BITS, RangeRule
+from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.sensitivity import (
     SCORES,
     Item,
@@ -58,26 +59,14 @@ from stepquant.calibrate.trajectory import Trajectory
 from stepquant.errors import CalibrationError, SpecError, nearest
 from stepquant.model.families import end_layers, make_attention_explicit_
 from stepquant.model.layer import Matmul
-from stepquant.model.surgery import Plan, operand_specs, quantizable
-from stepquant.numerics.affine import grouped
-from stepquant.numerics.packing import packed_bytes
-from stepquant.numerics.spec import LayerScheme, QuantSpec
+from stepquant.model.surgery import Plan, quantizable
+from stepquant.numerics.spec import LayerScheme
 from stepquant.recipe import Figures, Job, Recipe
-from stepquant.slots import Slot, encoded
 
 __all__ = ["Allocate", "Choice", "allocated", "parse_target", "solve"]
 
-Choice = dict[Item, int | None]
-"""Item -> bits; None is full precision."""
-
 _EVERYTHING: dict[str, Any] = {"weights": 8, "activations": 8, "ends": "same", "softmax_bits": None, "rules": ()}
 """Settings of `Place` under which every operand of every layer is quantized."""
-
-_TABLE_BYTES = 4 + 1
-"""Of one row of an activation's range in a checkpoint: a scale and a zero point."""
-
-_RESCALINGS, _REPAIRS = 4, 4
-"""How often the integer program is solved again in better units, and with less room."""
 
 MEASURED_BEYOND = 8.0
 """A bound on the drift that failed is divided, and one that held multiplied, by at most this much at a time. Ours."""
@@ -92,61 +81,6 @@ def parse_target(text: str | float) -> tuple[float, float | None]:
     return weights, None if found[3] is None else float(found[3])
 
 
-def solve(objective: Sequence[Sequence[float]], limits: Sequence[tuple[Sequence[Sequence[float]], float]]) -> list[int]:
-    """Which candidate each item gets: the least sum of `objective`, with sum of costs <= budget for every limit.
-
-    objective: a value for each candidate of each item. limits: (costs in the same form, budget).
-    The best choice that is found within a minute; a few hundred items take about a second.
-    Raises CalibrationError if there is no solution or none is found.
-    """
-    budgets = [budget for _, budget in limits]
-    for _ in range(_REPAIRS):
-        chosen = _solved(objective, [(costs, budget) for (costs, _), budget in zip(limits, budgets, strict=True)])
-        over = [sum(row[place] for row, place in zip(costs, chosen, strict=True)) - budget for costs, budget in limits]
-        if all(excess <= 1e-9 * abs(budget) for excess, (_, budget) in zip(over, limits, strict=True)):
-            return chosen
-        # Within the solver's tolerance of the budget is not within the budget.
-        budgets = [budget - 2 * max(excess, 0.0) for budget, excess in zip(budgets, over, strict=True)]
-    raise CalibrationError(f"The solver's choices stay above the budget by up to {max(over):g}: allow that much less.")
-
-
-def _solved(
-    objective: Sequence[Sequence[float]], limits: Sequence[tuple[Sequence[Sequence[float]], float]]
-) -> list[int]:
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
-    counts = [len(row) for row in objective]
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    values = np.array([value for row in objective for value in row], dtype=float)
-    owner = np.repeat(np.arange(len(counts)), counts)
-    one_each = csr_array((np.ones(len(values)), (owner, np.arange(len(values)))), shape=(len(counts), len(values)))
-    constraints = [LinearConstraint(one_each, 1, 1)]
-    for costs, budget in limits:
-        row = np.array([cost for part in costs for cost in part], dtype=float)
-        unit = max(abs(budget), 1e-300)  # the solver's tolerances are absolute
-        # What is far beyond the budget is beyond it: huge coefficients would cost the others their digits.
-        constraints.append(LinearConstraint(np.minimum(row / unit, 1e3).reshape(1, -1), -np.inf, budget / unit))
-    chosen: list[int] = []
-    scale = max(float(values.max(initial=0.0)), 1e-300)
-    for _ in range(_RESCALINGS):  # values span many orders: the next time in units of the solution
-        found = milp(
-            np.minimum(values / scale, 1e6),
-            integrality=np.ones(len(values)),
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={"mip_rel_gap": 1e-6, "time_limit": 60.0},
-        )
-        if found.x is None:
-            raise CalibrationError(f"No choice of bits keeps within the budget (the solver says: {found.message}).")
-        chosen = [int(np.argmax(found.x[start : start + count])) for start, count in zip(starts, counts, strict=True)]
-        best = sum(row[place] for row, place in zip(objective, chosen, strict=True))
-        if not 0 < best < scale / 10:
-            break
-        scale = best
-    return chosen
-
-
 def levelled(scores: Mapping[int, float]) -> dict[int, float]:
     """Scores that do not rise with the bits: each the largest of its own and those of more bits."""
     found: dict[int, float] = {}
@@ -155,59 +89,6 @@ def levelled(scores: Mapping[int, float]) -> dict[int, float]:
         worst = max(worst, scores[bits])
         found[bits] = worst
     return {bits: found[bits] for bits in sorted(found)}
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What every item and candidate costs, and what the parts cost that are not free to choose.
-
-    averages: operand -> (bits times elements of the fixed part, elements of all).
-    """
-
-    elements: Mapping[Item, float]
-    full_bits: int
-    bytes: Mapping[Item, Mapping[int | None, int]]
-    fixed: Mapping[str, tuple[float, float]]
-    fixed_bytes: int
-
-    def bits(self, item: Item, bits: int | None) -> float:
-        """Bits times elements."""
-        return self.elements[item] * (self.full_bits if bits is None else bits)
-
-    def average(self, operand: str, choice: Choice) -> float:
-        """Average bits of weights or of activations."""
-        fixed, elements = self.fixed[operand]
-        own = sum(self.bits(item, bits) for item, bits in choice.items() if item.operand == operand)
-        return (fixed + own) / elements if elements else 0.0
-
-    def total_bytes(self, choice: Choice) -> int:
-        return self.fixed_bytes + sum(self.bytes[item][bits] for item, bits in choice.items())
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """What is free to choose. full: spec of every operand at 8 bits. base: the plan before any choice."""
-
-    order: tuple[str, ...]
-    full: Plan
-    base: Plan
-    items: tuple[Item, ...]
-    weights: Mapping[str, Tensor] = field(repr=False)
-
-    def plan(self, choice: Choice) -> Plan:
-        """The base plan with the chosen bits."""
-        schemes = {name: self.base.get(name, LayerScheme()) for name in self.order}
-        for item, bits in choice.items():
-            own, full = schemes[item.layer], self.full[item.layer]
-            if item.operand == "weights":
-                schemes[item.layer] = replace(own, weight=_at(full.weight, bits))
-            else:
-                schemes[item.layer] = replace(own, input=_at(full.input, bits), second=_at(full.second, bits))
-        return {name: scheme for name, scheme in schemes.items() if scheme.quantizes}
-
-
-def _at(spec: QuantSpec | None, bits: int | None) -> QuantSpec | None:
-    return None if spec is None or bits is None else replace(spec, bits=bits)
 
 
 @dataclass(frozen=True)
@@ -276,10 +157,10 @@ class Allocate:
         """Budgets that no choice of weights can keep, and all that `Place` checks, before anything is recorded."""
         self.place.check(job)
         denoiser, problem = self._unrun_problem(job)
-        costs = _costs_of(problem, denoiser, {})
+        costs = costs_of(problem, denoiser, {})
         self._check_budgets(replace(problem, items=tuple(i for i in problem.items if i.operand == "weights")), costs)
 
-    def _unrun_problem(self, job: Job) -> tuple[nn.Module, _Problem]:
+    def _unrun_problem(self, job: Job) -> tuple[nn.Module, Problem]:
         """What is free, as far as the network tells before anything has run, and the copy that was looked at."""
         denoiser = copy.deepcopy(job.full_precision)
         base = self.place.plan(denoiser)  # makes attention explicit
@@ -297,7 +178,7 @@ class Allocate:
 
     def run(self, job: Job) -> Figures:
         problem, probe, used, held, evaluations = self._prepare(job)
-        costs = _costs_of(problem, probe.denoiser, probe.elements, probe.sample_rows())
+        costs = costs_of(problem, probe.denoiser, probe.elements, probe.sample_rows())
         self._check_budgets(problem, costs)
         scores, spent = self._scores(job, probe, used, problem)
         scores = {item: levelled(values) for item, values in scores.items()}
@@ -321,7 +202,7 @@ class Allocate:
             "evaluations": evaluations + spent + meter.evaluations,
         }
 
-    def _prepare(self, job: Job) -> tuple[_Problem, Probe, list[Trajectory], list[Trajectory], int]:
+    def _prepare(self, job: Job) -> tuple[Problem, Probe, list[Trajectory], list[Trajectory], int]:
         """The problem, the network to probe, trajectories for sensitivities and to measure on, and evaluations."""
         trajectories: list[Trajectory] = job.handed["trajectories"]
         used, held = _split(trajectories, self.samples, self.held_out)
@@ -347,7 +228,7 @@ class Allocate:
         make_attention_explicit_(floating)
         return self._problem(floating, full, base), probe, used, held, evaluations
 
-    def _problem(self, denoiser: nn.Module, full: Plan, base: Plan) -> _Problem:
+    def _problem(self, denoiser: nn.Module, full: Plan, base: Plan) -> Problem:
         """What is free in a network whose attention is explicit. The layers of `full` are in order of execution."""
         order = list(full)
         layers = quantizable(denoiser)
@@ -367,13 +248,13 @@ class Allocate:
         if not items:
             raise SpecError("There is nothing to allocate: rules and ends leave no layer free.")
         weights = {name: module.weight.detach() for name, module in layers.items() if not isinstance(module, Matmul)}
-        return _Problem(tuple(order), full, base, tuple(items), weights)
+        return Problem(tuple(order), full, base, tuple(items), weights)
 
     @property
     def _weights_are_free(self) -> bool:
         return any(budget is not None for budget in (self.weight_bits, self.max_bytes, self.max_drift))
 
-    def _check_budgets(self, problem: _Problem, costs: Costs) -> None:
+    def _check_budgets(self, problem: Problem, costs: Costs) -> None:
         """Raise SpecError with the smallest budget that is possible."""
         least: Choice = {item: item.bits[0] for item in problem.items}
         for operand, asked in (("weights", self.weight_bits), ("activations", self.activation_bits)):
@@ -390,7 +271,7 @@ class Allocate:
                 f"with {self.bits[0]} bits in every layer that is free to choose."
             )
 
-    def _scores(self, job: Job, probe: Probe, used: list[Trajectory], problem: _Problem) -> tuple[Scores, int]:
+    def _scores(self, job: Job, probe: Probe, used: list[Trajectory], problem: Problem) -> tuple[Scores, int]:
         if self.score in ("final", "incoherent"):
             coherent, incoherent, spent = final_scores(
                 probe, used, problem.items, projections=self.projections, run=job.run, keeper=job.keeper
@@ -401,7 +282,7 @@ class Allocate:
         mse, relative, spent = output_scores(probe, used, problem.items, run=job.run)
         return mse if self.score == "mse" else relative, spent
 
-    def _limits(self, problem: _Problem, costs: Costs) -> list[tuple[list[list[float]], float]]:
+    def _limits(self, problem: Problem, costs: Costs) -> list[tuple[list[list[float]], float]]:
         """Costs of all items' candidates (full precision last) and budgets."""
         limits: list[tuple[list[list[float]], float]] = []
         for operand, asked in (("weights", self.weight_bits), ("activations", self.activation_bits)):
@@ -417,7 +298,7 @@ class Allocate:
             limits.append((_bytes(problem, costs), float(self.max_bytes - costs.fixed_bytes)))
         return limits
 
-    def _chosen(self, problem: _Problem, scores: Scores, costs: Costs, bound: float | None = None) -> Choice:
+    def _chosen(self, problem: Problem, scores: Scores, costs: Costs, bound: float | None = None) -> Choice:
         """The solution under the budgets, or of the fewest bytes with a predicted drift of at most `bound`."""
         objective = [[*scores[item].values(), 0.0] for item in problem.items]
         limits = self._limits(problem, costs)
@@ -450,7 +331,7 @@ class Allocate:
                 meter.rows[-1]["kept"] = True
         return choice
 
-    def _bounded(self, problem: _Problem, scores: Scores, costs: Costs, meter: _Meter) -> Choice:
+    def _bounded(self, problem: Problem, scores: Scores, costs: Costs, meter: _Meter) -> Choice:
         """Fewest bytes whose measured drift keeps `max_drift`, by bisection of the bound on the predicted drift."""
         wanted = self.max_drift
         assert wanted is not None
@@ -487,7 +368,7 @@ class Allocate:
 class _Meter:
     """Measures the final drift of the network rounded to nearest, on held-out images; remembers what it measured."""
 
-    def __init__(self, problem: _Problem, probe: Probe, held: list[Trajectory], job: Job) -> None:
+    def __init__(self, problem: Problem, probe: Probe, held: list[Trajectory], job: Job) -> None:
         self.problem, self.probe, self.held, self.job = problem, probe, held, job
         self.rows: list[dict[str, object]] = []
         self.evaluations = 0
@@ -543,81 +424,7 @@ def _split(trajectories: list[Trajectory], samples: int, held_out: int) -> tuple
     return used, held
 
 
-def _costs_of(
-    problem: _Problem,
-    denoiser: nn.Module,
-    activations: Mapping[str, float],
-    sample_rows: Mapping[str, tuple[int, int]] | None = None,
-) -> Costs:
-    """activations: values that enter each layer in one evaluation of one image; empty if not known yet.
-    sample_rows: of `Probe.sample_rows`; None if not known yet.
-    """
-    sizes = {"weights": {name: float(w.numel()) for name, w in problem.weights.items() if name in problem.order}}
-    sizes["activations"] = {name: activations.get(name, 0.0) for name in problem.order}
-    dtype = next(iter(problem.weights.values())).dtype
-    full_bits = 8 * dtype.itemsize
-    free = {(item.operand, item.layer) for item in problem.items}
-    fixed = {}
-    for operand, elements in sizes.items():
-        spent = 0.0
-        for name, count in elements.items():
-            scheme = problem.base.get(name, LayerScheme())
-            spec = scheme.weight if operand == "weights" else scheme.input
-            if (operand, name) not in free:
-                spent += count * (full_bits if spec is None else spec.bits)
-        fixed[operand] = (spent, sum(elements.values()))
-    modules = dict(denoiser.named_modules())
-    of_item: dict[Item, dict[int | None, int]] = {}
-    fixed_bytes = 0
-    items = {(item.operand, item.layer): item for item in problem.items}
-    for name in problem.order:
-        base, full = problem.base.get(name, LayerScheme()), problem.full[name]
-        if ("activations", name) in items:
-            item = items["activations", name]
-            of_item[item] = {None: 0}
-            for bits in item.bits:
-                specs = [_at(spec, bits) for _, spec in operand_specs(full)]
-                of_item[item][bits] = sum(_table_bytes(spec, (sample_rows or {}).get(name)) for spec in specs)
-        else:
-            specs = [spec for _, spec in operand_specs(base)]
-            fixed_bytes += sum(_table_bytes(spec, (sample_rows or {}).get(name)) for spec in specs)
-        if name not in sizes["weights"]:
-            continue
-        module, weight = modules[name], problem.weights[name]
-        fixed_bytes += 0 if module.bias is None else _plain_bytes(module, "bias")
-        if ("weights", name) in items:
-            item = items["weights", name]
-            of_weight = {bits: _at(full.weight, bits) for bits in (*item.bits, None)}
-            of_item[item] = {bits: _weight_bytes(module, weight, spec) for bits, spec in of_weight.items()}
-        else:
-            fixed_bytes += _weight_bytes(module, weight, base.weight)
-    of_items = {item: sizes[item.operand][item.layer] for item in problem.items}
-    return Costs(of_items, full_bits, of_item, fixed, fixed_bytes)
-
-
-def _table_bytes(spec: QuantSpec | None, sample_rows: tuple[int, int] | None) -> int:
-    """Of an activation's ranges; several rows also need the row of every bin."""
-    assert spec is not None
-    if sample_rows is None or spec.bits < SAMPLE_MARGIN_BITS or sample_rows[0] == 1:
-        return _TABLE_BYTES
-    rows, bins = sample_rows
-    return rows * _TABLE_BYTES + bins * (1 if rows <= 256 else 2)
-
-
-def _weight_bytes(module: nn.Module, weight: Tensor, spec: QuantSpec | None) -> int:
-    """Levels, scales and zero points in a checkpoint, or the floating-point weight."""
-    if spec is None:
-        return _plain_bytes(module, "weight")
-    groups = 1 if spec.granularity == "tensor" else grouped(weight, spec).numel() // grouped(weight, spec).shape[-1]
-    return packed_bytes(weight.numel(), spec.bits) + groups * (4 + 1)
-
-
-def _plain_bytes(module: nn.Module, attribute: str) -> int:
-    stored = encoded(attribute, Slot(module, attribute, "plain"))
-    return stored.numel() * stored.element_size()
-
-
-def _bytes(problem: _Problem, costs: Costs) -> list[list[float]]:
+def _bytes(problem: Problem, costs: Costs) -> list[list[float]]:
     return [[float(costs.bytes[item][bits]) for bits in (*item.bits, None)] for item in problem.items]
 
 
@@ -666,7 +473,7 @@ def _told(choice: Choice, change: Choice) -> str:
     )
 
 
-def _rules(problem: _Problem, choice: Choice, place: Place) -> tuple[LayerRule, ...]:
+def _rules(problem: Problem, choice: Choice, place: Place) -> tuple[LayerRule, ...]:
     """One rule for every layer of which something was chosen, in order of execution."""
     by_layer: dict[str, dict[str, int | None]] = {}
     for item, bits in choice.items():

@@ -20,8 +20,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stepquant.calibrate.conditioning import Arguments, Linked, conditions, find_linked
+from stepquant.calibrate.places import Slot, at, named, rebuilt, with_value
 from stepquant.calibrate.steps import Step, copy_sharing
 from stepquant.errors import CalibrationError, UnsupportedPipeline
 
@@ -35,9 +37,6 @@ __all__ = [
     "form_from_dict",
     "scaled_sample",
 ]
-
-# Where the sample stands among the arguments of a call: ("args", 0) or ("kwargs", "sample").
-Slot = tuple[str, int | str]
 
 
 class Guidance(Protocol):
@@ -156,12 +155,14 @@ class Form:
     scaled: the pipeline calls `scheduler.scale_model_input`.
     slots: for each call of a step, where the sample stands.
     doubled: the pipeline carries its latents twice, and writes the first half over the second before each step (DiT).
+    linked: where the outputs of a network beside the denoiser go (ControlNet); None if there is none.
     """
 
     scaled: bool
     slots: tuple[Slot, ...]
     doubled: bool
     guidance: Guidance
+    linked: Linked | None = None
 
     def carried(self, sample: Tensor) -> Tensor:
         """The sample [B, C, ...] as the pipeline takes it into the next step; differentiable."""
@@ -170,23 +171,24 @@ class Form:
         half = sample[: sample.shape[0] // 2]
         return torch.cat([half, half])
 
-    def inputs(self, sample_scaled: Tensor, step: Step) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def inputs(self, sample_scaled: Tensor, step: Step, network: nn.Module | None = None) -> list[Arguments]:
         """Arguments of each of the step's calls, with the sample [B, C, ...] in the recorded one's place;
         differentiable.
 
-        What stands beside the sample (timesteps, labels, embeddings) is as it was recorded.
+        What stands beside the sample (timesteps, labels, embeddings) is as it was recorded, but for what the network
+        beside the denoiser computes from the sample.
         """
         inputs = []
         for slot, call in zip(self.slots, step.calls, strict=True):
-            recorded = _at(call.args, call.kwargs, slot)
-            rebuilt = _rebuilt(sample_scaled, recorded)
-            if rebuilt is None:
+            recorded = at(call.args, call.kwargs, slot)
+            sample = rebuilt(sample_scaled, recorded)
+            if sample is None:
                 raise CalibrationError(
                     f"Step {step.index}: a sample of shape {tuple(sample_scaled.shape)} does not fit where "
                     f"{tuple(recorded.shape)} was recorded; replay samples of the trajectory's own shape."
                 )
-            inputs.append(_with(call.args, call.kwargs, slot, rebuilt))
-        return inputs
+            inputs.append(with_value(call.args, call.kwargs, slot, sample))
+        return inputs if self.linked is None else self.linked.filled(inputs, sample_scaled, step, network)
 
     def combine(self, step: Step, predictions: Sequence[Tensor]) -> Tensor:
         """predictions, one for each of the step's calls -> guided [B, C, ...]; differentiable."""
@@ -194,12 +196,13 @@ class Form:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {
+        found = {
             "scaled": self.scaled,
             "slots": [list(slot) for slot in self.slots],
             "doubled": self.doubled,
             "guidance": self.guidance.to_dict(),
         }
+        return found if self.linked is None else {**found, "linked": self.linked.to_dict()}
 
 
 def form_from_dict(values: Mapping[str, Any]) -> Form:
@@ -215,7 +218,8 @@ def form_from_dict(values: Mapping[str, Any]) -> Form:
         arguments = dict(values["guidance"])
         guidance = kinds[arguments.pop("kind")](**arguments)
         slots = tuple((str(where), which) for where, which in values["slots"])
-        return Form(bool(values["scaled"]), slots, bool(values["doubled"]), guidance)
+        linked = Linked.from_dict(values["linked"]) if "linked" in values else None
+        return Form(bool(values["scaled"]), slots, bool(values["doubled"]), guidance, linked)
     except (KeyError, TypeError, ValueError) as error:
         raise CalibrationError(
             f"The stored form of a trajectory is damaged: {dict(values)!r}. Record again."
@@ -245,10 +249,15 @@ def find_form(steps: Sequence[Step]) -> Form:
     closest = _Closest("the denoiser's input cannot be rebuilt from the sample")
     for scaled in (True, False):
         scaled_samples = [_recorded_scaled(step, scaled=scaled) for step in steps]
-        slots = _find_slots(steps, scaled_samples, closest)
+
+        def find_slots(calls: Sequence[Sequence[Any]], samples: Sequence[Tensor] = scaled_samples) -> Slots | None:
+            return _find_slots(calls, samples, closest)
+
+        slots = find_slots([step.calls for step in steps])
         if slots is not None:
-            _check_conditions(steps, slots)
-            return Form(scaled, slots, isinstance(guidance, DoubledLatentsGuidance), guidance)
+            linked = find_linked(steps, slots, find_slots)
+            _check_conditions(steps, slots, linked)
+            return Form(scaled, slots, isinstance(guidance, DoubledLatentsGuidance), guidance, linked)
     raise closest.error()
 
 
@@ -295,13 +304,16 @@ def _recorded_scaled(step: Step, *, scaled: bool) -> Tensor:
         return scaled_sample(copy_sharing(step.scheduler, {}), step.sample, step.timestep, scaled=scaled)
 
 
-def _find_slots(steps: Sequence[Step], scaled_samples: Sequence[Tensor], closest: _Closest) -> tuple[Slot, ...] | None:
+Slots = tuple[Slot, ...]
+
+
+def _find_slots(calls: Sequence[Sequence[Any]], samples: Sequence[Tensor], closest: _Closest) -> Slots | None:
+    """Where the sample stands in each call of a step. calls: of every step; samples: scaled, of every step."""
     slots = []
-    for number in range(len(steps[0].calls)):
-        for slot in _candidate_slots(steps[0], number):
+    for number in range(len(calls[0])):
+        for slot in _candidate_slots(calls[0][number], samples[0]):
             differences = [
-                _input_difference(step, number, slot, sample)
-                for step, sample in zip(steps, scaled_samples, strict=True)
+                _input_difference(own[number], slot, sample) for own, sample in zip(calls, samples, strict=True)
             ]
             closest.see(differences)
             if max(differences) == 0.0:
@@ -312,93 +324,33 @@ def _find_slots(steps: Sequence[Step], scaled_samples: Sequence[Tensor], closest
     return tuple(slots)
 
 
-def _candidate_slots(step: Step, number: int) -> Iterator[Slot]:
-    call = step.calls[number]
-    named: list[tuple[Slot, Any]] = [(("args", position), value) for position, value in enumerate(call.args)]
-    named += [(("kwargs", key), value) for key, value in call.kwargs.items()]
-    for slot, value in named:
-        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == step.sample.ndim:
+def _candidate_slots(call: Any, sample: Tensor) -> Iterator[Slot]:
+    for slot, value in named(call.args, call.kwargs):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == sample.ndim:
             yield slot
 
 
-def _input_difference(step: Step, number: int, slot: Slot, sample: Tensor) -> float:
-    call = step.calls[number]
-    recorded = _at(call.args, call.kwargs, slot)
-    rebuilt = _rebuilt(sample, recorded) if isinstance(recorded, Tensor) else None
-    return math.inf if rebuilt is None else _difference(rebuilt, recorded)
+def _input_difference(call: Any, slot: Slot, sample: Tensor) -> float:
+    recorded = at(call.args, call.kwargs, slot)
+    found = rebuilt(sample, recorded) if isinstance(recorded, Tensor) else None
+    return math.inf if found is None else _difference(found, recorded)
 
 
-def _at(args: tuple[Any, ...], kwargs: Mapping[str, Any], slot: Slot) -> Any:
-    where, which = slot
-    if where == "args":
-        assert isinstance(which, int)
-        return args[which] if which < len(args) else None
-    return kwargs.get(str(which))
-
-
-def _with(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], slot: Slot, value: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    where, which = slot
-    if where == "args":
-        assert isinstance(which, int)
-        return (*args[:which], value, *args[which + 1 :]), dict(kwargs)
-    return args, {**kwargs, str(which): value}
-
-
-def _rebuilt(sample: Tensor, recorded: Tensor) -> Tensor | None:
-    """The sample, repeated along the batch, with recorded further channels (masks, reference latents); None if it
-    does not fit.
-    """
-    if recorded.shape[0] % sample.shape[0]:
-        return None
-    repeats = recorded.shape[0] // sample.shape[0]
-    tiled = torch.cat([sample] * repeats) if repeats > 1 else sample
-    if tiled.ndim > 2 and recorded.shape[1] > tiled.shape[1] and recorded.shape[2:] == tiled.shape[2:]:
-        tiled = torch.cat([tiled, recorded[:, tiled.shape[1] :].to(tiled.dtype)], dim=1)
-    return tiled.to(recorded.dtype) if tiled.shape == recorded.shape else None
-
-
-def _check_conditions(steps: Sequence[Step], slots: Sequence[Slot]) -> None:
-    """Refuse inputs beside the sample that follow it (a ControlNet's residuals): replay would leave them as
-    recorded.
-    """
+def _check_conditions(steps: Sequence[Step], slots: Sequence[Slot], linked: Linked | None) -> None:
+    """Refuse inputs beside the sample that follow it and are not linked: replay would leave them as recorded."""
+    known = set() if linked is None else {(call, path) for call, path, _, _ in linked.places}
     for number, slot in enumerate(slots):
-        first = dict(_conditions(steps[0], number, slot))
+        first = conditions(steps[0], number, slot)
         for step in steps:
-            for path, tensor in _conditions(step, number, slot):
-                known = first.get(path)
-                if known is None or known.shape != tensor.shape or not torch.equal(known, tensor):
+            for path, tensor in conditions(step, number, slot).items():
+                if (number, path) in known:
+                    continue
+                before = first.get(path)
+                if before is None or before.shape != tensor.shape or not torch.equal(before, tensor):
                     raise UnsupportedPipeline(
                         f"The denoiser's argument {path!r} changes from step 0 to step {step.index}, so it may "
-                        "depend on the sample (as the "
-                        "residuals of a ControlNet do), and replay could not rebuild it. Calibrate the denoiser "
-                        "without it."
+                        "depend on the sample, and replay could not rebuild it. Calibrate the denoiser without it."
                     )
-
-
-def _conditions(step: Step, number: int, slot: Slot) -> Iterator[tuple[str, Tensor]]:
-    """Floating tensors of three or more axes besides the sample: feature maps and token embeddings, not timesteps."""
-    call = step.calls[number]
-    named: list[tuple[Slot, Any]] = [(("args", position), value) for position, value in enumerate(call.args)]
-    named += [(("kwargs", key), value) for key, value in call.kwargs.items()]
-    for key, value in named:
-        if key == slot:
-            continue
-        for path, tensor in _tensors(value, str(key[1])):
-            if tensor.is_floating_point() and tensor.ndim >= 3:
-                yield path, tensor
-
-
-def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _tensors(item, f"{path}.{key}")
-    elif isinstance(value, list | tuple):
-        for position, item in enumerate(value):
-            yield from _tensors(item, f"{path}.{position}")
 
 
 def _find_guidance(steps: Sequence[Step]) -> Guidance:

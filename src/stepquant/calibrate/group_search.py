@@ -93,6 +93,7 @@ class SearchGroups:
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
+    replaces_input_quantizers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -246,7 +247,7 @@ class _Search:
         scheduler = copy_sharing(step.scheduler, {})
         sample = noisy(image, noise, self.scales[index]).to(image.dtype)
         sample = scaled_sample(scheduler, sample, step.timestep, scaled=form.scaled)
-        for (args, kwargs), call in zip(form.inputs(sample, step), step.calls, strict=True):
+        for (args, kwargs), call in zip(form.inputs(sample, step, trajectory.network), step.calls, strict=True):
             if self.stage.target == "noise":
                 wanted = noise_target(scheduler, image, noise, self.scales[index])
                 # With guidance, one call may hold the batch twice: both halves predict the same noise.

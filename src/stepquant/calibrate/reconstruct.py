@@ -6,15 +6,17 @@ Source of the loop: BRECQ (Li et al. 2021) as in the public code of Q-Diffusion.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from stepquant.calibrate.captured import Column, Rows, RowsOnDisk
 from stepquant.calibrate.qdrop import QDrop, dropping, mixed
 from stepquant.calibrate.ranges import sample_readers
 from stepquant.calibrate.rounding import (
@@ -36,6 +38,7 @@ from stepquant.model.surgery import Unit, operand_specs, quantized_layers, units
 from stepquant.numerics.spec import LayerScheme
 from stepquant.processes import ALONE, Processes, on_device
 from stepquant.recipe import Figures, Job
+from stepquant.run import Spill
 
 __all__ = [
     "Fit",
@@ -162,14 +165,23 @@ class _Reached(Exception):  # noqa: N818 - control flow: leaves a forward call o
 class _Cache:
     """A unit's calls over the calibration set: arguments with samples concatenated, outputs `[N, ...]`, bins `[N]`.
 
+    Large ones lie on disk, and give minibatches like those in memory.
+
     float_inputs: the arguments behind the full-precision prefix, where they are needed beside the quantized ones.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    outputs: Tensor
+    outputs: Rows
     bins: Tensor
     float_inputs: Call | None = None
+
+    def expect(self, chosen: Tensor) -> None:
+        """Have read from disk what a minibatch will want."""
+        calls = [(self.args, self.kwargs), *([self.float_inputs] if self.float_inputs else [])]
+        for value in (self.outputs, *(value for args, kwargs in calls for value in (*args, *kwargs.values()))):
+            if isinstance(value, RowsOnDisk):
+                value.expect(chosen)
 
     def batch(self, chosen: Tensor) -> tuple[tuple[Any, ...], dict[str, Any], Tensor, Tensor]:
         args, kwargs = self._taken((self.args, self.kwargs), chosen)
@@ -184,7 +196,7 @@ class _Cache:
         count = len(self.bins)
 
         def take(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.ndim and value.shape[0] == count:
+            if isinstance(value, Rows) and len(value.shape) and value.shape[0] == count:
                 return value[chosen]
             return value
 
@@ -198,61 +210,124 @@ def _first_tensor(value: Any) -> Tensor:
     return value
 
 
-def _capture(
-    denoiser: nn.Module, units: Sequence[str], batches: Sequence[Call], with_inputs: bool, processes: Processes
-) -> dict[str, list[Captured]]:
-    """What units are called with and return on each batch; several processes run every n-th batch each."""
-    if processes.count == 1:
-        return _captured(denoiser, units, batches, with_inputs)
-
-    def one(batch: Call) -> list[Captured]:
-        found = _captured(denoiser, units, [batch], with_inputs)
-        return [found[unit][0] for unit in units]
-
-    device = next(denoiser.parameters()).device
-    calls = [on_device(found, device) for found in processes.in_turn(one, batches)]
-    return {unit: [found[place] for found in calls] for place, unit in enumerate(units)}
-
-
 def _captured(
-    denoiser: nn.Module, units: Sequence[str], batches: Sequence[Call], with_inputs: bool
-) -> dict[str, list[Captured]]:
-    """`_capture` in this process. A forward call ends as soon as all units have run."""
-    seen: dict[str, list[Captured]] = {unit: [] for unit in units}
+    denoiser: nn.Module, units: Sequence[str], batches: Iterable[Call], with_inputs: bool
+) -> Iterator[list[Captured]]:
+    """What units are called with and return, batch after batch. A forward call ends as soon as all units have run."""
+    seen: dict[str, Captured] = {}
 
     def hook_of(unit: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if len(seen[unit]) < len(done):  # a module that runs twice is fitted on its first call
-                seen[unit].append((args if with_inputs else (), kwargs if with_inputs else {}, _first_tensor(output)))
-            if all(len(calls) == len(done) for calls in seen.values()):
+            if unit not in seen:  # a module that runs twice is fitted on its first call
+                seen[unit] = (args if with_inputs else (), kwargs if with_inputs else {}, _first_tensor(output))
+            if len(seen) == len(units):
                 raise _Reached
 
         return hook
 
-    done: list[int] = []
-    handles = [denoiser.get_submodule(unit).register_forward_hook(hook_of(unit), with_kwargs=True) for unit in units]
-    try:
-        with torch.no_grad():
-            for number, (args, kwargs) in enumerate(batches):
-                done.append(number)
-                try:
-                    denoiser(*args, **kwargs)
-                except _Reached:
-                    continue
-                missing = [unit for unit, calls in seen.items() if len(calls) < len(done)]
-                raise CalibrationError(f"{', '.join(missing)} did not run in a forward call of the denoiser.")
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+    for args, kwargs in batches:
+        handles = [
+            denoiser.get_submodule(unit).register_forward_hook(hook_of(unit), with_kwargs=True) for unit in units
+        ]
+        try:
+            with torch.no_grad(), suppress(_Reached):
+                denoiser(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [unit for unit in units if unit not in seen]
+        if missing:
+            raise CalibrationError(f"{', '.join(missing)} did not run in a forward call of the denoiser.")
+        found = [seen[unit] for unit in units]
+        seen.clear()
+        yield found
 
 
-def _join(values: list[Any], sizes: list[int]) -> Any:
-    """Concatenate per-sample tensors of several calls; anything else must be the same in all of them."""
-    first = values[0]
-    if isinstance(first, Tensor) and first.ndim and all(v.shape[0] == n for v, n in zip(values, sizes, strict=True)):
-        return torch.cat(values)
-    return first
+@dataclass
+class _Filling:
+    """A unit's calls on their way into a cache."""
+
+    args: list[Column]
+    kwargs: dict[str, Column]
+    output: Column | None
+
+    @classmethod
+    def like(cls, call: Captured, folder: Path | None, outputs: bool) -> _Filling:
+        args, kwargs, _ = call
+        return cls([Column(folder) for _ in args], {key: Column(folder) for key in kwargs}, _column(folder, outputs))
+
+    def add(self, call: Captured) -> None:
+        args, kwargs, output = call
+        rows = int(output.shape[0])
+        for column, value in zip(self.args, args, strict=True):
+            column.add(value, rows)
+        for key, column in self.kwargs.items():
+            column.add(kwargs[key], rows)
+        if self.output is not None:
+            self.output.add(output, rows)
+
+    def call(self) -> Call:
+        return tuple(column.joined() for column in self.args), {k: column.joined() for k, column in self.kwargs.items()}
+
+
+def _column(folder: Path | None, wanted: bool) -> Column | None:
+    return Column(folder) if wanted else None
+
+
+def _bytes_by_row(call: Captured, outputs: bool) -> int:
+    """Of what a cache keeps of one call."""
+    args, kwargs, output = call
+    values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
+    kept = [value for value in values if value.shape[0] == output.shape[0]] + ([output] if outputs else [])
+    return sum(value.numel() * value.element_size() for value in kept)
+
+
+class _Space:
+    """Main memory that is left for caches. bytes: None for as much as there is."""
+
+    def __init__(self, spill: Spill | None) -> None:
+        self.bytes = None if spill is None else spill.memory
+        self._folder = None if spill is None else spill.folder
+
+    def take(self, bytes_: int) -> Path | None:
+        """The folder for caches of this size; None for main memory."""
+        if self.bytes is None:
+            return None
+        if bytes_ > self.bytes:
+            return self._folder
+        self.bytes -= bytes_
+        return None
+
+
+def _filled(
+    denoiser: nn.Module,
+    units: Sequence[str],
+    batches: Sequence[Call],
+    processes: Processes,
+    space: _Space,
+    *,
+    inputs: bool,
+    outputs: bool,
+) -> dict[str, _Filling]:
+    """What units are called with and return over the calibration set; several processes run every n-th batch each."""
+    if processes.count == 1:
+        calls = _captured(denoiser, units, batches, inputs)
+    else:
+        device = next(denoiser.parameters()).device
+
+        def one(batch: Call) -> list[Captured]:
+            return next(_captured(denoiser, units, [batch], inputs))
+
+        calls = (on_device(found, device) for found in processes.in_turn(one, batches))
+    found: dict[str, _Filling] = {}
+    for call in calls:
+        if not found:
+            size = len(batches) * sum(_bytes_by_row(own, outputs) for own in call)
+            folder = space.take(size)
+            found = {unit: _Filling.like(own, folder, outputs) for unit, own in zip(units, call, strict=True)}
+        for unit, own in zip(units, call, strict=True):
+            found[unit].add(own)
+    return found
 
 
 def _caches(
@@ -262,31 +337,31 @@ def _caches(
     batches: Sequence[Call],
     bins: Tensor,
     quantized_prefix: bool,
-    processes: Processes,
+    processes: Processes = ALONE,
     float_inputs: bool = False,
+    spill: Spill | None = None,
 ) -> dict[str, _Cache]:
     """Inputs from the quantized or the full-precision prefix, outputs always from full precision.
 
-    float_inputs: keep the inputs from full precision as well.
+    float_inputs: keep the inputs from full precision as well. spill: where caches lie that its memory does not hold.
     """
     if not units:
         return {}
-    wanted = _capture(full_precision, units, batches, float_inputs or not quantized_prefix, processes)
-    given = _capture(quantized, units, batches, True, processes) if quantized_prefix else wanted
+    space, with_inputs = _Space(spill), float_inputs or not quantized_prefix
+    wanted = _filled(full_precision, units, batches, processes, space, inputs=with_inputs, outputs=True)
+    given = (
+        _filled(quantized, units, batches, processes, space, inputs=True, outputs=False) if quantized_prefix else wanted
+    )
     found = {}
     for unit in units:
-        outputs = [output for _, _, output in wanted[unit]]
-        sizes = [int(output.shape[0]) for output in outputs]
-        args, kwargs = _joined(given[unit], sizes)
-        plain = _joined(wanted[unit], sizes) if float_inputs else None
-        found[unit] = _Cache(args, kwargs, torch.cat(outputs), bins, plain)
+        args, kwargs = given[unit].call()
+        output = wanted[unit].output
+        assert output is not None
+        plain_inputs: Call | None = None
+        if float_inputs:
+            plain_inputs = wanted[unit].call() if quantized_prefix else (args, kwargs)
+        found[unit] = _Cache(args, kwargs, output.joined(), bins, plain_inputs)
     return found
-
-
-def _joined(given: list[Captured], sizes: list[int]) -> Call:
-    """The arguments of several calls as those of one."""
-    args = tuple(_join([call[0][i] for call in given], sizes) for i in range(len(given[0][0])))
-    return args, {key: _join([call[1][key] for call in given], sizes) for key in given[0][1]}
 
 
 @dataclass(frozen=True)
@@ -371,19 +446,10 @@ class RoundBlocks:
                 "quantized_prefix=True and compute='float32'."
             )
 
-    def run(self, job: Job) -> Figures:
-        every = quantized_layers(job.denoiser)
-        if self.qdrop is not None:
-            _check_ranges(job, every)
-        layers = {n: x for n, x in every.items() if isinstance(x, QuantizedLayer)}
-        learns_scales = self.qdrop is not None and self.qdrop.lr_scales
-        readers = readers_of_sample(job) if learns_scales else frozenset()
-        soften_all_(job, layers, keep=self.keep_rounding)
-        units = units_of(job.denoiser, list(job.handed["plan"]))
-        samples = _Samples.of(job, self.weighting)
-        batches = list(_batches(job.handed["trajectories"], samples.captured, self.batch))
-        bins = _bins_of(job.denoiser, batches)
-        fit = Fit(
+    @property
+    def fit(self) -> Fit:
+        """How each unit is fitted."""
+        return Fit(
             iterations=self.iterations,
             batch=self.batch,
             lr=self.lr,
@@ -394,6 +460,24 @@ class RoundBlocks:
             qdrop=self.qdrop,
             layer_weight=self.layer_weight,
         )
+
+    def evaluations_for(self, samples: int, units: int) -> int:
+        """Of the network, for so many calibration samples and units; without those of learnt weights."""
+        return _evaluations(self.fit, samples, units, self.together, 2 if self.quantized_prefix else 1)
+
+    def run(self, job: Job) -> Figures:
+        every = quantized_layers(job.denoiser)
+        if self.qdrop is not None:
+            _check_ranges(job, every)
+        layers = {n: x for n, x in every.items() if isinstance(x, QuantizedLayer)}
+        learns_scales = self.qdrop is not None and self.qdrop.lr_scales
+        readers = readers_of_sample(job) if learns_scales else frozenset()
+        soften_all_(job, layers, keep=self.keep_rounding)
+        units = units_of(job.denoiser, list(job.handed["plan"]))
+        samples = _Samples.of(job, self.weighting)
+        batches = _batches_of(job, samples.captured, self.batch)
+        bins = _bins_of(job.denoiser, batches)
+        fit = self.fit
         losses: dict[str, Any] = {}
         with (
             job.run.progress.track("Rounding weights, block by block", len(units)) as advance,
@@ -403,8 +487,7 @@ class RoundBlocks:
                 group = units[first : first + self.together]
                 losses |= self._group(job, group, layers, batches, bins, first, fit, samples, readers)
                 advance(len(group))
-        passes = 2 if self.quantized_prefix else 1
-        evaluations = _evaluations(fit, len(samples.captured), len(units), self.together, passes)
+        evaluations = self.evaluations_for(len(samples.captured), len(units))
         if samples.learner is None:
             return {"losses": losses, "evaluations": evaluations}
         blocks = len(losses) * samples.unit_evaluations
@@ -454,6 +537,7 @@ class RoundBlocks:
                 self.quantized_prefix,
                 job.run.processes,
                 fit.float_inputs,
+                job.spill,
             )
             losses = {}
             for number, unit in enumerate(group, start=first):
@@ -636,12 +720,21 @@ class ScaleBlocks:
     def __post_init__(self) -> None:
         _check_loop(self.iterations, self.batch, self.together)
 
+    @property
+    def fit(self) -> Fit:
+        """How each unit is fitted."""
+        return Fit(self.iterations, self.batch, self.lr, self.norm)
+
+    def evaluations_for(self, samples: int, units: int) -> int:
+        """Of the network, for so many calibration samples and units."""
+        return _evaluations(self.fit, samples, units, self.together, 1)
+
     def run(self, job: Job) -> Figures:
         units = units_of(job.denoiser, list(job.handed["plan"]))
         chosen: CalibrationSet = job.handed["calibration"]
-        batches = list(_batches(job.handed["trajectories"], chosen, self.batch))
+        batches = _batches_of(job, chosen, self.batch)
         bins = _bins_of(job.denoiser, batches)
-        fit = Fit(self.iterations, self.batch, self.lr, self.norm)
+        fit = self.fit
         readers = readers_of_sample(job)
         losses: dict[str, Any] = {}
         with job.run.progress.track("Fitting activation scales, block by block", len(units)) as advance:
@@ -649,8 +742,7 @@ class ScaleBlocks:
                 group = units[first : first + self.together]
                 losses |= self._group(job, group, batches, bins, first, fit, _fixed_weights(chosen), readers)
                 advance(len(group))
-        evaluations = _evaluations(fit, len(chosen), len(units), self.together, 1)
-        return {"losses": losses, "evaluations": evaluations}
+        return {"losses": losses, "evaluations": self.evaluations_for(len(chosen), len(units))}
 
     def _group(
         self,
@@ -671,7 +763,9 @@ class ScaleBlocks:
                     quantizer.scale.copy_(kept[0][name])
             return kept[1]
         wanted = [unit.name for unit in group if scales[unit.name]]
-        caches = _caches(job.denoiser, job.full_precision, wanted, batches, bins, False, job.run.processes)
+        caches = _caches(
+            job.denoiser, job.full_precision, wanted, batches, bins, False, job.run.processes, spill=job.spill
+        )
         losses: Figures = {}
         for number, unit in enumerate(group, start=first):
             if scales[unit.name]:
@@ -777,9 +871,11 @@ def fit_unit(
     with torch.no_grad():
         before = float(loss_of(probe))
     with dropping(layers if fit.qdrop else {}, fit.qdrop.activations if fit.qdrop else 0.0, drops):
+        following = torch.randint(count, (min(fit.batch, count),), generator=generator)
         for iteration in range(fit.iterations):
             progress = iteration / fit.iterations
-            chosen = torch.randint(count, (min(fit.batch, count),), generator=generator)
+            chosen, following = following, torch.randint(count, following.shape, generator=generator)
+            cache.expect(following)
             part = processes.part(len(chosen))
             loss = part.share * loss_of(part.of(chosen), short=short, fitting=True)
             beta = annealed_beta(progress, fit.warmup) if fit.round_weight else None
@@ -842,11 +938,33 @@ def _layer_losses(
     return torch.stack([reconstruction_loss(given[name], wanted[name], norm, counts) for name in given]).sum()
 
 
-def _batches(trajectories: Sequence[Any], chosen: CalibrationSet, size: int) -> Iterator[Call]:
-    for start in range(0, len(chosen), size):
-        positions = range(start, min(start + size, len(chosen)))
-        args, kwargs = inputs(trajectories, chosen, positions)
-        yield tuple(args), dict(kwargs)
+class _Batches(Sequence[Call]):
+    """The denoiser's arguments for a calibration set, `size` samples at a time, put together whenever asked for."""
+
+    def __init__(self, trajectories: Sequence[Any], chosen: CalibrationSet, size: int) -> None:
+        self._trajectories, self._chosen, self._size = trajectories, chosen, size
+
+    def __len__(self) -> int:
+        return -(-len(self._chosen) // self._size)
+
+    @overload
+    def __getitem__(self, index: int) -> Call: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Call]: ...
+    def __getitem__(self, index: int | slice) -> Call | list[Call]:
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return [self[place] for place in places]
+        start = places * self._size
+        positions = range(start, min(start + self._size, len(self._chosen)))
+        args, kwargs = inputs(self._trajectories, self._chosen, positions)
+        return tuple(args), dict(kwargs)
+
+
+def _batches_of(job: Job, chosen: CalibrationSet, size: int) -> Sequence[Call]:
+    """Of the job's trajectories; at once where everything may be in memory."""
+    batches = _Batches(job.handed["trajectories"], chosen, size)
+    return list(batches) if job.spill is None else batches
 
 
 def _bins_of(denoiser: nn.Module, batches: Sequence[Call]) -> Tensor:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepquant.calibrate.conditioning import outputs_of
 from stepquant.calibrate.steps import (
+    ConditionCall,
     DenoiserCall,
     Step,
     cached_tensors,
@@ -45,31 +47,39 @@ class Recording:
 
 
 @contextmanager
-def watch(scheduler: Any, denoiser: nn.Module) -> Iterator[Recording]:
+def watch(
+    scheduler: Any, denoiser: nn.Module, *, network: nn.Module | None = None, others: Sequence[nn.Module] = ()
+) -> Iterator[Recording]:
     """Record what happens to scheduler and denoiser inside; both are as before afterwards, also after an exception.
 
+    network: beside the denoiser (ControlNet), whose calls are recorded too.
+    others: denoisers that take over in some steps, which are recorded without calls.
     Raises CalibrationError from within for a prediction that is not finite, and UnsupportedPipeline for a step
     without a call of the denoiser or with generators that are not on the CPU.
     """
     plain = type(scheduler)
     watcher = _Watcher(scheduler, plain)
-    watched = _watched_class(
-        scheduler,
-        {
-            # functools.wraps keeps the signature, in which pipelines look for `eta`, `generator` and `timesteps`.
-            "step": functools.wraps(scheduler.step)(watcher.around_step(scheduler.step)),
-            "set_timesteps": functools.wraps(scheduler.set_timesteps)(
-                watcher.around_set_timesteps(scheduler.set_timesteps)
-            ),
-        },
-    )
-    handle = denoiser.register_forward_hook(watcher.after_forward, with_kwargs=True)
+    methods = {
+        # functools.wraps keeps the signature, in which pipelines look for `eta`, `generator` and `timesteps`.
+        "step": functools.wraps(scheduler.step)(watcher.around_step(scheduler.step)),
+        "set_timesteps": functools.wraps(scheduler.set_timesteps)(
+            watcher.around_set_timesteps(scheduler.set_timesteps)
+        ),
+    }
+    watched = _watched_class(scheduler, methods)
+    handles = [denoiser.register_forward_hook(watcher.after_forward, with_kwargs=True)]
+    if network is not None:
+        handles.append(network.register_forward_hook(watcher.after_condition, with_kwargs=True))
+    handles += [other.register_forward_hook(watcher.after_other) for other in others]
     try:
         object.__setattr__(scheduler, "__class__", watched)
         yield watcher.recording
     finally:
         object.__setattr__(scheduler, "__class__", plain)
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+        # A class is part of a cycle, so it would keep the recording in memory until Python looks for cycles.
+        methods.clear()
 
 
 def _watched_class(scheduler: Any, methods: Mapping[str, Callable[..., Any]]) -> type:
@@ -96,20 +106,21 @@ class _Pool:
     """Keeps detached copies, and hands the same copy out for equal tensors.
 
     Text embeddings are the same in all steps, one step's new sample is the next one's sample, and multistep solvers
-    cache predictions; comparing with what was kept last saves several times the memory.
+    cache predictions; comparing with what was kept last of the same kind saves several times the memory.
     """
 
     def __init__(self) -> None:
-        self._recent: deque[Tensor] = deque(maxlen=32)
+        self._recent: defaultdict[tuple[object, ...], deque[Tensor]] = defaultdict(lambda: deque(maxlen=32))
 
     def keep(self, tensor: Tensor) -> Tensor:
-        for known in self._recent:
-            if _same_kind(known, tensor) and torch.equal(known, tensor):
+        recent = self._recent[tensor.shape, tensor.dtype, tensor.device, tensor.stride()]
+        for known in recent:
+            if torch.equal(known, tensor):
                 return known
         # Tensors made in inference mode could not enter a graph later.
         with torch.inference_mode(False):
             kept = tensor.detach().clone()
-        self._recent.append(kept)
+        recent.append(kept)
         return kept
 
     def keep_all(self, value: Any) -> Any:
@@ -125,15 +136,6 @@ class _Pool:
         return value
 
 
-def _same_kind(one: Tensor, other: Tensor) -> bool:
-    return (
-        one.shape == other.shape
-        and one.dtype == other.dtype
-        and one.device == other.device
-        and one.stride() == other.stride()
-    )
-
-
 class _Watcher:
     """Gathers the denoiser's calls and closes a step with each call of the scheduler."""
 
@@ -143,6 +145,8 @@ class _Watcher:
         self._plain = plain
         self._pool = _Pool()
         self._calls: list[DenoiserCall] = []
+        self._conditions: list[ConditionCall] = []
+        self._elsewhere = False
 
     def after_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         prediction = prediction_of(output)
@@ -156,6 +160,13 @@ class _Watcher:
         self._calls.append(
             DenoiserCall(self._pool.keep_all(tuple(args)), self._pool.keep_all(kwargs), self._pool.keep(prediction))
         )
+
+    def after_condition(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        outputs = tuple(self._pool.keep(tensor) for tensor in outputs_of(output))
+        self._conditions.append(ConditionCall(self._pool.keep_all(tuple(args)), self._pool.keep_all(kwargs), outputs))
+
+    def after_other(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        self._elsewhere = True
 
     def around_set_timesteps(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
@@ -180,7 +191,7 @@ class _Watcher:
 
     def _start_step(self, given: dict[str, Any]) -> Step:
         index = len(self.recording.steps)
-        if not self._calls:
+        if not self._calls and not self._elsewhere:
             raise UnsupportedPipeline(
                 f"Step {index}: the scheduler was stepped without a call of the denoiser before it. Give the module "
                 "that the pipeline calls "
@@ -202,6 +213,7 @@ class _Watcher:
             scheduler=self._bare_copy(shared),
             step_kwargs=self._pool.keep_all(given),
             generator_states=None if states is None else tuple(self._pool.keep(state) for state in states),
+            conditions=tuple(self._conditions),
         )
 
     def _finish_step(self, started: Step, next_sample: Tensor, global_before: Tensor) -> None:
@@ -210,7 +222,7 @@ class _Watcher:
             changes.update(generator_states=(global_before,), draws_globally=True)
         values = {name: getattr(started, name) for name in Step.__dataclass_fields__}
         self.recording.steps.append(Step(**{**values, **changes}))
-        self._calls = []
+        self._calls, self._conditions, self._elsewhere = [], [], False
 
     def _bare_copy(self, shared: Mapping[int, Any]) -> Any:
         """A copy of the scheduler in its own class; methods that others had put on the instance are copied with it."""

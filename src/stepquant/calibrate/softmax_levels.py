@@ -85,6 +85,7 @@ class ChooseSoftmaxLevels:
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
+    replaces_input_quantizers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.choose not in CHOICES:

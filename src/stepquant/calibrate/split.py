@@ -11,33 +11,36 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stepquant.calibrate.spilled import Shelf, spilled
 from stepquant.calibrate.steps import prediction_of
 from stepquant.calibrate.trajectory import Trajectory, record, seal
 from stepquant.calibrate.trajectory_files import packed, unpacked
 from stepquant.errors import CalibrationError
+from stepquant.model.families import network_beside
 from stepquant.model.pipeline import arguments_of_batch
 from stepquant.processes import Processes
 from stepquant.recipe import Job
 from stepquant.run import Run
 
-__all__ = ["SplitRows", "agree_", "recorded", "row_by_row"]
+__all__ = ["SplitRows", "agree_", "kept", "recorded", "row_by_row"]
 
 
 def recorded(job: Job, seeds: Sequence[int], *, batch_size: int) -> list[Trajectory]:
     """Sealed trajectories of the full-precision pipeline, in the order of the seeds; one for each `batch_size` of them.
 
     Batches are the same for any number of processes. What the others have recorded arrives in the form of files, so
-    with several processes every one has what a resumed run has.
+    with several processes every one has what a resumed run has. With `job.spill` each batch goes to disk before the
+    next one is recorded.
     Raises as `record` and `seal` do, and CalibrationError for trajectories that cannot be packed.
     """
     processes = job.run.processes
-    if processes.count == 1:
+    if processes.count == 1 and job.spill is None:
         found = record(
             job.pipe,
             job.full_precision,
@@ -49,7 +52,7 @@ def recorded(job: Job, seeds: Sequence[int], *, batch_size: int) -> list[Traject
         )
         return [seal(trajectory) for trajectory in found]
 
-    def one(batch: slice) -> tuple[str, dict[str, Tensor]]:
+    def one(batch: slice) -> Trajectory:
         (trajectory,) = record(
             job.pipe,
             job.full_precision,
@@ -59,16 +62,40 @@ def recorded(job: Job, seeds: Sequence[int], *, batch_size: int) -> list[Traject
             arguments=arguments_of_batch(job.arguments, batch, len(seeds)),
             run=Run(seed=job.run.seed),
         )
-        entry, tensors = packed(seal(trajectory))
+        return seal(trajectory)
+
+    def message(batch: slice) -> tuple[str, dict[str, Tensor]]:
+        entry, tensors = packed(one(batch))
         return json.dumps(entry), tensors
 
+    def from_all() -> Iterator[Trajectory]:
+        for entry, tensors in processes.in_turn(message, batches):
+            yield unpacked(json.loads(entry), tensors, job.pipe.scheduler, network)
+
     batches = [slice(start, min(start + batch_size, len(seeds))) for start in range(0, len(seeds), batch_size)]
-    trajectories = []
+    network = network_beside(job.pipe)
     with job.run.progress.track("record trajectories", len(seeds)) as done:
-        for batch, (entry, tensors) in zip(batches, processes.in_turn(one, batches), strict=True):
-            trajectories.append(unpacked(json.loads(entry), tensors, job.pipe.scheduler))
-            done(batch.stop - batch.start)
-    return trajectories
+        arriving = map(one, batches) if processes.count == 1 else from_all()
+
+        def counted() -> Iterator[Trajectory]:
+            for batch in batches:
+                yield next(arriving)
+                done(batch.stop - batch.start)
+
+        return kept(job, counted())
+
+
+def kept(job: Job, trajectories: Iterable[Trajectory]) -> list[Trajectory]:
+    """The trajectories, on disk if the job says so (`Job.spill`): each is written before the next one is asked for."""
+    if job.spill is None:
+        return list(trajectories)
+    found: list[Trajectory] = []
+    shelf, arriving = Shelf(), iter(trajectories)
+    while (trajectory := next(arriving, None)) is not None:
+        path = job.spill.folder / f"trajectory-{len(found):05d}.safetensors"
+        found.append(spilled(trajectory, path, shelf))
+        del trajectory  # or there would be two of them while the next one is made
+    return found
 
 
 class SplitRows(nn.Module):

@@ -265,6 +265,7 @@ class FitInputRanges:
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "model", "plan"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
+    replaces_input_quantizers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.windows, str) and self.windows != "step":

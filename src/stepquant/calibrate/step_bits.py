@@ -61,6 +61,8 @@ class ChooseStepBits:
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "model", "plan"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
+    replaces_input_quantizers: ClassVar[bool] = True
+    sets_row_bits: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if len(self.bits) < 2 or list(self.bits) != sorted(set(self.bits)):

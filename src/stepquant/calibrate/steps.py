@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from stepquant.errors import UnsupportedPipeline
 
 __all__ = [
+    "ConditionCall",
     "DenoiserCall",
     "Step",
     "cached_tensors",
@@ -21,6 +22,7 @@ __all__ = [
     "global_state",
     "prediction_of",
     "previous_sample",
+    "put_tensor",
     "run_scheduler",
     "set_global_state",
 ]
@@ -40,19 +42,32 @@ class DenoiserCall:
 
 
 @dataclass(frozen=True)
+class ConditionCall:
+    """One call of a network beside the denoiser (ControlNet).
+
+    args, kwargs: as for `DenoiserCall`. outputs: every tensor that it returned, in order.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
 class Step:
     """One call of `scheduler.step`, and the calls of the denoiser that led to it.
 
     index: 0 is the noise end.
     sample: [B, C, ...] handed to the scheduler.
     timestep: handed to the scheduler, of whatever type the pipeline uses.
-    calls: at least one.
+    calls: at least one; none in the lead of a trajectory, where another denoiser was called.
     guided: [B, C, ...], the model output handed to the scheduler.
     next_sample: [B, C, ...], what the scheduler returned.
     scheduler: a copy of the scheduler just before the step. Copy it (`copy_sharing`) before stepping it.
     step_kwargs: the other arguments of `scheduler.step`, without the generator.
     generator_states: state of each of the generators just before the step; None if the step was given none.
     draws_globally: the step drew from torch's global generator; its state is the only one of `generator_states`.
+    conditions: the calls of a network beside the denoiser.
     """
 
     index: int
@@ -65,6 +80,7 @@ class Step:
     step_kwargs: Mapping[str, Any]
     generator_states: tuple[Tensor, ...] | None
     draws_globally: bool = False
+    conditions: tuple[ConditionCall, ...] = ()
 
 
 def prediction_of(output: Any) -> Tensor:
@@ -103,6 +119,21 @@ def cached_tensors(scheduler: Any, shape: torch.Size) -> dict[str, Tensor]:
             continue
         found.update({path: item for path, item in items if _is_like_sample(item, shape)})
     return found
+
+
+def put_tensor(scheduler: Any, path: str, tensor: Tensor) -> None:
+    """Set one of the scheduler's `cached_tensors`."""
+    _put(scheduler, path.split("."), tensor)
+
+
+def _put(holder: Any, path: Sequence[str], tensor: Tensor) -> None:
+    name, *rest = path
+    if isinstance(holder, list):
+        holder[int(name)] = tensor
+    elif rest:
+        _put(vars(holder)[name], rest, tensor)
+    else:
+        vars(holder)[name] = tensor
 
 
 def _is_scheduler(value: Any) -> bool:

@@ -416,6 +416,7 @@ class FitStepRanges:
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
+    replaces_input_quantizers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("layers", self.layers, ("temporal", "all")), ("rule", self.rule, RULES)):

@@ -168,6 +168,7 @@ class LearnStepSizes:
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
+    replaces_input_quantizers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, least in (("iterations", 1), ("batch", 1), ("depth", 2), ("width", 1), ("frequencies", 1)):

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibrate.forms import Form, find_form, scaled_sample
+from stepquant.calibrate.known_part import painted_positions
 from stepquant.calibrate.recording import Recording, watch
 from stepquant.calibrate.steps import (
     DenoiserCall,
@@ -39,11 +40,13 @@ from stepquant.calibrate.steps import (
     copy_sharing,
     forked_devices,
     prediction_of,
+    put_tensor,
     run_scheduler,
 )
 from stepquant.errors import CalibrationError, UnsupportedPipeline
 from stepquant.model.correction import Corrector, Finishing, StepCorrection
-from stepquant.model.pipeline import arguments_of_batch
+from stepquant.model.families import network_beside, other_denoisers, writes_known_part
+from stepquant.model.pipeline import arguments_of_batch, with_labels
 from stepquant.model.schedule import ScheduleFingerprint
 from stepquant.run import Run
 
@@ -81,13 +84,20 @@ class Trajectory:
     fingerprint: the schedule; its guidance is "unknown" before `seal`.
     schedule_arguments: (args, kwargs) with which the pipeline called `set_timesteps`.
     form: found by `seal`; None before.
+    network: runs beside the denoiser and reads the sample (ControlNet); the pipeline's own, in full precision.
+    painted: bool `[B, 1, ...]`, the positions that are the sampler's; the pipeline writes the known part of the picture
+        into the others after every step. None: all.
+    lead: the steps before, in which another denoiser was called.
     """
 
-    steps: tuple[Step, ...]
+    steps: Sequence[Step]
     seeds: tuple[int, ...]
     fingerprint: ScheduleFingerprint
     schedule_arguments: tuple[tuple[Any, ...], Mapping[str, Any]]
     form: Form | None = None
+    network: nn.Module | None = field(default=None, repr=False, compare=False)
+    painted: Tensor | None = None
+    lead: Sequence[Step] = ()
 
     @property
     def batch(self) -> int:
@@ -120,7 +130,8 @@ def record(
 ) -> list[Trajectory]:
     """Sample with the user's own pipeline and write every step down; one trajectory for every `batch_size` seeds.
 
-    denoiser: the module that the pipeline calls, for example `pipe.unet`.
+    denoiser: the module that the pipeline calls, for example `pipe.unet`. Of a pipeline with several, which take turns
+        in the steps (Wan), only this one's steps are recorded, from the sample that the others lead to.
     seeds: image i has a CPU generator of its own, seeded with seeds[i], so it does not depend on `batch_size`.
     steps: handed on as `num_inference_steps`. Some schedulers make more calls (Heun, PNDM).
     arguments: further arguments of the pipeline. A list with one entry per seed (prompts, class labels) is cut into the
@@ -146,15 +157,19 @@ def record(
 def _record_chunk(
     pipe: Any, denoiser: nn.Module, seeds: tuple[int, ...], chunk: slice, steps: int, arguments: Mapping[str, Any]
 ) -> Trajectory:
-    chosen = arguments_of_batch(arguments, chunk, len(seeds))
+    chosen = dict(with_labels(pipe, arguments_of_batch(arguments, chunk, len(seeds)), seeds[chunk]))
     call = _pipeline_arguments(pipe, seeds[chunk], steps, chosen)
     device = next(denoiser.parameters(), torch.empty(0)).device
     # Pipelines that do not hand their generators to the scheduler (DiT) draw from the global one: repeatable here.
     repeatable = torch.random.fork_rng(devices=forked_devices(device))
-    with watch(pipe.scheduler, denoiser) as recording, torch.no_grad(), repeatable:
+    network, others = network_beside(pipe), other_denoisers(pipe, denoiser)
+    watching = watch(pipe.scheduler, denoiser, network=network, others=others)
+    with watching as recording, torch.no_grad(), repeatable:
         torch.manual_seed(seeds[chunk][0])
         pipe(**call)
-    return _trajectory(recording, seeds[chunk], steps)
+    found = _trajectory(recording, seeds[chunk], steps)
+    painted = painted_positions(found.steps) if writes_known_part(pipe, denoiser) else None
+    return replace(found, network=network, painted=painted)
 
 
 def _pipeline_arguments(pipe: Any, seeds: tuple[int, ...], steps: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,7 +203,20 @@ def _trajectory(recording: Recording, seeds: tuple[int, ...], steps: int) -> Tra
             "as a list."
         )
     fingerprint = ScheduleFingerprint.of(recording.timesteps_scheduler, steps=steps, guidance="unknown")
-    return Trajectory(tuple(recording.steps), seeds, fingerprint, recording.schedule_arguments)
+    lead, own = _of_denoiser(recording.steps)
+    return Trajectory(own, seeds, fingerprint, recording.schedule_arguments, lead=lead)
+
+
+def _of_denoiser(steps: Sequence[Step]) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """The steps before those of the denoiser, and its own, counted from 0."""
+    called = [step.index for step in steps if step.calls]
+    if not called or called != list(range(called[0], called[-1] + 1)):
+        raise UnsupportedPipeline(
+            f"Of {len(steps)} steps, the denoiser is called in {called or 'none'}; steps that follow each other are "
+            "needed. Use more steps, or quantize the pipeline's other denoiser."
+        )
+    own = steps[called[0] : called[-1] + 1]
+    return tuple(steps[: called[0]]), tuple(replace(step, index=index) for index, step in enumerate(own))
 
 
 @contextmanager
@@ -218,17 +246,17 @@ def seal(trajectory: Trajectory) -> Trajectory:
     for step in trajectory.steps:
         _check_scheduler(step)
     form = find_form(trajectory.steps)
-    _check_chain(trajectory.steps, form)
+    _check_chain(trajectory, form)
     return replace(trajectory, form=form, fingerprint=replace(trajectory.fingerprint, guidance=form.guidance.name))
 
 
-def _check_chain(steps: Sequence[Step], form: Form) -> None:
-    for before, after in itertools.pairwise(steps):
-        carried = form.carried(before.next_sample)
+def _check_chain(trajectory: Trajectory, form: Form) -> None:
+    for before, after in itertools.pairwise(trajectory.steps):
+        carried = _painted(trajectory, before.index, form.carried(before.next_sample))
         if carried.shape != after.sample.shape or not torch.equal(carried, after.sample):
             raise UnsupportedPipeline(
                 f"The pipeline changes the sample between step {before.index} and step {after.index}"
-                f"{_by_how_much(carried, after.sample)} (inpainting, a callback, another dtype). Calibrate without it."
+                f"{_by_how_much(carried, after.sample)} (a callback, another dtype). Calibrate without it."
             )
 
 
@@ -338,9 +366,10 @@ class _Begun:
     scheduler: Any
     sample: Tensor
     scaled: Tensor
+    network: nn.Module | None
 
     def predict(self, denoiser: nn.Module) -> Tensor:
-        inputs = self.form.inputs(self.scaled, self.step)
+        inputs = self.form.inputs(self.scaled, self.step, self.network)
         return self.form.combine(self.step, [prediction_of(denoiser(*args, **kwargs)) for args, kwargs in inputs])
 
     def follow(self, trajectory: Trajectory, guided: Tensor, correction: StepCorrection | None) -> State:
@@ -348,6 +377,7 @@ class _Begun:
         sample = run_scheduler(scheduler, self.step, guided=guided, sample=self.sample)
         if self.step.index + 1 < len(trajectory.steps):
             sample = self.form.carried(sample)
+        sample = _painted(trajectory, self.step.index, sample)
         return State(sample, _history_after(trajectory, self.step.index, self.scheduler))
 
 
@@ -356,7 +386,19 @@ def _begin(trajectory: Trajectory, index: int, state: State) -> _Begun:
     scheduler = _scheduler_with(step, state.history)
     sample = form.carried(state.sample)
     scaled = scaled_sample(scheduler, sample, step.timestep, scaled=form.scaled)
-    return _Begun(step, form, scheduler, sample, scaled)
+    return _Begun(step, form, scheduler, sample, scaled, trajectory.network)
+
+
+def _painted(trajectory: Trajectory, index: int, sample: Tensor) -> Tensor:
+    """The sample after step `index` with the recorded known part, if the pipeline writes one; differentiable.
+
+    What it writes after the last step has not been seen: there it is what the scheduler returned.
+    """
+    if trajectory.painted is None:
+        return sample
+    steps = trajectory.steps
+    known = steps[index + 1].sample if index + 1 < len(steps) else steps[index].next_sample
+    return torch.where(trajectory.painted, sample, known.to(sample))
 
 
 def steps_where_nothing_happens(trajectory: Trajectory) -> tuple[int, ...]:
@@ -398,18 +440,8 @@ def _scheduler_with(step: Step, history: Mapping[str, Tensor]) -> Any:
     scheduler = copy_sharing(step.scheduler, {id(tensor): tensor for tensor in recorded.values()})
     for path, tensor in history.items():
         # A clone, because some schedulers add to their tensors in place (PNDM); gradients pass through it.
-        _put(scheduler, path.split("."), tensor.clone())
+        put_tensor(scheduler, path, tensor.clone())
     return scheduler
-
-
-def _put(holder: Any, path: Sequence[str], tensor: Tensor) -> None:
-    name, *rest = path
-    if isinstance(holder, list):
-        holder[int(name)] = tensor
-    elif rest:
-        _put(vars(holder)[name], rest, tensor)
-    else:
-        vars(holder)[name] = tensor
 
 
 def _history_after(trajectory: Trajectory, index: int, scheduler: Any) -> dict[str, Tensor]:

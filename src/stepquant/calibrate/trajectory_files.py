@@ -11,8 +11,11 @@ for bit.
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +23,28 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepquant.calibrate.forms import form_from_dict, scaled_sample
-from stepquant.calibrate.steps import DenoiserCall, Step, cached_tensors, copy_sharing, run_scheduler
+from stepquant.calibrate.steps import ConditionCall, DenoiserCall, Step, cached_tensors, copy_sharing, run_scheduler
 from stepquant.calibrate.trajectory import Trajectory
 from stepquant.errors import CalibrationError
 from stepquant.model.schedule import ScheduleFingerprint, with_constants
 
-__all__ = ["load_trajectories", "packed", "save_trajectories", "unpacked"]
+__all__ = ["Written", "decoded_step", "load_trajectories", "packed", "save_trajectories", "shards", "unpacked"]
 
-_FORMAT = 1
+_FORMAT = 2
 _INDEX = "trajectories.json"
+
+
+class Written(Sequence[Step]):
+    """Steps of a trajectory that a file holds already. path: of that file."""
+
+    path: Path
+
+    @abstractmethod
+    def stored(self) -> dict[str, Any]:
+        """The whole trajectory's entry, as `packed` gives it; the file has its tensors, and may have more."""
 
 
 def save_trajectories(folder: Path, trajectories: Sequence[Trajectory]) -> None:
@@ -48,6 +61,10 @@ def save_trajectories(folder: Path, trajectories: Sequence[Trajectory]) -> None:
     partial.mkdir(parents=True)
     entries = []
     for number, trajectory in enumerate(trajectories):
+        if isinstance(trajectory.steps, Written):
+            entries.append(trajectory.steps.stored())
+            _link(trajectory.steps.path, partial / _shard(number))
+            continue
         entry, tensors = packed(trajectory)
         entries.append(entry)
         save_file(tensors, partial / _shard(number))
@@ -56,24 +73,30 @@ def save_trajectories(folder: Path, trajectories: Sequence[Trajectory]) -> None:
     partial.rename(folder)
 
 
-def load_trajectories(folder: Path, pipe_scheduler: Any) -> list[Trajectory]:
+def load_trajectories(folder: Path, pipe_scheduler: Any, network: nn.Module | None = None) -> list[Trajectory]:
     """The trajectories of a folder. Tensors are memory-mapped.
 
     pipe_scheduler: a scheduler of the class that was recorded; it is not changed, and its settings do not matter.
+    network: the one beside the denoiser, if there was one (`Trajectory.network`); networks are not stored.
     Raises CalibrationError for a missing or damaged folder, another scheduler class, and steps that the rebuilt
     scheduler does not repeat (another version of diffusers, another device).
     """
+    return list(shards(folder, pipe_scheduler, network))
+
+
+def shards(folder: Path, pipe_scheduler: Any, network: nn.Module | None = None) -> Iterator[Trajectory]:
+    """`load_trajectories`, one after the other."""
     index = _read_index(folder)
-    trajectories = []
     for number, entry in enumerate(index):
         path = folder / _shard(number)
         try:
-            trajectories.append(unpacked(entry, load_file(path), pipe_scheduler))
+            found = unpacked(entry, load_file(path), pipe_scheduler, network)
         except (KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
             raise CalibrationError(
                 f"{path} is damaged or missing ({type(error).__name__}: {error}). Record again."
             ) from error
-    return trajectories
+        yield found
+        del found  # or there would be two of them while the next one is read
 
 
 def packed(trajectory: Trajectory) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -86,11 +109,21 @@ def packed(trajectory: Trajectory) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return entry, tensors.by_name
 
 
-def unpacked(entry: Mapping[str, Any], tensors: Mapping[str, Tensor], pipe_scheduler: Any) -> Trajectory:
-    """Undo `packed`; pipe_scheduler as for `load_trajectories`. Damage raises whatever it leads to."""
+def unpacked(
+    entry: Mapping[str, Any], tensors: Mapping[str, Tensor], pipe_scheduler: Any, network: nn.Module | None = None
+) -> Trajectory:
+    """Undo `packed`; pipe_scheduler and network as for `load_trajectories`. Damage raises whatever it leads to."""
     # Back to where they were: the denoiser is still there, and other devices round differently.
     placed = {name: item.to(entry["devices"].get(name, "cpu")) for name, item in tensors.items()}
-    return _decode_trajectory(entry, placed, pipe_scheduler)
+    return replace(_decode_trajectory(entry, placed, pipe_scheduler), network=network)
+
+
+def _link(file: Path, place: Path) -> None:
+    """The file in a second place: without a copy, unless the file system wants one."""
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copyfile(file, place)
 
 
 def _shard(number: int) -> str:
@@ -129,7 +162,7 @@ class _Tensors:
 
 def _encode_trajectory(trajectory: Trajectory, tensors: _Tensors) -> dict[str, Any]:
     args, kwargs = trajectory.schedule_arguments
-    first = trajectory.steps[0].scheduler
+    first = (trajectory.lead or trajectory.steps)[0].scheduler
     if type(first).__name__ != trajectory.fingerprint.scheduler:
         raise CalibrationError(
             f"The trajectory was recorded with a {type(first).__name__} around {trajectory.fingerprint.scheduler}, "
@@ -144,6 +177,8 @@ def _encode_trajectory(trajectory: Trajectory, tensors: _Tensors) -> dict[str, A
         "set_timesteps": _encode([args, {key: None if key == "device" else kwargs[key] for key in kwargs}], tensors),
         "timesteps": _encode(first.timesteps, tensors),
         "begin_index": getattr(first, "begin_index", None),
+        "painted": _encode(trajectory.painted, tensors),
+        "lead": [_encode_step(step, tensors) for step in trajectory.lead],
         "steps": [_encode_step(step, tensors) for step in trajectory.steps],
     }
 
@@ -158,6 +193,7 @@ def _encode_step(step: Step, tensors: _Tensors) -> dict[str, Any]:
         "step_kwargs": step.step_kwargs,
         "generator_states": step.generator_states,
         "draws_globally": step.draws_globally,
+        "conditions": [{"args": one.args, "kwargs": one.kwargs, "outputs": one.outputs} for one in step.conditions],
     }
     encoded: dict[str, Any] = {key: _encode(value, tensors) for key, value in values.items()}
     return encoded
@@ -205,13 +241,34 @@ def _decode_trajectory(entry: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     scheduler.timesteps = _decode(entry["timesteps"], tensors)
     if entry["begin_index"] is not None:
         scheduler.set_begin_index(entry["begin_index"])
-    steps = []
-    for index, encoded in enumerate(entry["steps"]):
-        values = {key: _decode(value, tensors) for key, value in encoded.items()}
-        values["calls"] = tuple(DenoiserCall(**call) for call in values["calls"])
-        steps.append(_rebuilt_step(scheduler, Step(index=index, scheduler=None, **values)))
+    # In the order of sampling: the scheduler walks through both.
+    lead, steps = (
+        tuple(_decode_step(index, encoded, tensors, scheduler) for index, encoded in enumerate(entry[part]))
+        for part in ("lead", "steps")
+    )
     form = None if entry["form"] is None else form_from_dict(entry["form"])
-    return Trajectory(tuple(steps), tuple(entry["seeds"]), fingerprint, (tuple(arguments[0]), arguments[1]), form)
+    return Trajectory(
+        steps,
+        tuple(entry["seeds"]),
+        fingerprint,
+        (tuple(arguments[0]), arguments[1]),
+        form,
+        painted=_decode(entry["painted"], tensors),
+        lead=lead,
+    )
+
+
+def _decode_step(index: int, encoded: Mapping[str, Any], tensors: Mapping[str, Tensor], scheduler: Any) -> Step:
+    """Advances the scheduler past the step."""
+    return _rebuilt_step(scheduler, decoded_step(index, encoded, tensors))
+
+
+def decoded_step(index: int, encoded: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Step:
+    """One of the steps in an entry of `packed`, without its scheduler."""
+    values = {key: _decode(value, tensors) for key, value in encoded.items()}
+    values["calls"] = tuple(DenoiserCall(**call) for call in values["calls"])
+    values["conditions"] = tuple(ConditionCall(**call) for call in values["conditions"])
+    return Step(index=index, scheduler=None, **values)
 
 
 def _fresh_scheduler(pipe_scheduler: Any, fingerprint: ScheduleFingerprint, arguments: Sequence[Any]) -> Any:

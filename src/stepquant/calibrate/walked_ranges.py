@@ -70,6 +70,12 @@ class FitRangesProgressively:
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
+    replaces_input_quantizers: ClassVar[bool] = True
+
+    @property
+    def sets_row_bits(self) -> bool:
+        """Whether some timesteps get more bits than others."""
+        return self.relaxed > 0
 
     def __post_init__(self) -> None:
         if self.samples < 1:

@@ -102,6 +102,14 @@ class FitWindows:
                 "lengths must add up to the scheduler's steps."
             )
 
+    def evaluations_for(self, images: int, steps: int) -> float:
+        """Of the network, to be expected for mini-batches of so many images and so many recorded steps."""
+        lengths = self.windows or equal_windows(steps, min(self.window, steps))
+        starts = [sum(lengths[:number]) for number in range(len(lengths))]
+        before, passes = (0, 3) if self.gradient == "per_step" else (1, 4)
+        drawn, walked = sum(lengths) / len(lengths), self.free_run * sum(starts) / len(starts)
+        return self.iterations * images * (passes * drawn - before + walked)
+
     def run(self, job: Job) -> Figures:
         trajectories: list[Trajectory] = job.handed["trajectories"]
         steps = len(trajectories[0].steps)

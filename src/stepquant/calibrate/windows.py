@@ -88,7 +88,7 @@ def window_gradient(
     Returns the loss at the window's end (in every mode, so that modes can be compared).
     """
     begin = state_at(trajectory, start) if state is None else state
-    wanted = trajectory.steps[stop - 1].next_sample
+    wanted = state_at(trajectory, stop).sample
     if mode == "per_step":
         return _per_step(denoiser, trajectory, start, stop, begin)
     if mode not in ("identity", "exact"):
@@ -132,7 +132,7 @@ def _last_step_first(
 def _per_step(denoiser: nn.Module, trajectory: Trajectory, start: int, stop: int, state: State) -> float:
     for index in range(start, stop):
         after = advance(denoiser, trajectory, index, state)
-        wanted = trajectory.steps[index].next_sample
+        wanted = state_at(trajectory, index + 1).sample
         loss, adjoint = _loss_adjoint(after.sample, wanted)
         torch.autograd.backward(after.sample, adjoint)
         state = State(after.sample.detach(), {path: value.detach() for path, value in after.history.items()})
@@ -146,4 +146,4 @@ def unrolled_loss(
     current = state_at(trajectory, start) if state is None else state
     for index in range(start, stop):
         current = advance(denoiser, trajectory, index, current)
-    return window_loss(current.sample, trajectory.steps[stop - 1].next_sample)
+    return window_loss(current.sample, state_at(trajectory, stop).sample)

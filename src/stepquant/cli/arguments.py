@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,18 @@ def parsed(texts: Iterable[str]) -> dict[str, Any]:
             raise SpecError(f"--argument {key} was given twice; --prompts gives prompt.")
         found[key] = value if value.startswith("@") else parse_yaml(value, source=f"--argument {key}")
     return found
+
+
+_UNITS: dict[str, int] = {"": 1, "B": 1} | {f"{letter}B": 1000**n for n, letter in enumerate("KMGT", start=1)}
+_UNITS |= {f"{letter}IB": 1024**n for n, letter in enumerate("KMGT", start=1)}
+
+
+def bytes_named(text: str) -> int:
+    """A size that a user means: 8GB, 500 MB, 1.5GiB, or a number of bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
+    if found is None or found[2].upper() not in _UNITS:
+        raise SpecError(f"Expected a size such as 8GB, 500MB or 1.5GiB, found {text!r}.")
+    return round(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def ready(arguments: Mapping[str, Any], count: int) -> dict[str, Any]:

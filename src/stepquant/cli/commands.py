@@ -116,7 +116,7 @@ def quantize(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder to make for the checkpoint.")],
     model: Annotated[
         str | None,
-        typer.Argument(help="digits-unet (shipped), a folder in diffusers format, or a hub id."),
+        typer.Argument(help="digits-unet or digits-dit (shipped), a folder in diffusers format, or a hub id."),
     ] = None,
     method: Annotated[str | None, typer.Option(help="See `stepquant methods`.  [default: accuquant]")] = None,
     weights: Annotated[
@@ -148,8 +148,18 @@ def quantize(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.  [default: auto]")
     ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Such as 8GB: what is recorded stays on disk, and of what is cached no more than this is in memory. "
+            "Changes nothing in the result.",
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done and what it would take, and do nothing.")
+    ] = False,
     overwrite: Overwrite = False,
     tensorboard: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write what the stages measure there, for TensorBoard.")
@@ -163,7 +173,7 @@ def quantize(
     Example: stepquant quantize digits-unet -o digits-w4a8 --weights 4 --activations 8 --preset quick
     """
     from stepquant.cli import work
-    from stepquant.cli.arguments import parsed
+    from stepquant.cli.arguments import bytes_named, parsed
 
     flags = {
         "model": model,
@@ -183,10 +193,17 @@ def quantize(
     if argument or prompts:
         given["arguments"] = parsed(_with_prompts(argument, prompts))
     request = work.QuantizeRequest(
-        out, config, tuple(set_ or ()), given, resume=resume, overwrite=overwrite, tensorboard=tensorboard
+        out,
+        config,
+        tuple(set_ or ()),
+        given,
+        resume=resume,
+        overwrite=overwrite,
+        tensorboard=tensorboard,
+        max_memory=None if max_memory is None else bytes_named(max_memory),
     )
     if dry_run:
-        work.show_plan(request, _settings(ctx), json_)
+        work.show_plan(request, _settings(ctx), json_, measured=True)
     else:
         work.quantize(request, _settings(ctx), json_)
 
@@ -197,7 +214,7 @@ def allocate(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="plan.yaml", help="File to write.")],
     model: Annotated[
         str | None,
-        typer.Argument(help="digits-unet (shipped), a folder in diffusers format, or a hub id."),
+        typer.Argument(help="digits-unet or digits-dit (shipped), a folder in diffusers format, or a hub id."),
     ] = None,
     target: Target = None,
     max_bytes: MaxBytes = None,
@@ -360,11 +377,12 @@ def evaluate(
 
     Example: stepquant evaluate digits-w4a8 --fail-if "psnr<28" --fail-if "frechet_to_fp>2"
     """
+    from stepquant.cli import evaluate as evaluation
     from stepquant.cli import work
 
     chosen = [] if seeds is None else parse_seeds(seeds)
     sampling = work.Sampling(chosen, steps, batch_size, _with_prompts(argument, prompts), engine, device, schedule)
-    measuring = work.Measuring(
+    measuring = evaluation.Measuring(
         features,
         protocol,
         lpips,
@@ -374,7 +392,7 @@ def evaluate(
         overwrite=overwrite,
         allow_calibration_seeds=allow_calibration_seeds,
     )
-    if not work.evaluate(candidate, against, sampling, measuring, _settings(ctx), json_):
+    if not evaluation.evaluate(candidate, against, sampling, measuring, _settings(ctx), json_):
         raise typer.Exit(3)
 
 
@@ -412,12 +430,12 @@ def compensate(
 
     Example: stepquant compensate digits-w4a8 -o digits-w4a8-cec
     """
-    from stepquant.cli import work
+    from stepquant.cli import compensate as compensation
 
-    request = work.CompensateRequest(
+    request = compensation.CompensateRequest(
         candidate, out, against, estimator, calibration_samples, seed, device, batch_size, tuple(argument or ())
     )
-    work.compensate(request, _settings(ctx), json_, overwrite=overwrite)
+    compensation.compensate(request, _settings(ctx), json_, overwrite=overwrite)
 
 
 @app.command()
@@ -436,9 +454,9 @@ def report(
 
     Uses the evaluations that `stepquant evaluate` kept; a checkpoint without one is evaluated first.
     """
-    from stepquant.cli import work
+    from stepquant.cli import report as page
 
-    work.report(checkpoints, out, parse_seeds(seeds), _settings(ctx), (device, batch_size), overwrite=overwrite)
+    page.report(checkpoints, out, parse_seeds(seeds), _settings(ctx), (device, batch_size), overwrite=overwrite)
 
 
 @app.command()

@@ -13,7 +13,9 @@ from typing import Any
 
 from stepquant.cli import work
 from stepquant.cli.console import Settings, duration, stdout_console
+from stepquant.cli.evaluate import evaluate_and_keep
 from stepquant.cli.outputs import clear_work, read_evaluation, work_folder
+from stepquant.cli.report import write_page
 from stepquant.cli.views import show_results
 from stepquant.config import resolve
 
@@ -74,7 +76,7 @@ def _evaluated(checkpoint: Path, settings: Settings) -> dict[str, Any]:
     found = read_evaluation(checkpoint)
     if found is not None:
         return found
-    return work.evaluate_and_keep(checkpoint, work.Sampling(_EVALUATED, steps=_STEPS), settings)
+    return evaluate_and_keep(checkpoint, work.Sampling(_EVALUATED, steps=_STEPS), settings)
 
 
 def _pages(folder: Path, checkpoints: list[Path], results: list[dict[str, Any]], settings: Settings) -> None:
@@ -85,7 +87,7 @@ def _pages(folder: Path, checkpoints: list[Path], results: list[dict[str, Any]],
     picture = folder / "demo.png"
     if picture.exists():
         return
-    images = work.write_page(checkpoints, results, folder / "report.html", settings, ("auto", 16))
+    images = write_page(checkpoints, results, folder / "report.html", settings, ("auto", 16))
     rows = {"full precision": images["reference"]}
     rows |= {entry.label: found for entry, found in zip(_CANDIDATES, images["candidates"], strict=True)}
     names = ["full-precision", *(candidate.folder for candidate in _CANDIDATES)]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stepquant.recipe import Job
 
 __all__ = [
+    "bytes_text",
     "complain_of_gates",
     "plan_of",
     "show_compensated",
@@ -147,7 +148,6 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         console.print(table)
     if "note" in plan:
         console.print(plan["note"])
-    console.print("Nothing was written.")
 
 
 def show_quantized(
@@ -161,7 +161,7 @@ def show_quantized(
         table.add_row(str(figure.get("stage", "")), duration(float(figure.get("seconds", 0.0))))
         seconds += float(figure.get("seconds", 0.0))
     console.print(table)
-    size = f" of {_bytes_text(description['bytes'])}" if "bytes" in description else ""
+    size = f" of {bytes_text(description['bytes'])}" if "bytes" in description else ""
     console.print(f"{out} is a checkpoint{size}, made in {duration(seconds)}.")
     console.print(f"Its settings are in {out}.run.yaml.")
     console.print(f"Next: stepquant sample {out} -o images --grid    or: stepquant evaluate {out}")
@@ -190,7 +190,7 @@ def show_compensated(candidate: Path, out: Path, figures: Sequence[Mapping[str, 
     console.print(f"Next: stepquant evaluate {out}    and compare with: stepquant evaluate {candidate}")
 
 
-def _bytes_text(count: int) -> str:
+def bytes_text(count: int) -> str:
     """1_230_000 -> "1.23 MB"."""
     number = float(count)
     for unit in ("bytes", "kB", "MB", "GB"):
@@ -246,9 +246,9 @@ def show_inspection(description: Mapping[str, Any]) -> None:
     if schedule:
         console.print(f"schedule: {schedule.get('steps')} steps of {schedule.get('scheduler', 'an unknown scheduler')}")
     ratio = f", {description['ratio']:.3f} of the float32 denoiser" if "ratio" in description else ""
-    console.print(f"size: {_bytes_text(description['bytes'])}{ratio}")
+    console.print(f"size: {bytes_text(description['bytes'])}{ratio}")
     for kind, count in (description.get("bytes_by_kind") or {}).items():
-        console.print(f"  {kind.replace('_', ' ')}: {_bytes_text(count)}")
+        console.print(f"  {kind.replace('_', ' ')}: {bytes_text(count)}")
     table = Table(_names("layer"), "bits", "bytes", "engine", "why not a faster one")
     for layer in description["layers"]:
         refusals = layer.get("refusals") or {}

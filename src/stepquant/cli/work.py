@@ -1,22 +1,20 @@
-"""What the commands do: check what is in the way, call the library, say where things are."""
+"""What `quantize` and `sample` do, and what all commands share: requests, the device, the libraries' manners."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 
 from stepquant import api
 from stepquant.allocator import tune_allocator
-from stepquant.calibrate.compensation import EstimatorChoice
-from stepquant.cli import views
+from stepquant.cli import estimate, views
 from stepquant.cli.arguments import parsed, ready, recorded_images, with_prompts
 from stepquant.cli.console import Interrupted, Settings, interruptible, progress_for, stdout_console, write_json
 from stepquant.cli.outputs import (
@@ -26,7 +24,6 @@ from stepquant.cli.outputs import (
     clear_work,
     evaluation_path,
     is_finished,
-    read_evaluation,
     read_origin,
     refuse_existing,
     refuse_no_checkpoint,
@@ -38,52 +35,29 @@ from stepquant.cli.outputs import (
 )
 from stepquant.cli.scalars import Scalars
 from stepquant.config import Resolved, apply_overrides, dump, load_config, resolve
-from stepquant.errors import CheckpointError, SpecError, StepquantError, nearest
-from stepquant.evaluate.arguments import first_of
-from stepquant.evaluate.clip import ClipScore
-from stepquant.evaluate.compare import METRICS
-from stepquant.evaluate.compare import evaluate as compare
-from stepquant.evaluate.features import Features
-from stepquant.evaluate.folder import discard
-from stepquant.evaluate.gates import check_gates, parse_gates
+from stepquant.errors import CheckpointError, SpecError
 from stepquant.evaluate.images import save_png, to_grid
-from stepquant.evaluate.lpips import Lpips
-from stepquant.evaluate.named_features import features_named
-from stepquant.evaluate.seeds import refuse_calibration_seeds
-from stepquant.evaluate.source import PipelineSource, Source, open_source
-from stepquant.evaluate.weights import MissingWeights
 from stepquant.inspection import inspect_checkpoint
-from stepquant.manifest import MANIFEST_NAME
 from stepquant.processes import joined
 from stepquant.run import Run
 from stepquant.work_folder import hold
 
 __all__ = [
-    "CompensateRequest",
-    "Measuring",
     "QuantizeRequest",
     "Sampling",
-    "compensate",
+    "base_model_of",
     "device_named",
-    "evaluate",
-    "evaluate_and_keep",
     "kept_if_worth_it",
-    "measure",
     "prepare",
     "quantize",
-    "report",
     "run_quantize",
     "sample",
     "show_plan",
+    "steps_of",
     "write_images",
-    "write_page",
 ]
 
 logger = logging.getLogger(__name__)
-
-_IMAGES_IN_REPORT = 8
-_EVALUATED = range(1000, 1256)
-"""Seeds of an evaluation that names none and compares no folder of images."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +66,7 @@ class QuantizeRequest:
 
     out: None where nothing is to be written.
     tensorboard: folder for scalars of the stages' figures, None for none.
+    max_memory: as for `Run`.
     flags: settings of the command line under their names in `run.yaml`.
     """
 
@@ -102,6 +77,7 @@ class QuantizeRequest:
     resume: bool = False
     overwrite: bool = False
     tensorboard: Path | None = None
+    max_memory: int | None = None
 
     def resolved(self) -> Resolved:
         """preset < file < command line; of arguments, each by itself."""
@@ -129,40 +105,6 @@ class Sampling:
     def pipeline_arguments(self, count: int | None = None) -> dict[str, Any]:
         """The `--argument KEY=VALUE` of the command line as keyword arguments for `count` images, one for each seed."""
         return ready(parsed(self.arguments), len(self.seeds) if count is None else count)
-
-
-@dataclass(frozen=True)
-class Measuring:
-    """What `evaluate` measures beside the defaults, and what it does with what is there already.
-
-    features: "digits", "inception=FILE", "mobilenetv2=FILE" or "none"; None takes the shipped ones where they fit.
-    protocol: a preset of `evaluate.protocol`. lpips: weights of its backbone. clip: folder or hub id of a CLIP
-        model. gates: such as "psnr<28".
-    """
-
-    features: str | None = None
-    protocol: str | None = None
-    lpips: Path | None = None
-    clip: str | None = None
-    gates: tuple[str, ...] = ()
-    resume: bool = False
-    overwrite: bool = False
-    allow_calibration_seeds: bool = False
-
-
-@dataclass(frozen=True)
-class CompensateRequest:
-    """What the user asked `compensate` for. against None: the model that the checkpoint was made from."""
-
-    candidate: Path
-    out: Path
-    against: str | None
-    estimator: str
-    samples: int
-    seed: int
-    device: str
-    batch_size: int
-    arguments: tuple[str, ...] = ()
 
 
 def prepare(settings: Settings) -> None:
@@ -208,15 +150,21 @@ def device_named(name: str) -> Any:
     return device
 
 
-def show_plan(request: QuantizeRequest, settings: Settings, json_target: str | None) -> None:
-    """Print what a run would do."""
+def show_plan(request: QuantizeRequest, settings: Settings, json_target: str | None, *, measured: bool = False) -> None:
+    """Print what a run would do; with `measured` also what it would take, for which a few steps are sampled."""
     prepare(settings)
     resolved = request.resolved()
     plan = views.plan_of(resolved)
+    if measured and "note" not in plan:
+        pipe = api.open_model(resolved.model, device=device_named(resolved.device))
+        plan["estimate"] = estimate.estimate_of(pipe, resolved, request.max_memory)
     if json_target is not None:
         write_json(plan, json_target)
     if json_target != "-":
         views.show_plan(plan)
+        if plan.get("estimate"):
+            stdout_console().print(estimate.sentence(plan["estimate"]))
+        stdout_console().print("Nothing was written.")
 
 
 def quantize(request: QuantizeRequest, settings: Settings, json_target: str | None) -> None:
@@ -233,6 +181,7 @@ def quantize(request: QuantizeRequest, settings: Settings, json_target: str | No
         resume=request.resume,
         overwrite=request.overwrite,
         tensorboard=request.tensorboard,
+        max_memory=request.max_memory,
     )
     if not processes.first:
         return
@@ -271,6 +220,7 @@ def run_quantize(
     resume: bool = False,
     overwrite: bool = False,
     tensorboard: Path | None = None,
+    max_memory: int | None = None,
 ) -> list[dict[str, Any]]:
     """Quantize, save, and remove the work folder. Returns the figures of the stages.
 
@@ -287,7 +237,14 @@ def run_quantize(
 
     pipe = api.open_model(resolved.model, device=device_named(resolved.device))
     work = work_folder(out)
-    run = Run(seed=resolved.seed, work=work, progress=progress_for(settings), finished=finished, processes=processes)
+    run = Run(
+        seed=resolved.seed,
+        work=work,
+        progress=progress_for(settings),
+        finished=finished,
+        processes=processes,
+        max_memory=max_memory,
+    )
     with (
         hold(work) if processes.first else nullcontext(),
         kept_if_worth_it(work) if processes.first else nullcontext(),
@@ -295,6 +252,10 @@ def run_quantize(
     ):
         if processes.first and not (work / WORK_MARK).exists():
             dump(resolved, work / WORK_MARK)
+        if processes.first and not resume:
+            found = estimate.estimate_of(pipe, resolved, max_memory)
+            if found is not None:
+                logger.info("%s", estimate.sentence(found), extra={"data": found})
         quantized = api.quantize(
             pipe,
             resolved.recipe,
@@ -363,7 +324,7 @@ def sample(
     pipe, kind = api.open_any(source, device=device_named(sampling.device), **options)
     steps = sampling.steps
     if steps is None:
-        steps = _steps_of(inspect_checkpoint(Path(source))) if kind == "checkpoint" else 20
+        steps = steps_of(inspect_checkpoint(Path(source))) if kind == "checkpoint" else 20
     with interruptible(f"No images were written to {out}."):
         how: dict[str, Any] = {
             "seeds": sampling.seeds,
@@ -400,307 +361,8 @@ def write_images(images: Any, seeds: Sequence[int], folder: Path, *, grid: bool)
         to_grid(images[:, 0] if videos else images, columns).save(folder / "grid.png")
 
 
-def evaluate(
-    candidate: str,
-    against: str | None,
-    sampling: Sampling,
-    measuring: Measuring,
-    settings: Settings,
-    json_target: str | None,
-) -> bool:
-    """Evaluate, keep the result beside the candidate, and show it. Returns whether all gates held."""
-    gates = parse_gates(measuring.gates, METRICS)
-    processes = joined()
-    if measuring.overwrite:
-        processes.from_first(lambda: discard(_evaluation_work(candidate)))
-    results = measure(candidate, against, sampling, settings, measuring)
-    if gates:
-        results["gates"] = check_gates(gates, results["metrics"])
-    failed = [gate for gate in results.get("gates", []) if gate["failed"]]
-    if not processes.first:
-        return not failed
-    kept = _keep(results, Path(candidate))
-    if json_target is not None:
-        write_json(results, json_target)
-    if kept or json_target is not None:
-        discard(_evaluation_work(candidate))
-    if json_target != "-" and not settings.quiet:
-        views.show_results(results)
-        if kept:
-            stdout_console().print(f"Kept as {evaluation_path(Path(candidate))} for `stepquant report`.")
-    views.complain_of_gates(failed)
-    return not failed
-
-
-def measure(
-    candidate: str | Path,
-    against: str | None,
-    sampling: Sampling,
-    settings: Settings,
-    measuring: Measuring | None = None,
-) -> dict[str, Any]:
-    """Results of schema 1. candidate and against: whatever `evaluate.source.open_source` opens.
-
-    against None: the model that the candidate, a checkpoint then, was made from.
-    """
-    measuring = measuring or Measuring()
-    prepare(settings)
-    device = device_named(sampling.device)
-    options = {"device": device, "engine": sampling.engine, "schedule": sampling.schedule}
-    source = open_source(str(candidate), **options)
-    base = against or _base_model(Path(candidate), _description(candidate))
-    reference = open_source(base, **options)
-    seeds = sampling.seeds or source.seeds or reference.seeds or list(_EVALUATED)
-    arguments = sampling.pipeline_arguments(len(seeds))
-    if not measuring.allow_calibration_seeds:
-        for name in (str(candidate), base):
-            refuse_calibration_seeds(seeds, _description(name).get("manifest") or {}, name=name)
-    features, lpips, clip, remarks = _networks(measuring, device)
-    work, processes = _evaluation_work(candidate), joined()
-    with (
-        _evaluation_kept(work) if processes.first else nullcontext(),
-        interruptible(f"What is measured so far is in {work}; go on with the same command and --resume."),
-    ):
-        results = compare(
-            source,
-            reference,
-            seeds=seeds,
-            steps=_common_steps(sampling, (source, reference)),
-            batch_size=sampling.batch_size,
-            run=Run(
-                work=work if os.access(work.parent, os.W_OK) else None,
-                progress=progress_for(settings),
-                processes=processes,
-            ),
-            arguments=arguments,
-            features=features,
-            protocol=measuring.protocol,
-            lpips=lpips,
-            clip=clip,
-            resume=measuring.resume,
-            remarks=remarks,
-        )
-    return {**results, "candidate": str(Path(candidate)), "against": base, "command": settings.command}
-
-
-def _description(source: str | Path) -> dict[str, Any]:
-    """What a checkpoint holds; nothing for any other source."""
-    return inspect_checkpoint(Path(source)) if (Path(source) / MANIFEST_NAME).is_file() else {}
-
-
-def _common_steps(sampling: Sampling, sources: Iterable[Source]) -> int | None:
-    """Steps as asked for, else of the first checkpoint, else 20; None if there is nothing to sample."""
-    pipelines = [source for source in sources if source.seeds is None]
-    if sampling.steps is not None or not pipelines:
-        return sampling.steps
-    described = [_description(source.name) for source in pipelines]
-    return next((_steps_of(found) for found in described if found), 20)
-
-
-def _networks(
-    measuring: Measuring, device: Any
-) -> tuple[Features | Literal["shipped", "none"], Lpips | None, ClipScore | None, list[str]]:
-    """Networks whose weights the user named. One whose file is not there is a remark: other figures do not need it."""
-    features: Features | Literal["shipped", "none"] = "shipped"
-    lpips, clip, remarks = None, None, []
-    if measuring.features == "none":
-        features = "none"
-    elif measuring.features is not None:
-        try:
-            features = features_named(measuring.features, device=device)
-        except MissingWeights as error:
-            features = "none"
-            remarks.append(f"No distances of distributions (FID and the like): {error}")
-    if measuring.lpips is not None:
-        try:
-            lpips = Lpips(measuring.lpips, device=device)
-        except MissingWeights as error:
-            remarks.append(f"No LPIPS: {error}")
-    if measuring.clip is not None:
-        try:
-            clip = ClipScore.from_pretrained(measuring.clip, device=device)
-        except MissingWeights as error:
-            remarks.append(f"No CLIP score: {error}")
-    return features, lpips, clip, remarks
-
-
-def _evaluation_work(candidate: str | Path) -> Path:
-    """`CANDIDATE.evaluation.work`; of a model that is no folder here, in the current one."""
-    path = Path(candidate)
-    beside = path if path.exists() else Path(str(candidate).replace("/", "--"))
-    return evaluation_path(beside).with_suffix(".work")
-
-
-@contextmanager
-def _evaluation_kept(work: Path) -> Iterator[None]:
-    """Leave nothing of an evaluation that cannot go on as it is, or has nothing to go on from.
-
-    What was there before stays, and so does what an interruption or a lack of memory has left.
-    """
-    before = work.exists()
-    try:
-        yield
-    except Interrupted:
-        raise
-    except Exception as error:
-        if not before and (isinstance(error, StepquantError) or not any(work.glob("*.safetensors"))):
-            discard(work)
-        raise
-
-
-def evaluate_and_keep(checkpoint: Path, sampling: Sampling, settings: Settings) -> dict[str, Any]:
-    """Evaluate against the model that was quantized, and keep the result beside the checkpoint.
-
-    Goes on with what an interruption left.
-    """
-    results = measure(checkpoint, None, sampling, settings, Measuring(resume=True))
-    _keep(results, checkpoint)
-    discard(_evaluation_work(checkpoint))
-    return results
-
-
-def _keep(results: Mapping[str, Any], candidate: Path) -> bool:
-    """Write the results beside the candidate; a place where nothing can be written is no reason to lose them."""
-    if not candidate.is_dir():  # a shipped model or a hub id has no place of its own
-        return False
-    try:
-        write_json(results, str(evaluation_path(candidate)))
-    except OSError:
-        return False
-    return True
-
-
-def compensate(
-    request: CompensateRequest, settings: Settings, json_target: str | None, *, overwrite: bool = False
-) -> None:
-    """Fit a correction for a checkpoint, write the corrected one, and say what it gained."""
-    refuse_existing(request.out, overwrite=overwrite)
-    refuse_no_checkpoint(request.out)
-    if request.out.resolve() == request.candidate.resolve():
-        raise SpecError(f"OUT is the candidate itself, {request.out}: choose another folder.")
-    if request.estimator not in get_args(EstimatorChoice):
-        known = get_args(EstimatorChoice)
-        raise SpecError(f"--estimator: there is none named {request.estimator!r}.{nearest(request.estimator, known)}")
-    arguments = ready(parsed(request.arguments), request.samples)
-    description = inspect_checkpoint(request.candidate)
-    base = request.against or _base_model(request.candidate, description)
-    prepare(settings)
-    device = device_named(request.device)
-    with interruptible(f"Nothing was written; {request.candidate} is as it was."):
-        made = api.compensate(
-            request.candidate,
-            api.open_model(base, device=device),
-            steps=_steps_of(description),
-            samples=request.samples,
-            batch=request.batch_size,
-            estimator=cast(EstimatorChoice, request.estimator),
-            arguments=arguments,
-            run=Run(seed=request.seed, progress=progress_for(settings)),
-        )
-        made.save(request.out, overwrite=overwrite)
-    # What is known of a checkpoint that was here before says nothing about this one.
-    evaluation_path(request.out).unlink(missing_ok=True)
-    settings_path(request.out).unlink(missing_ok=True)
-    figures = list(made.figures)
-    write_figures(figures, request.out)
-    if json_target is not None:
-        write_json({"checkpoint": str(request.out), "against": base, "figures": figures}, json_target)
-    if json_target != "-" and not settings.quiet:
-        views.show_compensated(request.candidate, request.out, figures)
-
-
-def report(
-    checkpoints: Sequence[Path],
-    out: Path,
-    seeds: list[int],
-    settings: Settings,
-    device_and_batch: tuple[str, int],
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Write the page; checkpoints without an evaluation are evaluated first."""
-    refuse_existing(out, overwrite=overwrite)
-    device, batch_size = device_and_batch
-    results = []
-    for checkpoint in checkpoints:
-        found = read_evaluation(checkpoint)
-        if found is None:
-            found = evaluate_and_keep(checkpoint, Sampling(seeds, batch_size=batch_size, device=device), settings)
-        results.append(found)
-    write_page(checkpoints, results, out, settings, (device, batch_size))
-    if not settings.quiet:
-        stdout_console().print(f"The report is {out}.")
-
-
-def write_page(
-    checkpoints: Sequence[Path],
-    results: Sequence[Mapping[str, Any]],
-    out: Path,
-    settings: Settings,
-    device_and_batch: tuple[str, int],
-) -> dict[str, Any]:
-    """Sample the images to show, write the page, and return the images (see `report.page.Images`)."""
-    from stepquant.report.page import Origin, write_report  # matplotlib is slow to import
-
-    descriptions = [inspect_checkpoint(checkpoint) for checkpoint in checkpoints]
-    origins = [cast(Origin, read_origin(checkpoint)) for checkpoint in checkpoints]
-    images = _images_for(checkpoints, results, settings, device_and_batch)
-    found = [dict(result) for result in results]
-    write_report(found, images, descriptions, out, origins=origins, command=settings.command)
-    return images
-
-
-_NOT_KEPT = (
-    "No images: they were made with arguments that the evaluation only names, such as tensors or pictures. "
-    "`stepquant sample` makes images with the same arguments."
-)
-
-
-def _images_for(
-    checkpoints: Sequence[Path],
-    results: Sequence[Mapping[str, Any]],
-    settings: Settings,
-    device_and_batch: tuple[str, int],
-) -> dict[str, Any]:
-    """The same few seeds of the reference and of every checkpoint, and the way of each from noise to image
-    (see `report.page.Images`).
-    """
-    from stepquant.report.groups import rows_over_time  # matplotlib is slow to import
-    from stepquant.report.walks import Walks
-
-    name, batch_size = device_and_batch
-    prepare(settings)
-    device = device_named(name)
-    first = results[0]
-    seeds = [int(seed) for seed in first["images"]["seeds"]][:_IMAGES_IN_REPORT]
-    arguments = first_of(first.get("arguments", {}), int(first["n"]), len(seeds))
-    if arguments is None:
-        return {"seeds": seeds, "candidates": [], "notes": [_NOT_KEPT]}
-    common: dict[str, Any] = {"seeds": seeds, "steps": int(first["steps"]), "batch_size": batch_size}
-    common["arguments"] = arguments
-    progress = progress_for(settings)
-    reference = open_source(str(first["against"]), device=device, schedule="nearest")
-    found: dict[str, Any] = {"seeds": seeds, "candidates": [], "rows": []}
-    with interruptible("The report was not written; evaluations that were finished are kept."):
-        walks = None
-        if isinstance(reference, PipelineSource):
-            found["reference"] = api.sample(reference.pipe, progress=progress, **common)
-            walks = Walks(
-                reference.pipe, seeds=seeds, steps=common["steps"], run=Run(progress=progress), arguments=arguments
-            )
-        else:
-            found["reference"] = reference.images(seeds, steps=None, arguments={})
-            found["notes"] = ["No films and no errors of layers: the reference is a folder of images."]
-        for checkpoint in checkpoints:
-            pipe = api.load(checkpoint, device=device, schedule="nearest")
-            found["candidates"].append(api.sample(pipe, progress=progress, **common))
-            found["rows"].append(rows_over_time(pipe))
-            if walks is not None:
-                walks.add(pipe)
-    return found if walks is None else found | walks.found()
-
-
-def _base_model(checkpoint: Path, description: Mapping[str, Any]) -> str:
+def base_model_of(checkpoint: Path, description: Mapping[str, Any]) -> str:
+    """The full-precision model that a checkpoint was made from."""
     base = description.get("base_model")
     if not base:
         raise CheckpointError(
@@ -709,7 +371,7 @@ def _base_model(checkpoint: Path, description: Mapping[str, Any]) -> str:
     return str(base)
 
 
-def _steps_of(description: Mapping[str, Any]) -> int:
+def steps_of(description: Mapping[str, Any]) -> int:
     """Sampling steps that a checkpoint was calibrated for."""
     schedule = description.get("schedule") or {}
     steps = description.get("steps", schedule.get("steps"))

@@ -33,7 +33,7 @@ from stepquant.doctor.layers import paired_layers
 from stepquant.doctor.weights import static_findings
 from stepquant.errors import SpecError
 from stepquant.model.correction import StepCorrection, correction_of
-from stepquant.model.families import find_denoiser
+from stepquant.model.families import find_denoiser, several_denoisers
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.schedule import ScheduleFingerprint
 from stepquant.model.surgery import quantizable, quantized_layers
@@ -265,7 +265,8 @@ class _Comparison:
 
     @classmethod
     def of(cls, pipe: Any, candidate: nn.Module, against: Any, common: Mapping[str, Any], run: Run) -> _Comparison:
-        _, full_precision = find_denoiser(against)
+        # Of a pipeline that switches between two, the one in which the candidate is quantized.
+        _, full_precision = find_denoiser(against, find_denoiser(pipe)[0] if several_denoisers(against) else None)
         with still(full_precision):
             trajectories = [seal(one) for one in record(against, full_precision, run=run, **common)]
             reference = reference_of(full_precision)

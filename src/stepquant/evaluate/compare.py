@@ -34,7 +34,7 @@ from stepquant.evaluate.paired import SSIM_WINDOW, Interval, intervals, paired_c
 from stepquant.evaluate.protocol import Protocol, protocol_named
 from stepquant.evaluate.source import PipelineSource, Source, as_source, check_same_schedule
 from stepquant.model.correction import correction_of
-from stepquant.model.families import find_denoiser
+from stepquant.model.families import find_denoiser, several_denoisers
 from stepquant.model.pipeline import arguments_of_batch
 from stepquant.run import Run
 
@@ -289,7 +289,7 @@ def _collect(setting: _Setting, folder: EvaluationFolder, run: Run) -> tuple[int
                 folder.save(_name(batch), found)
             advance(batch.stop - batch.start)
     assert shape is not None  # there is at least one seed
-    setting.choose_extractor(shape)
+    setting.choose_extractor(shape[-3:])
     return shape
 
 
@@ -309,19 +309,22 @@ def _measure(setting: _Setting, batch: slice, shape: tuple[int, ...] | None) -> 
     images = {}
     for side, source in (("candidate", setting.candidate), ("reference", setting.against)):
         images[side] = source.images(seeds, steps=setting.steps, arguments=arguments)
-        check_images(images[side], what=f"Images of {source.name}, seeds {_seeds_text(seeds)},")
+        check_images(_pictures(images[side]), what=f"Images of {source.name}, seeds {_seeds_text(seeds)},")
     sampled = time.perf_counter()
     ours, theirs = (tuple(images[side].shape[1:]) for side in ("candidate", "reference"))
+    images = {side: _pictures(found) for side, found in images.items()}
     if ours != theirs:
         raise EvaluationError(
             f"{setting.candidate.name} and {setting.against.name} give images of different shapes: {list(ours)} and "
             f"{list(theirs)} [C, H, W]."
         )
     _check_shape(setting, batch, ours, shape)
-    setting.choose_extractor(ours)
-    lpips = setting.lpips if setting.lpips is not None and min(ours[1:]) >= setting.lpips.smallest else None
+    setting.choose_extractor(ours[-3:])
+    lpips = setting.lpips if setting.lpips is not None and min(ours[-2:]) >= setting.lpips.smallest else None
     pairs = paired_columns(images["candidate"], images["reference"], lpips)
-    found = {f"pairs.{name}": column for name, column in pairs.items()}
+    found = {f"pairs.{name}": _of_each(column, len(seeds)) for name, column in pairs.items()}
+    # A video is identical if all its frames are.
+    found["pairs.identical"] = found["pairs.identical"].floor()
     if setting.extractor is not None:
         rules, size = setting.rules(), input_size(setting.extractor)
         for side in images:
@@ -333,9 +336,25 @@ def _measure(setting: _Setting, batch: slice, shape: tuple[int, ...] | None) -> 
     prompts = None if setting.clip is None else prompts_for(setting.arguments, len(setting.seeds))
     if setting.clip is not None and prompts is not None:
         for side in images:
-            found[f"{side}.clip"] = setting.clip(images[side], prompts[batch])
+            each = [prompt for prompt in prompts[batch] for _ in range(_frames(ours))]
+            found[f"{side}.clip"] = _of_each(setting.clip(images[side], each), len(seeds))
     spent = torch.tensor([[sampled - began, time.perf_counter() - sampled]], dtype=torch.float64)
     return found | {"shape": torch.tensor(ours), "seconds": spent}
+
+
+def _pictures(images: Tensor) -> Tensor:
+    """Images as they are; the frames of videos `[N, frames, C, H, W]` one after the other, `[N * frames, C, H, W]`."""
+    return images.flatten(0, 1) if images.ndim == 5 else images
+
+
+def _frames(shape: Sequence[int]) -> int:
+    """Of one video `[frames, C, H, W]`; 1 for an image `[C, H, W]`."""
+    return shape[0] if len(shape) == 4 else 1
+
+
+def _of_each(column: Tensor, count: int) -> Tensor:
+    """`[count * frames]` -> `[count]`, the mean over each one's frames."""
+    return column.reshape(count, -1).mean(dim=1)
 
 
 def _column(setting: _Setting, folder: EvaluationFolder, name: str) -> Tensor | None:
@@ -368,7 +387,12 @@ def _paired(setting: _Setting, folder: EvaluationFolder, shape: Sequence[int]) -
     found = intervals({name: column for name, column in columns.items() if column is not None})
     metrics = {name: _as_json(interval) for name, interval in found.items()}
     metrics["psnr"] |= {"unit": "dB", "identical": identical}
-    small = f"{shape[1]} x {shape[2]}"
+    small = f"{shape[-2]} x {shape[-1]}"
+    if len(shape) == 4:
+        setting.notes.append(
+            f"The samples are videos of {shape[0]} frames: figures of pairs are means over each video's frames, and "
+            "distances of distributions take every frame for an image."
+        )
     if "ssim" not in metrics:
         setting.notes.append(f"No SSIM: its window is {SSIM_WINDOW} x {SSIM_WINDOW} pixels, the images are {small}.")
     if setting.lpips is not None:
@@ -413,7 +437,7 @@ def _seconds(
 
 
 def _distributions(setting: _Setting, folder: EvaluationFolder, shape: Sequence[int]) -> dict[str, dict[str, Any]]:
-    extractor, n, notes = setting.extractor, len(setting.seeds), setting.notes
+    extractor, n, notes = setting.extractor, len(setting.seeds) * _frames(shape), setting.notes
     if extractor is None:
         if setting.features != "none":
             notes.append(
@@ -425,7 +449,7 @@ def _distributions(setting: _Setting, folder: EvaluationFolder, shape: Sequence[
         notes.append("No Frechet distances: they need at least two images.")
         return {}
     rules = setting.rules()
-    if shape[0] == 1 and input_size(extractor) is not None:
+    if shape[-3] == 1 and input_size(extractor) is not None:
         notes.append(f"The images are grey; {extractor.name} saw them as RGB with three equal channels.")
     metrics = _frechet(setting, folder, extractor)
     candidate, reference = (_required(setting, folder, f"{side}.features") for side in ("candidate", "reference"))
@@ -496,6 +520,10 @@ def _drift(setting: _Setting, folder: EvaluationFolder, run: Run) -> list[dict[s
         return []
     if correction_of(against.pipe.scheduler) is not None:
         setting.notes.append(f"No drift: {against.name} corrects its own predictions, so its steps cannot be replayed.")
+        return []
+    if several_denoisers(against.pipe):
+        names = " and ".join(several_denoisers(against.pipe))
+        setting.notes.append(f"No drift: {against.name} switches between {names}, which are not followed step by step.")
         return []
     try:
         _, quantized = find_denoiser(candidate.pipe)

@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepquant.errors import EvaluationError
-from stepquant.evaluate.features import Extracted, three_channels, weights_identity
-from stepquant.evaluate.images import check_images
+from stepquant.evaluate.features import Extracted
+from stepquant.evaluate.network_features import NetworkFeatures
 from stepquant.evaluate.weights import fill_, read_weights
 
 __all__ = ["MobileNetFeatures", "MobileNetV2"]
@@ -92,18 +91,12 @@ class MobileNetV2(nn.Module):
 
 
 @final
-class MobileNetFeatures:
+class MobileNetFeatures(NetworkFeatures):
     """Features of `MobileNetV2`."""
 
     name = "mobilenetv2"
     dim = MobileNetV2.FEATURES
     size = MobileNetV2.SIZE
-
-    def __init__(self, module: MobileNetV2, *, device: torch.device | str = "cpu") -> None:
-        """module: with its weights; it is put into evaluation mode."""
-        self._module = module.eval().requires_grad_(False).to(device)
-        self._device = device
-        self.identity = weights_identity(module)
 
     @classmethod
     def from_file(cls, path: Path | str, *, device: torch.device | str = "cpu") -> MobileNetFeatures:
@@ -114,16 +107,3 @@ class MobileNetFeatures:
         module = MobileNetV2()
         fill_(module, tensors, path=Path(path), what=what)
         return cls(module, device=device)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Features `[B, 1280]` of images `[B, 1 or 3, 224, 224]`; grey ones count as RGB."""
-        return self.extract(images).features
-
-    @torch.no_grad()
-    def extract(self, images: Tensor) -> Extracted:
-        """Raises EvaluationError: another size, other channels, or values outside [0, 1]."""
-        check_images(images, what="Images")
-        if tuple(images.shape[2:]) != (self.size, self.size):
-            raise EvaluationError(f"{self.name} got images of shape {tuple(images.shape)}: resize them to 224 x 224.")
-        found: Extracted = self._module(three_channels(images).float().to(self._device))
-        return found

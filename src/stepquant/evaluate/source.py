@@ -45,7 +45,10 @@ class Source(Protocol):
         ...
 
     def images(self, seeds: Sequence[int], *, steps: int | None, arguments: Mapping[str, Any]) -> Tensor:
-        """Float32 `[B, C, H, W]` in [0, 1] on the CPU, one for each seed. arguments: of the pipeline's call."""
+        """Float32 `[B, C, H, W]`, or videos `[B, frames, C, H, W]`, in [0, 1] on the CPU, one for each seed.
+
+        arguments: of the pipeline's call.
+        """
         ...
 
 

@@ -60,7 +60,7 @@ from stepquant.calibrate.group_search import Granularity, SearchGroups, Target
 from stepquant.calibrate.informative import Choose
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks
-from stepquant.calibrate.stages import FitInputRanges, LayerRule
+from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.calibrate.timestep_groups import Harden
 from stepquant.errors import SpecError, nearest
 from stepquant.methods.baseline import start
@@ -141,19 +141,9 @@ def adp_dm(
         raise SpecError(
             f"rounding must be one of {', '.join(ROUNDINGS)}, found {rounding!r}.{nearest(str(rounding), ROUNDINGS)}"
         )
-    beginning = start(
-        weights=weights,
-        activations=activations,
-        samples=samples,
-        batch=batch,
-        every=every,
-        samples_per_step=samples_per_step,
-        ends=ends,
-        softmax_bits=softmax_bits,
-        group_size=group_size,
-        ranges=ranges,
-        rules=rules,
-    )
+    select = Select(every=every, samples_per_step=samples_per_step)
+    place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
+    beginning = start(select, place, samples=samples, batch=batch, ranges=ranges)
     blocks: tuple[RoundBlocks | RoundLayers, ...] = ()
     if rounding == "layers" and weights is not None:
         blocks = (RoundLayers(batch=batch, together=together),)

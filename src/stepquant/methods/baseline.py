@@ -17,9 +17,19 @@ from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, LayerRule, Place, Record, Select
 from stepquant.errors import SpecError, nearest
 from stepquant.model.surgery import Ends
-from stepquant.recipe import Recipe
+from stepquant.recipe import Recipe, Stage
 
-__all__ = ["BIBTEX", "PRESETS", "layers_first", "rows_over_time", "rtn", "start"]
+__all__ = [
+    "BIBTEX",
+    "BLOCKS",
+    "DRAWN_PRESETS",
+    "LAYERS_FIRST",
+    "PRESETS",
+    "layers_first",
+    "rows_over_time",
+    "rtn",
+    "start",
+]
 
 BIBTEX = ""
 
@@ -29,32 +39,28 @@ PRESETS: dict[str, dict[str, object]] = {
     "full": {"samples": 256},
 }
 
+LAYERS_FIRST: dict[str, object] = {"layer_rounding": True, "lr_weights": 1e-2, "together": 4}
+"""In presets with few iterations: blocks start from rounded layers, and at a higher rate."""
 
-def start(
-    *,
-    weights: int | None,
-    activations: int | None,
-    samples: int,
-    batch: int,
-    every: int,
-    samples_per_step: int | None,
-    ends: Ends,
-    softmax_bits: int | None,
-    group_size: int | None,
-    ranges: RangeRule,
-    rules: tuple[LayerRule, ...],
-) -> tuple[Record, Select, Place, FitWeightRanges]:
-    """Record, select, place, fit weight ranges: the common beginning of all recipes."""
-    place = Place(
-        weights=weights,
-        activations=activations,
-        ends=ends,
-        softmax_bits=softmax_bits,
-        group_size=group_size,
-        rules=rules,
-    )
-    select = Select(every=every, samples_per_step=samples_per_step)
-    return Record(samples=samples, batch=batch), select, place, FitWeightRanges(ranges)
+BLOCKS: dict[str, dict[str, object]] = {
+    "quick": {**LAYERS_FIRST, "iterations_weights": 100, "iterations_activations": 100, "lr_activations": 2e-3},
+    "standard": {**LAYERS_FIRST, "iterations_weights": 800, "iterations_activations": 400, "lr_activations": 5e-3},
+}
+"""In presets of methods that reconstruct blocks for weights, and then for activation scales."""
+
+DRAWN_PRESETS: dict[str, dict[str, object]] = {
+    "quick": {"samples": 32, "batch": 8, "draws": 160, "iterations": 150, "lr_scales": 2e-3, **LAYERS_FIRST},
+    "standard": {"samples": 64, "batch": 16, "draws": 320, "iterations": 1_000, "lr_scales": 2e-3, **LAYERS_FIRST},
+}
+"""Of methods that draw calibration samples, and reconstruct weights and activation scales together."""
+
+
+def start(select: Stage, *placing: Stage, samples: int, batch: int, ranges: RangeRule) -> tuple[Stage, ...]:
+    """Record, select, place, fit weight ranges: the common beginning of all recipes.
+
+    placing: `Place`, or what stands for it, and what changes layers before their weights get ranges.
+    """
+    return (Record(samples=samples, batch=batch), select, *placing, FitWeightRanges(ranges))
 
 
 KEEP_ROUNDING = 0.6
@@ -98,17 +104,7 @@ def rtn(
 
     rows: "step" gives every timestep an activation range of its own, "shared" one to all.
     """
-    beginning = start(
-        weights=weights,
-        activations=activations,
-        samples=samples,
-        batch=batch,
-        every=every,
-        samples_per_step=samples_per_step,
-        ends=ends,
-        softmax_bits=softmax_bits,
-        group_size=group_size,
-        ranges=ranges,
-        rules=rules,
-    )
+    select = Select(every=every, samples_per_step=samples_per_step)
+    place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
+    beginning = start(select, place, samples=samples, batch=batch, ranges=ranges)
     return Recipe("rtn", (*beginning, FitInputRanges(ranges, windows=rows_over_time(rows))))

@@ -14,7 +14,7 @@ The last line is the paper's window of m = 1 step with J = 0, for gamma = 1. Any
 it is round to nearest, and `add_on()` puts the compensation behind another method.
 
 Letters of the paper and our names: K is 1 - `StepCorrection.gain`, eps_q,k-1 enters through `StepCorrection.previous`,
-a_k and b_k are `calibrate.propagation.step_coefficients`; the estimators are in `calibrate.compensation`.
+a_k and b_k are `calibrate.propagation.step_coefficients`; the estimators are in `calibrate.correction_fit`.
 
 Differs from the paper:
 - The exact forms of its equations 10, 13 and 18 are not public to us. What stands above is derived, and gamma = 1 is
@@ -39,7 +39,7 @@ from typing import Literal
 
 from stepquant.calibrate.compensation import Compensate, EstimatorChoice, Regressor
 from stepquant.calibrate.ranges import RangeRule
-from stepquant.calibrate.stages import FitInputRanges, LayerRule
+from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.methods.baseline import start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe, Stage
@@ -98,19 +98,9 @@ def cec(
     rules: tuple[LayerRule, ...] = (),
 ) -> Recipe:
     """Round to nearest, then correct every step's prediction by coefficients fitted in closed form."""
-    beginning = start(
-        weights=weights,
-        activations=activations,
-        samples=samples,
-        batch=batch,
-        every=every,
-        samples_per_step=samples_per_step,
-        ends=ends,
-        softmax_bits=softmax_bits,
-        group_size=group_size,
-        ranges=ranges,
-        rules=rules,
-    )
+    select = Select(every=every, samples_per_step=samples_per_step)
+    place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
+    beginning = start(select, place, samples=samples, batch=batch, ranges=ranges)
     compensation = add_on(
         estimator=estimator, regressors=regressors, gamma=gamma, ridge=ridge, shared=shared, held_out=held_out
     )

@@ -25,7 +25,7 @@ from stepquant.calibrate.compensation import Compensate, EstimatorChoice
 from stepquant.calibrate.group_search import SearchGroups
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
-from stepquant.calibrate.stages import FitInputRanges, LayerRule
+from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.calibrate.weighting import SampleWeighting
 from stepquant.calibrate.window_fitting import FitWindows
 from stepquant.calibrate.windows import GradientMode
@@ -45,10 +45,12 @@ PRESETS: dict[str, dict[str, object]] = {
         "batch": 8,
         "samples_per_step": 8,
         "block_iterations": 0,
+        "rows": "step",
         "scale_iterations": 0,
         "search_rounds": 8,
-        "window_iterations": 60,
-        "lr_weights": 1e-2,
+        "window_iterations": 45,
+        "free_run": 1.0,
+        "learn_weights": False,
         "lr_scales": 1e-2,
         "together": 4,
     },
@@ -56,10 +58,12 @@ PRESETS: dict[str, dict[str, object]] = {
         "samples": 64,
         "samples_per_step": 16,
         "block_iterations": 0,
+        "rows": "step",
         "scale_iterations": 0,
         "search_rounds": 24,
         "window_iterations": 400,
-        "lr_weights": 5e-3,
+        "free_run": 1.0,
+        "learn_weights": False,
         "lr_scales": 5e-3,
         "together": 4,
     },
@@ -90,6 +94,7 @@ def combined(
     window: int = 5,
     gradient: GradientMode = "identity",
     window_iterations: int = 3_000,
+    free_run: float = 0.0,
     learn_weights: bool = True,
     lr_weights: float = 1e-3,
     lr_scales: float = 4e-3,
@@ -114,23 +119,11 @@ def combined(
             'rows="window" and row_windows go together: pass both, such as row_windows=(5, 5, 5, 5), or neither; '
             f"found rows={rows!r} and row_windows={row_windows!r}."
         )
-    stages: list[Stage] = list(
-        start(
-            weights=weights,
-            activations=activations,
-            samples=samples,
-            batch=batch,
-            every=every,
-            samples_per_step=samples_per_step,
-            ends=ends,
-            softmax_bits=softmax_bits,
-            group_size=group_size,
-            ranges=ranges,
-            rules=rules,
-        )
-    )
+    select = Select(every=every, samples_per_step=samples_per_step)
+    place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
+    beginning = start(select, place, samples=samples, batch=batch, ranges=ranges)
     layers, keep = layers_first(layer_rounding, weights=weights, batch=batch, together=together)
-    stages += layers
+    stages: list[Stage] = [*layers]
     if block_iterations and weights is not None:
         weighting = SampleWeighting(iterations=meta_iterations, batch=batch) if sample_weights else None
         stages.append(
@@ -156,6 +149,7 @@ def combined(
                 window=window,
                 gradient=gradient,
                 iterations=window_iterations,
+                free_run=free_run,
                 lr_weights=lr_weights,
                 lr_scales=lr_scales,
                 learn_weights=learn_weights,
@@ -163,4 +157,4 @@ def combined(
         )
     if compensation:
         stages.append(Compensate(estimator=estimator))
-    return Recipe("combined", tuple(stages))
+    return Recipe("combined", (*beginning, *stages))

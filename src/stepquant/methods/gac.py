@@ -53,9 +53,9 @@ from collections.abc import Sequence
 
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
-from stepquant.calibrate.stages import FitInputRanges, LayerRule
+from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.calibrate.weighting import Derivative, Matching, SampleWeighting, Variant
-from stepquant.methods.baseline import layers_first, start
+from stepquant.methods.baseline import BLOCKS, layers_first, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe
 
@@ -73,27 +73,17 @@ PRESETS: dict[str, dict[str, object]] = {
         "samples": 32,
         "batch": 8,
         "samples_per_step": 8,
-        "layer_rounding": True,
-        "iterations_weights": 100,
-        "iterations_activations": 100,
-        "lr_weights": 1e-2,
-        "lr_activations": 2e-3,
         "meta_iterations": 5,
         "lr_samples": 5e-2,
-        "together": 4,
+        **BLOCKS["quick"],
     },
     "standard": {
         "samples": 64,
         "batch": 16,
         "samples_per_step": 16,
-        "layer_rounding": True,
-        "iterations_weights": 800,
-        "iterations_activations": 400,
-        "lr_weights": 1e-2,
-        "lr_activations": 5e-3,
         "meta_iterations": 10,
         "lr_samples": 3e-2,
-        "together": 4,
+        **BLOCKS["standard"],
     },
     "full": {"samples": 256},
 }
@@ -138,19 +128,9 @@ def gac(
         their own; they must add up to the scheduler's steps. None is one row for all.
     The options from `variant` to `derivative` are those of `SampleWeighting`.
     """
-    beginning = start(
-        weights=weights,
-        activations=activations,
-        samples=samples,
-        batch=batch,
-        every=every,
-        samples_per_step=samples_per_step,
-        ends=ends,
-        softmax_bits=softmax_bits,
-        group_size=group_size,
-        ranges=ranges,
-        rules=rules,
-    )
+    select = Select(every=every, samples_per_step=samples_per_step)
+    place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
+    beginning = start(select, place, samples=samples, batch=batch, ranges=ranges)
     weighting = SampleWeighting(
         variant=variant,
         iterations=meta_iterations,

@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Literal
 
 from stepquant.calibrate.ranges import RangeRule
-from stepquant.calibrate.stages import FitInputRanges, LayerRule
+from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.methods.baseline import layers_first, rows_over_time, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe
@@ -62,18 +62,8 @@ def layerwise(
     rules: tuple[LayerRule, ...] = (),
 ) -> Recipe:
     """Weights rounded layer by layer from Gram matrices; activation ranges for every step."""
-    beginning = start(
-        weights=weights,
-        activations=activations,
-        samples=samples,
-        batch=batch,
-        every=every,
-        samples_per_step=samples_per_step,
-        ends=ends,
-        softmax_bits=softmax_bits,
-        group_size=group_size,
-        ranges=ranges,
-        rules=rules,
-    )
+    select = Select(every=every, samples_per_step=samples_per_step)
+    place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
+    beginning = start(select, place, samples=samples, batch=batch, ranges=ranges)
     layers, _ = layers_first(True, weights=weights, batch=batch, together=together)
     return Recipe("layerwise", (*beginning, *layers, FitInputRanges(ranges, windows=rows_over_time(rows))))

@@ -37,7 +37,7 @@ from __future__ import annotations
 from stepquant.calibrate.allocation import Allocate
 from stepquant.calibrate.outlier_token import KeepFirstToken
 from stepquant.calibrate.ranges import RangeRule
-from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place
+from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.methods.baseline import start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe
@@ -83,19 +83,8 @@ def mixdq(
 
     weight_bits: average bits of weights, where it is not to be `weights`.
     """
-    record, select, place, fit_weights = start(
-        weights=weights,
-        activations=activations,
-        samples=samples,
-        batch=batch,
-        every=every,
-        samples_per_step=samples_per_step,
-        ends=ends,
-        softmax_bits=softmax_bits,
-        group_size=group_size,
-        ranges=ranges,
-        rules=rules,
-    )
+    select = Select(every=every, samples_per_step=samples_per_step)
+    place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
     keep = KeepFirstToken()
     average = weights if weight_bits is None else weight_bits
     placed: Place | Allocate = place
@@ -112,4 +101,5 @@ def mixdq(
             first_token=keep if first_token else None,
         )
     kept = (keep,) if first_token else ()
-    return Recipe("mixdq", (record, select, placed, *kept, fit_weights, FitInputRanges(ranges)))
+    beginning = start(select, placed, *kept, samples=samples, batch=batch, ranges=ranges)
+    return Recipe("mixdq", (*beginning, FitInputRanges(ranges)))

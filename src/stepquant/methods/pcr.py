@@ -41,9 +41,9 @@ from __future__ import annotations
 
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks
-from stepquant.calibrate.stages import LayerRule
+from stepquant.calibrate.stages import LayerRule, Place, Select
 from stepquant.calibrate.walked_ranges import FitRangesProgressively, RelaxedEnd
-from stepquant.methods.baseline import layers_first, start
+from stepquant.methods.baseline import LAYERS_FIRST, layers_first, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe
 
@@ -59,24 +59,8 @@ BIBTEX = """@inproceedings{tang2024pcr,
 }"""
 
 PRESETS: dict[str, dict[str, object]] = {
-    "quick": {
-        "samples": 32,
-        "batch": 8,
-        "samples_per_step": 8,
-        "layer_rounding": True,
-        "iterations": 100,
-        "lr_weights": 1e-2,
-        "together": 4,
-    },
-    "standard": {
-        "samples": 64,
-        "batch": 16,
-        "samples_per_step": 16,
-        "layer_rounding": True,
-        "iterations": 800,
-        "lr_weights": 1e-2,
-        "together": 4,
-    },
+    "quick": {"samples": 32, "batch": 8, "samples_per_step": 8, "iterations": 100, **LAYERS_FIRST},
+    "standard": {"samples": 64, "batch": 16, "samples_per_step": 16, "iterations": 800, **LAYERS_FIRST},
     "full": {"samples": 200},
 }
 
@@ -104,19 +88,9 @@ def pcr(
     rules: tuple[LayerRule, ...] = (),
 ) -> Recipe:
     """Block-wise AdaRound for weights, then activation ranges of every step along the quantized trajectory."""
-    beginning = start(
-        weights=weights,
-        activations=activations,
-        samples=samples,
-        batch=batch,
-        every=every,
-        samples_per_step=samples_per_step,
-        ends=ends,
-        softmax_bits=softmax_bits,
-        group_size=group_size,
-        ranges=ranges,
-        rules=rules,
-    )
+    select = Select(every=every, samples_per_step=samples_per_step)
+    place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
+    beginning = start(select, place, samples=samples, batch=batch, ranges=ranges)
     layers, keep = layers_first(layer_rounding, weights=weights, batch=batch, together=together)
     blocks = RoundBlocks(
         iterations=iterations, batch=batch, lr=lr_weights, warmup=0.0, together=together, keep_rounding=keep

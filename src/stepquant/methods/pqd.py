@@ -33,8 +33,8 @@ from stepquant.calibrate.drawn import Distribution, SelectDrawn
 from stepquant.calibrate.qdrop import QDrop
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks
-from stepquant.calibrate.stages import FitInputRanges, LayerRule
-from stepquant.methods.baseline import layers_first, start
+from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place
+from stepquant.methods.baseline import DRAWN_PRESETS, layers_first, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe
 
@@ -47,29 +47,7 @@ BIBTEX = """@inproceedings{ye2025pqd,
   year      = {2025}
 }"""
 
-PRESETS: dict[str, dict[str, object]] = {
-    "quick": {
-        "samples": 32,
-        "batch": 8,
-        "draws": 160,
-        "layer_rounding": True,
-        "iterations": 150,
-        "lr_weights": 1e-2,
-        "lr_scales": 2e-3,
-        "together": 4,
-    },
-    "standard": {
-        "samples": 64,
-        "batch": 16,
-        "draws": 320,
-        "layer_rounding": True,
-        "iterations": 1_000,
-        "lr_weights": 1e-2,
-        "lr_scales": 2e-3,
-        "together": 4,
-    },
-    "full": {"samples": 1024},
-}
+PRESETS: dict[str, dict[str, object]] = {**DRAWN_PRESETS, "full": {"samples": 1024}}
 
 
 def pqd(
@@ -96,36 +74,16 @@ def pqd(
     rules: tuple[LayerRule, ...] = (),
 ) -> Recipe:
     """PTQ4DM's drawn timesteps and QDrop, with both halves of the guidance of every draw."""
-    record, _, place, fit_weights = start(
-        weights=weights,
-        activations=activations,
-        samples=samples,
-        batch=batch,
-        every=1,
-        samples_per_step=None,
-        ends=ends,
-        softmax_bits=softmax_bits,
-        group_size=group_size,
-        ranges=ranges,
-        rules=rules,
-    )
+    select = SelectDrawn(distribution=timesteps, mean=mean, std=std, draws=draws)
+    place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
+    beginning = start(select, place, samples=samples, batch=batch, ranges=ranges)
     layers, keep = layers_first(layer_rounding, weights=weights, batch=batch, together=together)
-    return Recipe(
-        "pqd",
-        (
-            record,
-            SelectDrawn(distribution=timesteps, mean=mean, std=std, draws=draws),
-            place,
-            fit_weights,
-            *layers,
-            FitInputRanges(ranges),
-            RoundBlocks(
-                iterations=iterations,
-                batch=batch,
-                lr=lr_weights,
-                together=together,
-                keep_rounding=keep,
-                qdrop=QDrop(activations=drop, inputs=drop_inputs, lr_scales=lr_scales),
-            ),
-        ),
+    blocks = RoundBlocks(
+        iterations=iterations,
+        batch=batch,
+        lr=lr_weights,
+        together=together,
+        keep_rounding=keep,
+        qdrop=QDrop(activations=drop, inputs=drop_inputs, lr_scales=lr_scales),
     )
+    return Recipe("pqd", (*beginning, *layers, FitInputRanges(ranges), blocks))

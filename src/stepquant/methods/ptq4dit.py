@@ -26,7 +26,7 @@ from __future__ import annotations
 from stepquant.calibrate.balance import BalanceChannels
 from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.ranges import RangeRule
-from stepquant.calibrate.stages import FitInputRanges, LayerRule
+from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.methods.baseline import start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe, Stage
@@ -65,19 +65,9 @@ def ptq4dit(
     rules: tuple[LayerRule, ...] = (),
 ) -> Recipe:
     """Salience of channels balanced between weights and activations, then layer-wise rounding."""
-    beginning = start(
-        weights=weights,
-        activations=activations,
-        samples=samples,
-        batch=batch,
-        every=every,
-        samples_per_step=samples_per_step,
-        ends=ends,
-        softmax_bits=softmax_bits,
-        group_size=group_size,
-        ranges=ranges,
-        rules=rules,
-    )
+    select = Select(every=every, samples_per_step=samples_per_step)
+    place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
+    beginning = start(select, place, samples=samples, batch=batch, ranges=ranges)
     stages: list[Stage] = []
     if activations is not None:
         stages.append(BalanceChannels(rule="salience", layers=tuple(layers), batch=batch, ranges=ranges))

@@ -50,9 +50,9 @@ from stepquant.calibrate.drawn import SelectDrawn
 from stepquant.calibrate.noise_correction import CorrectNoise, Slopes
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
-from stepquant.calibrate.stages import FitInputRanges, LayerRule
+from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place
 from stepquant.calibrate.step_bits import ChooseStepBits
-from stepquant.methods.baseline import layers_first, start
+from stepquant.methods.baseline import BLOCKS, layers_first, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe, Stage
 
@@ -66,28 +66,8 @@ BIBTEX = """@inproceedings{he2023ptqd,
 }"""
 
 PRESETS: dict[str, dict[str, object]] = {
-    "quick": {
-        "samples": 32,
-        "batch": 8,
-        "draws": 160,
-        "layer_rounding": True,
-        "iterations_weights": 100,
-        "iterations_activations": 100,
-        "lr_weights": 1e-2,
-        "lr_activations": 2e-3,
-        "together": 4,
-    },
-    "standard": {
-        "samples": 64,
-        "batch": 16,
-        "draws": 320,
-        "layer_rounding": True,
-        "iterations_weights": 800,
-        "iterations_activations": 400,
-        "lr_weights": 1e-2,
-        "lr_activations": 5e-3,
-        "together": 4,
-    },
+    "quick": {"samples": 32, "batch": 8, "draws": 160, **BLOCKS["quick"]},
+    "standard": {"samples": 64, "batch": 16, "draws": 320, **BLOCKS["standard"]},
     "full": {"samples": 1024},
 }
 
@@ -126,19 +106,9 @@ def ptqd(
 
     step_bits: activation bits that steps choose from, ascending, beginning with `activations`; None: all steps alike.
     """
-    record, _, place, fit_weights = start(
-        weights=weights,
-        activations=activations,
-        samples=samples,
-        batch=batch,
-        every=1,
-        samples_per_step=None,
-        ends=ends,
-        softmax_bits=softmax_bits,
-        group_size=group_size,
-        ranges=ranges,
-        rules=rules,
-    )
+    select = SelectDrawn(distribution="beta", alpha=1.0, beta=1.0, draws=draws)
+    place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
+    beginning = start(select, place, samples=samples, batch=batch, ranges=ranges)
     layers, keep = layers_first(layer_rounding, weights=weights, batch=batch, together=together)
     stages: list[Stage] = [*layers]
     if iterations_weights and weights is not None:
@@ -152,6 +122,5 @@ def ptqd(
         stages.append(ChooseStepBits(tuple(step_bits), rule=ranges, images=samples))
     if iterations_activations and activations is not None:
         stages.append(ScaleBlocks(iterations=iterations_activations, batch=batch, lr=lr_activations))
-    uniform = SelectDrawn(distribution="beta", alpha=1.0, beta=1.0, draws=draws)
     correction = add_on(slopes=slopes, bias_of=bias_of, variance=variance)
-    return Recipe("ptqd", (record, uniform, place, fit_weights, *stages, *correction))
+    return Recipe("ptqd", (*beginning, *stages, *correction))

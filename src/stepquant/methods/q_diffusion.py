@@ -44,8 +44,8 @@ from typing import Literal
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
 from stepquant.calibrate.split_shortcuts import SplitShortcuts
-from stepquant.calibrate.stages import FitInputRanges, LayerRule, Select
-from stepquant.methods.baseline import layers_first, rows_over_time, start
+from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
+from stepquant.methods.baseline import BLOCKS, layers_first, rows_over_time, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe
 
@@ -60,28 +60,8 @@ BIBTEX = """@inproceedings{li2023qdiffusion,
 }"""
 
 PRESETS: dict[str, dict[str, object]] = {
-    "quick": {
-        "samples": 32,
-        "batch": 8,
-        "samples_per_step": 8,
-        "layer_rounding": True,
-        "iterations_weights": 100,
-        "iterations_activations": 100,
-        "lr_weights": 1e-2,
-        "lr_activations": 2e-3,
-        "together": 4,
-    },
-    "standard": {
-        "samples": 64,
-        "batch": 16,
-        "samples_per_step": 16,
-        "layer_rounding": True,
-        "iterations_weights": 800,
-        "iterations_activations": 400,
-        "lr_weights": 1e-2,
-        "lr_activations": 5e-3,
-        "together": 4,
-    },
+    "quick": {"samples": 32, "batch": 8, "samples_per_step": 8, **BLOCKS["quick"]},
+    "standard": {"samples": 64, "batch": 16, "samples_per_step": 16, **BLOCKS["standard"]},
     "full": {"samples": 256, "samples_per_step": 256, "calibration_steps": 20, "split_shortcuts": True},
 }
 
@@ -111,41 +91,21 @@ def q_diffusion(
     rules: tuple[LayerRule, ...] = (),
 ) -> Recipe:
     """Block-wise AdaRound for weights, then block-wise learned activation scales."""
-    record, _, place, fit_weights = start(
-        weights=weights,
-        activations=activations,
-        samples=samples,
+    select = Select(every=every, samples_per_step=samples_per_step, steps=calibration_steps)
+    place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
+    split = (SplitShortcuts(),) if split_shortcuts else ()
+    beginning = start(select, place, *split, samples=samples, batch=batch, ranges=ranges)
+    layers, keep = layers_first(layer_rounding, weights=weights, batch=batch, together=together)
+    blocks = RoundBlocks(
+        iterations=iterations_weights,
         batch=batch,
-        every=every,
-        samples_per_step=samples_per_step,
-        ends=ends,
-        softmax_bits=softmax_bits,
-        group_size=group_size,
-        ranges=ranges,
-        rules=rules,
+        lr=lr_weights,
+        quantized_prefix=quantized_prefix,
+        together=together,
+        keep_rounding=keep,
     )
+    inputs = FitInputRanges(ranges, windows=rows_over_time(rows))
     scales: tuple[ScaleBlocks, ...] = ()
     if iterations_activations:
         scales = (ScaleBlocks(iterations=iterations_activations, batch=batch, lr=lr_activations),)
-    layers, keep = layers_first(layer_rounding, weights=weights, batch=batch, together=together)
-    return Recipe(
-        "q_diffusion",
-        (
-            record,
-            Select(every=every, samples_per_step=samples_per_step, steps=calibration_steps),
-            place,
-            *((SplitShortcuts(),) if split_shortcuts else ()),
-            fit_weights,
-            *layers,
-            RoundBlocks(
-                iterations=iterations_weights,
-                batch=batch,
-                lr=lr_weights,
-                quantized_prefix=quantized_prefix,
-                together=together,
-                keep_rounding=keep,
-            ),
-            FitInputRanges(ranges, windows=rows_over_time(rows)),
-            *scales,
-        ),
-    )
+    return Recipe("q_diffusion", (*beginning, *layers, blocks, inputs, *scales))

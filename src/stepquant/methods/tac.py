@@ -33,7 +33,7 @@ Differs from the paper (from summaries of it and a re-implementation; where thes
 from __future__ import annotations
 
 from stepquant.calibrate.ranges import RangeRule
-from stepquant.calibrate.stages import FitInputRanges, LayerRule
+from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.calibrate.walked_correction import CorrectProgressively, GainTarget
 from stepquant.methods.baseline import start
 from stepquant.model.surgery import Ends
@@ -98,19 +98,9 @@ def tac(
     rules: tuple[LayerRule, ...] = (),
 ) -> Recipe:
     """Round to nearest, then gains of the predictions and biases of the inputs, fitted step by step."""
-    beginning = start(
-        weights=weights,
-        activations=activations,
-        samples=samples,
-        batch=batch,
-        every=every,
-        samples_per_step=samples_per_step,
-        ends=ends,
-        softmax_bits=softmax_bits,
-        group_size=group_size,
-        ranges=ranges,
-        rules=rules,
-    )
+    select = Select(every=every, samples_per_step=samples_per_step)
+    place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
+    beginning = start(select, place, samples=samples, batch=batch, ranges=ranges)
     correction = add_on(
         relative=relative,
         nearness=nearness,

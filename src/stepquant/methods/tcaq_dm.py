@@ -38,7 +38,7 @@ from stepquant.calibrate.balance import BalanceChannels
 from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.softmax_levels import ChooseSoftmaxLevels, LevelChoice
-from stepquant.calibrate.stages import FitInputRanges, LayerRule
+from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.methods.baseline import start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe, Stage
@@ -80,19 +80,9 @@ def tcaq_dm(
     rules: tuple[LayerRule, ...] = (),
 ) -> Recipe:
     """Balanced channels, rounding on the quantized model's own samples, softmax levels by distribution."""
-    beginning = start(
-        weights=weights,
-        activations=activations,
-        samples=samples,
-        batch=batch,
-        every=every,
-        samples_per_step=samples_per_step,
-        ends=ends,
-        softmax_bits=softmax_bits,
-        group_size=group_size,
-        ranges=ranges,
-        rules=rules,
-    )
+    select = Select(every=every, samples_per_step=samples_per_step)
+    place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
+    beginning = start(select, place, samples=samples, batch=batch, ranges=ranges)
     stages: list[Stage] = []
     if activations is not None:
         stages.append(BalanceChannels(rule="timesteps", most=most, layers=tuple(layers), batch=batch, ranges=ranges))

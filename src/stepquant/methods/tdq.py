@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.ranges import RangeRule
-from stepquant.calibrate.stages import FitInputRanges, LayerRule
+from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.calibrate.timestep_net import LearnStepSizes
 from stepquant.methods.baseline import start
 from stepquant.model.surgery import Ends
@@ -73,19 +73,9 @@ def tdq(
     rules: tuple[LayerRule, ...] = (),
 ) -> Recipe:
     """Weights rounded layer by layer, then activation step sizes learnt as functions of the timestep."""
-    beginning = start(
-        weights=weights,
-        activations=activations,
-        samples=samples,
-        batch=batch,
-        every=every,
-        samples_per_step=samples_per_step,
-        ends=ends,
-        softmax_bits=softmax_bits,
-        group_size=group_size,
-        ranges=ranges,
-        rules=rules,
-    )
+    select = Select(every=every, samples_per_step=samples_per_step)
+    place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
+    beginning = start(select, place, samples=samples, batch=batch, ranges=ranges)
     stages: list[Stage] = []
     if layer_rounding and weights is not None:
         stages.append(RoundLayers(batch=batch, together=together))

@@ -35,9 +35,9 @@ from __future__ import annotations
 from typing import Literal
 
 from stepquant.calibrate.ranges import RangeRule
-from stepquant.calibrate.stages import FitInputRanges, LayerRule
+from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.calibrate.temporal_block import FitStepRanges, RoundOtherBlocks, RoundTemporalBlock, StepRangeRule
-from stepquant.methods.baseline import layers_first, start
+from stepquant.methods.baseline import LAYERS_FIRST, layers_first, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe, Stage
 
@@ -51,24 +51,8 @@ BIBTEX = """@inproceedings{huang2024tfmqdm,
 }"""
 
 PRESETS: dict[str, dict[str, object]] = {
-    "quick": {
-        "samples": 32,
-        "batch": 8,
-        "samples_per_step": 8,
-        "layer_rounding": True,
-        "iterations": 100,
-        "lr_weights": 1e-2,
-        "together": 4,
-    },
-    "standard": {
-        "samples": 64,
-        "batch": 16,
-        "samples_per_step": 16,
-        "layer_rounding": True,
-        "iterations": 800,
-        "lr_weights": 1e-2,
-        "together": 4,
-    },
+    "quick": {"samples": 32, "batch": 8, "samples_per_step": 8, "iterations": 100, **LAYERS_FIRST},
+    "standard": {"samples": 64, "batch": 16, "samples_per_step": 16, "iterations": 800, **LAYERS_FIRST},
     "full": {"samples": 256, "samples_per_step": 256, "every": 5},
 }
 
@@ -94,19 +78,9 @@ def tfmq_dm(
     rules: tuple[LayerRule, ...] = (),
 ) -> Recipe:
     """The temporal block rounded together, then block-wise AdaRound for the rest, then ranges of every timestep."""
-    beginning = start(
-        weights=weights,
-        activations=activations,
-        samples=samples,
-        batch=batch,
-        every=every,
-        samples_per_step=samples_per_step,
-        ends=ends,
-        softmax_bits=softmax_bits,
-        group_size=group_size,
-        ranges=ranges,
-        rules=rules,
-    )
+    select = Select(every=every, samples_per_step=samples_per_step)
+    place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
+    beginning = start(select, place, samples=samples, batch=batch, ranges=ranges)
     layers, keep = layers_first(layer_rounding, weights=weights, batch=batch, together=together)
     stages: list[Stage] = [*layers]
     if weights is not None:

@@ -30,7 +30,7 @@ from stepquant.calibrate.balance import BalanceChannels, RotateChannels
 from stepquant.calibrate.dynamic import DynamicInputs
 from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.ranges import RangeRule
-from stepquant.calibrate.stages import FitInputRanges, LayerRule
+from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.methods.baseline import start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe, Stage
@@ -74,19 +74,9 @@ def vidit_q(
     rules: tuple[LayerRule, ...] = (),
 ) -> Recipe:
     """Scaling and rotation of channels, activations ranged per token at run time."""
-    beginning = start(
-        weights=weights,
-        activations=activations,
-        samples=samples,
-        batch=batch,
-        every=every,
-        samples_per_step=samples_per_step,
-        ends=ends,
-        softmax_bits=softmax_bits,
-        group_size=group_size,
-        ranges=ranges,
-        rules=rules,
-    )
+    select = Select(every=every, samples_per_step=samples_per_step)
+    place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
+    beginning = start(select, place, samples=samples, batch=batch, ranges=ranges)
     stages: list[Stage] = []
     if activations is not None:
         stages += [DynamicInputs()] if dynamic else []

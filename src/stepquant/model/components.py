@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import diffusers
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from stepquant.errors import CheckpointError
@@ -26,6 +27,7 @@ __all__ = [
     "build_pipeline",
     "class_identity",
     "json_config",
+    "keeps_float32",
     "load_component",
     "save_component",
 ]
@@ -145,11 +147,28 @@ def load_component(folder: Path, library: str, class_name: str) -> Any:
             if library == "diffusers":
                 options |= {"low_cpu_mem_usage": False}
                 _refuse_more_than_there_is(folder, kind)
+                if keeps_float32(kind):
+                    return _as_stored(folder, kind)
         return kind.from_pretrained(str(folder), **options)
     except CheckpointError:
         raise
     except Exception as error:  # third-party loaders given damaged files can raise anything
         raise CheckpointError(f"{folder} cannot be loaded as {library}'s {class_name}: {error}") from error
+
+
+def keeps_float32(model: Any) -> bool:
+    """Whether parts of this model, or of this class, stay in float32 when the rest is cast."""
+    return bool(getattr(model, "_keep_in_fp32_modules", None))
+
+
+def _as_stored(folder: Path, kind: Any) -> nn.Module:
+    """A model whose tensors have the dtypes of the files. diffusers would cast them, and needs accelerate for it."""
+    model = build_denoiser(kind.__name__, parse_json((folder / "config.json").read_bytes()), "cpu")
+    tensors = {
+        name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
+    model.load_state_dict(tensors, assign=True)
+    return model
 
 
 def _refuse_huge_numbers(folder: Path, config: Any) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stepquant.errors import ModelError, UnsupportedPipeline
+from stepquant.errors import ModelError, UnsupportedPipeline, nearest
+from stepquant.model.clock import clock_of
 from stepquant.model.layer import Matmul
 
 __all__ = [
@@ -20,9 +21,14 @@ __all__ = [
     "end_layers",
     "find_denoiser",
     "make_attention_explicit_",
+    "name_of_denoiser",
+    "network_beside",
+    "other_denoisers",
     "refuse_unsupported",
     "sensitive_layers",
+    "several_denoisers",
     "timestep_argument",
+    "writes_known_part",
 ]
 
 # Where pipelines keep the network that runs at every step, in the order in which they are looked for.
@@ -49,8 +55,22 @@ FIRST_LAYERS = ("conv_in", "pos_embed.proj", "x_embedder", "patch_embedding", "p
 LAST_LAYERS = ("conv_out", "proj_out_2", "proj_out")
 
 
-def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
-    """Name and module of the network that the pipeline runs at every step."""
+def find_denoiser(pipe: Any, wanted: str | None = None) -> tuple[str, nn.Module]:
+    """Name and module of the network that the pipeline runs at every step.
+
+    wanted: the name of one of several denoisers that take turns ("transformer_2"); None is the quantized one if one of
+        them is quantized, otherwise the first.
+    Raises ModelError if there is none, or none of that name.
+    """
+    known = _denoisers(pipe)
+    if wanted is None:
+        return next((item for item in known.items() if clock_of(item[1]) is not None), next(iter(known.items())))
+    if wanted not in known:
+        raise ModelError(f"{type(pipe).__name__} has no denoiser {wanted!r}.{nearest(wanted, known)}")
+    return wanted, known[wanted]
+
+
+def _first_denoiser(pipe: Any) -> tuple[str, nn.Module]:
     for name in DENOISER_NAMES:
         module = getattr(pipe, name, None)
         if isinstance(module, nn.Module):
@@ -61,12 +81,59 @@ def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
     )
 
 
-def refuse_unsupported(pipe: Any) -> None:
+def _parts(pipe: Any) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = getattr(pipe, "components", {})
+    return found
+
+
+def _denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The denoiser, and those of its class that take turns with it, by name."""
+    name, denoiser = _first_denoiser(pipe)
+    others = {other: part for other, part in _parts(pipe).items() if type(part) is type(denoiser) and other != name}
+    return {name: denoiser, **others}
+
+
+def several_denoisers(pipe: Any) -> list[str]:
+    """The names of the denoisers of a pipeline that switches between several; empty for any other."""
+    try:
+        names = [*_denoisers(pipe)]
+    except ModelError:
+        return []
+    return names if len(names) > 1 else []
+
+
+def name_of_denoiser(pipe: Any, denoiser: nn.Module) -> str:
+    """Where the pipeline keeps this one of its denoisers."""
+    return next(name for name, part in _denoisers(pipe).items() if part is denoiser)
+
+
+def other_denoisers(pipe: Any, denoiser: nn.Module) -> list[nn.Module]:
+    """Those that take turns with this one."""
+    return [part for part in (getattr(pipe, name) for name in several_denoisers(pipe)) if part is not denoiser]
+
+
+def network_beside(pipe: Any) -> nn.Module | None:
+    """The network that reads the sample and hands residuals to the denoiser: a ControlNet, or None."""
+    found = _parts(pipe).get("controlnet")
+    return found if isinstance(found, nn.Module) else None
+
+
+def writes_known_part(pipe: Any, denoiser: nn.Module) -> bool:
+    """Whether this is inpainting with a denoiser that does not read the mask: the pipeline then writes what is known
+    into the sample after every step.
+    """
+    latents = getattr(getattr(_parts(pipe).get("vae"), "config", None), "latent_channels", None)
+    reads = getattr(getattr(denoiser, "config", None), "in_channels", None)
+    accepted = inspect.signature(pipe.__call__).parameters
+    return "mask_image" in accepted and latents is not None and latents == reads
+
+
+def refuse_unsupported(pipe: Any, wanted: str | None = None) -> None:
     """Raise UnsupportedPipeline for sampling that could not be replayed, as far as the pipeline's parts tell.
 
-    What only shows while sampling is found by `seal`.
+    wanted: the denoiser to quantize, if there are several. What only shows while sampling is found by `seal`.
     """
-    name, denoiser = find_denoiser(pipe)
+    name, denoiser = find_denoiser(pipe, wanted)
     kind = type(pipe).__name__
     if getattr(pipe, "scheduler", None) is None:
         raise UnsupportedPipeline(f"{kind} has no scheduler, so its steps cannot be seen.")
@@ -86,25 +153,23 @@ def refuse_unsupported(pipe: Any) -> None:
             f"{name} has fused projections, whose layers a loaded model would not have: call "
             f"pipe.{name}.unfuse_qkv_projections() before quantizing."
         )
-    parts: dict[str, Any] = getattr(pipe, "components", {})
-    for other, part in parts.items():
-        if part is not denoiser and type(part) is type(denoiser):
-            raise UnsupportedPipeline(
-                f"{kind} switches between {name} and {other} on the way, and trajectories of two denoisers cannot be "
-                "replayed. Only pipelines with one denoiser are supported."
-            )
-    if isinstance(parts.get("controlnet"), nn.Module):
+    names = several_denoisers(pipe)
+    if names and wanted is None:
         raise UnsupportedPipeline(
-            f"{kind} adds what its controlnet computes from the sample, which replay could not rebuild. Quantize "
-            f"the pipeline of the same family without the controlnet, and put its {name} in here afterwards."
+            f"{kind} switches between {' and '.join(names)} on the way. Quantize one after the other from full "
+            f"precision, with denoiser={name!r} and so on, and load one checkpoint onto the other."
         )
-    latents = getattr(getattr(parts.get("vae"), "config", None), "latent_channels", None)
-    reads = getattr(getattr(denoiser, "config", None), "in_channels", None)
-    if "mask_image" in inspect.signature(pipe.__call__).parameters and latents is not None and latents == reads:
+    for other in names:
+        if clock_of(getattr(pipe, other)) is not None:
+            raise UnsupportedPipeline(
+                f"{other} is quantized already, and a checkpoint holds one quantized denoiser. Quantize {name} of the "
+                f"full-precision pipeline, and load its checkpoint onto the pipeline with the quantized {other}: "
+                "load(folder, onto=pipe)."
+            )
+    if hasattr(network_beside(pipe), "nets"):
         raise UnsupportedPipeline(
-            f"{kind} with a {name} of {reads} input channels writes the known part of the image into the sample after "
-            f"every step, which replay could not. Quantize the text-to-image pipeline and put its {name} in here "
-            f"afterwards, or take a {name} made for inpainting."
+            f"{kind} has a list of ControlNets, which a checkpoint could not hold. Quantize with a single one, and put "
+            "the others in afterwards."
         )
 
 

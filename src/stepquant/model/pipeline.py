@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from stepquant.errors import SpecError
+from stepquant.errors import SpecError, UnsupportedPipeline
 
-__all__ = ["DenoiserPipeline", "Generators", "PipelineOutput", "arguments_of_batch"]
+__all__ = ["DenoiserPipeline", "Generators", "PipelineOutput", "arguments_of_batch", "with_labels"]
 
 OutputType = Literal["np", "pil", "pt", "latent"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -47,6 +47,26 @@ def arguments_of_batch(arguments: Mapping[str, Any], batch: slice, count: int) -
         return value[batch] if cut else value
 
     return {name: part(name, value) for name, value in arguments.items()}
+
+
+def with_labels(pipe: Any, arguments: Mapping[str, Any], seeds: Sequence[int]) -> Mapping[str, Any]:
+    """The arguments, and for a pipeline that must be told classes (DiT) `class_labels`: seed modulo their number.
+
+    So that seeds alone make images, all classes alike often. Labels among the arguments stay.
+    """
+    wanted = inspect.signature(pipe.__call__).parameters.get("class_labels")
+    if wanted is None or wanted.default is not inspect.Parameter.empty or "class_labels" in arguments:
+        return arguments
+    classes = len(set((getattr(pipe, "labels", None) or {}).values()))
+    if not classes:
+        config = getattr(getattr(pipe, "transformer", None), "config", {})
+        classes = config.get("num_embeds_ada_norm") or config.get("num_classes") or 0
+    if not classes:
+        raise UnsupportedPipeline(
+            f"{type(pipe).__name__} needs class_labels and does not say how many classes there are: pass them in "
+            "`arguments`."
+        )
+    return {**arguments, "class_labels": [seed % classes for seed in seeds]}
 
 
 def _rows(value: list[Any] | Tensor) -> int | None:

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from stepquant.errors import SpecError
 
-__all__ = ["ScheduleFingerprint", "guard_schedule", "with_constants"]
+__all__ = ["ScheduleFingerprint", "guard_schedule", "guarded_by", "with_constants"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,15 @@ def guard_schedule(scheduler: Any, fingerprint: ScheduleFingerprint) -> None:
     guard = functools.partial(_guarded_set_timesteps, scheduler, current, fingerprint)
     functools.update_wrapper(guard, current)  # pipelines look for `timesteps` and `sigmas` in the signature
     scheduler.set_timesteps = guard
+
+
+def guarded_by(scheduler: Any) -> ScheduleFingerprint | None:
+    """The schedule that `guard_schedule` holds this scheduler to; None if there is no guard."""
+    current = scheduler.set_timesteps
+    if not isinstance(current, functools.partial) or current.func is not _guarded_set_timesteps:
+        return None
+    found: ScheduleFingerprint = current.args[2]
+    return found
 
 
 def _guarded_set_timesteps(

@@ -122,8 +122,12 @@ def _with_own_ids(svg: str, prefix: str) -> str:
 
 
 def levels(images: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """uint8 `[N, H, W, C]` from floats `[N, C, H, W]` in [0, 1], array or tensor; C = 1 or 3."""
+    """uint8 `[N, H, W, C]` from floats `[N, C, H, W]` in [0, 1], array or tensor; C = 1 or 3.
+
+    Of videos `[N, frames, C, H, W]` the first frames.
+    """
     array = np.asarray(images, dtype=np.float32)
+    array = array[:, 0] if array.ndim == 5 else array
     if array.ndim != 4 or array.shape[1] not in (1, 3):
         raise EvaluationError(f"Images of a report have shape [N, 1 or 3, H, W], found {list(array.shape)}.")
     # NaN, which a broken model gives, is shown as black.

@@ -423,6 +423,8 @@ def _speeds(origins: Sequence[Origin]) -> list[Mapping[str, Any]]:
 
 def _notes(results: Sequence[Mapping[str, Any]], images: Mapping[str, Any]) -> list[str]:
     told = [str(note) for result in results for note in result.get("notes", [])]
+    if getattr(images.get("reference"), "ndim", 4) == 5:
+        told.append("Of videos, the first frames are shown.")
     return list(dict.fromkeys([*told, *map(str, images.get("notes", ()))]))
 
 

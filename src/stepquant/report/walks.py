@@ -17,7 +17,7 @@ from stepquant.errors import CalibrationError, EvaluationError, SpecError, Unsup
 from stepquant.evaluate.clean_samples import clean_samples
 from stepquant.evaluate.layer_errors import layer_errors
 from stepquant.model.correction import correction_of
-from stepquant.model.families import find_denoiser
+from stepquant.model.families import find_denoiser, several_denoisers
 from stepquant.report.strips import ticks
 from stepquant.run import Run
 
@@ -58,6 +58,10 @@ class Walks:
         _, self._full_precision = find_denoiser(reference)
         if correction_of(reference.scheduler) is not None:
             self._notes.append("No films and no errors of layers: the reference corrects its own predictions.")
+            return
+        if several_denoisers(reference):
+            names = " and ".join(several_denoisers(reference))
+            self._notes.append(f"No films and no errors of layers: the pipeline switches between {names}.")
             return
         try:
             recorded = record(

@@ -11,7 +11,7 @@ from stepquant.api import quantize, sample
 from stepquant.calibrate import aligned
 from stepquant.calibrate.aligned import AlignLayers
 from stepquant.calibrate.gram import RoundLayers
-from stepquant.calibrate.stages import FitInputRanges
+from stepquant.calibrate.stages import FitInputRanges, Place, Select
 from stepquant.errors import SpecError
 from stepquant.methods.baseline import start
 from stepquant.recipe import Recipe
@@ -36,10 +36,7 @@ def test_each_round_sees_samples_of_the_model_as_it_is_then(monkeypatch: pytest.
     monkeypatch.setattr(aligned, "record", noting)
     original = tiny_dit_pipe()
     before = str(original.denoiser)
-    beginning = start(
-        weights=4, activations=4, samples=2, batch=2, every=1, samples_per_step=None, ends="same",
-        softmax_bits=8, group_size=None, ranges="minmax", rules=(),
-    )  # fmt: skip
+    beginning = start(Select(), Place(4, 4, ends="same"), samples=2, batch=2, ranges="minmax")
     stages = (*beginning, RoundLayers(together=4), FitInputRanges("minmax"))
     align = AlignLayers(rounds=2, batch=2, together=4, ranges="minmax")
     quantized = quantize(original, Recipe("test", (*stages, align)), steps=3)

@@ -23,7 +23,7 @@ from stepquant.calibrate.gram import RoundLayers, columns, transformed_gram
 from stepquant.calibrate.layer_inputs import output_error, refit_, transformed_patches
 from stepquant.calibrate.low_rank import AddLowRank, nearest_of_rank
 from stepquant.calibrate.softmax_levels import ChooseSoftmaxLevels, power_law_gain
-from stepquant.calibrate.stages import FitInputRanges
+from stepquant.calibrate.stages import FitInputRanges, Place, Select
 from stepquant.errors import SpecError
 from stepquant.methods.baseline import start
 from stepquant.model.layer import QuantizedLayer, geometry_of
@@ -43,10 +43,7 @@ VALUES = "transformer.transformer_blocks.0.attn1.processor.values"
 
 def ran(*stages: Any, activations: int | None = 4, weights: int | None = 4) -> Quantized:
     """Round to nearest at four bits with these stages before the ranges of activations."""
-    beginning = start(
-        weights=weights, activations=activations, samples=2, batch=2, every=1, samples_per_step=None, ends="same",
-        softmax_bits=8, group_size=None, ranges="minmax", rules=(),
-    )  # fmt: skip
+    beginning = start(Select(), Place(weights, activations, ends="same"), samples=2, batch=2, ranges="minmax")
     return quantize(tiny_dit_pipe(), Recipe("test", (*beginning, *stages)), steps=STEPS)
 
 

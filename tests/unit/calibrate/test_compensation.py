@@ -22,16 +22,8 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from stepquant.calibrate.compensation import (
-    RIDGE,
-    Compensate,
-    Estimator,
-    Fitted,
-    _held_out,
-    _Moments,
-    candidates,
-    fit,
-)
+from stepquant.calibrate.compensation import Compensate, candidates
+from stepquant.calibrate.correction_fit import RIDGE, Estimator, Fitted, Moments, fit, held_out_images
 from stepquant.calibrate.forms import DoubledLatentsGuidance
 from stepquant.calibrate.trajectory import (
     Trajectory,
@@ -426,7 +418,7 @@ def test_which_images_are_held_out() -> None:
             replace(trajectory, form=form, steps=(replace(step, sample=step.sample.expand(batch, -1, -1, -1)),))
             for batch in batches
         ]
-        return [mask.tolist() for mask in _held_out(parts, every)]
+        return [mask.tolist() for mask in held_out_images(parts, every)]
 
     assert masks(4, 3, 3, 2) == [[False] * 3, [True, False, False], [False, True]]
     assert masks(4, 2) == [[False, True]], "the last of a few"
@@ -442,7 +434,7 @@ def test_the_share_to_keep_is_the_best_one() -> None:
     torch.manual_seed(5)
     for _ in range(20):
         design, target = torch.randn(2, 4, 30).double(), torch.randn(2, 30).double()
-        moments = _Moments(design @ design.mT, (design @ target[:, :, None])[:, :, 0])
+        moments = Moments(design @ design.mT, (design @ target[:, :, None])[:, :, 0])
         weights = 0.3 * torch.randn(2, 4).double()
 
         def error(share: float) -> float:

@@ -18,6 +18,7 @@ from stepquant.calibrate import gram
 from stepquant.calibrate.gram import RoundLayers, columns, descended, layer_losses, round_layer_
 from stepquant.calibrate.reconstruct import RoundBlocks
 from stepquant.calibrate.rounding import SoftRounding
+from stepquant.calibrate.stages import Place, Select
 from stepquant.errors import CalibrationError, SpecError
 from stepquant.methods.baseline import start
 from stepquant.model.layer import QuantizedLayer, geometry_of
@@ -178,9 +179,8 @@ def test_open_layers_are_an_error() -> None:
 
 
 def recipe(*stages: Any, weights: int = 3) -> Recipe:
-    common: dict[str, Any] = {"activations": None, "samples": 4, "batch": 2, "every": 1, "samples_per_step": None}
-    rest: dict[str, Any] = {"ends": "8bit", "softmax_bits": 8, "group_size": None, "ranges": "minmax", "rules": ()}
-    return Recipe("gram", (*start(weights=weights, **common, **rest), *stages))
+    beginning = start(Select(), Place(weights, None), samples=4, batch=2, ranges="minmax")
+    return Recipe("gram", (*beginning, *stages))
 
 
 @functools.cache

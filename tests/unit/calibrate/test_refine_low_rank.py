@@ -16,7 +16,7 @@ from stepquant.calibrate.dynamic import DynamicInputs
 from stepquant.calibrate.layer_inputs import output_error, rounded_inputs
 from stepquant.calibrate.low_rank import AddLowRank
 from stepquant.calibrate.refine_low_rank import RefineLowRank, refine_layer_, sensitivity_of, tier_of
-from stepquant.calibrate.stages import FitInputRanges, LayerRule
+from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.engines.base import choose
 from stepquant.errors import CalibrationError, SpecError
 from stepquant.methods.baseline import start
@@ -231,10 +231,8 @@ def test_only_hardened_layers_with_a_branch() -> None:
 
 
 def ran(*stages: Any, **options: Any) -> Quantized:
-    beginning = start(
-        weights=4, activations=4, samples=2, batch=2, every=1, samples_per_step=None, ends="same", softmax_bits=8,
-        group_size=None, ranges="minmax", rules=options.pop("rules", ()),
-    )  # fmt: skip
+    place = Place(4, 4, ends="same", rules=options.pop("rules", ()))
+    beginning = start(Select(), place, samples=2, batch=2, ranges="minmax")
     return quantize(tiny_dit_pipe(), Recipe("test", (*beginning, *stages)), steps=STEPS, run=Run(), **options)
 
 

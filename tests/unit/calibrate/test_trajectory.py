@@ -531,8 +531,8 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="cannot be read"):
         load_trajectories(tmp_path / "nowhere", pipe.scheduler)
     text = (folder / "trajectories.json").read_text()
-    (folder / "trajectories.json").write_text(text.replace('"format": 1', '"format": 7'))
-    with pytest.raises(CalibrationError, match="format 1"):
+    (folder / "trajectories.json").write_text(text.replace('"format": 2', '"format": 7'))
+    with pytest.raises(CalibrationError, match="format 2"):
         load_trajectories(folder, pipe.scheduler)
     (folder / "trajectories.json").write_text(text.replace('"beta_end": 0.02', '"beta_end": 0.03'))
     with pytest.raises(CalibrationError, match="does not repeat"):

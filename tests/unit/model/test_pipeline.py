@@ -10,8 +10,8 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor, nn
 
-from stepquant.errors import SpecError
-from stepquant.model.pipeline import DenoiserPipeline, arguments_of_batch
+from stepquant.errors import SpecError, UnsupportedPipeline
+from stepquant.model.pipeline import DenoiserPipeline, arguments_of_batch, with_labels
 
 
 class Half(nn.Module):
@@ -137,3 +137,30 @@ def test_a_prompt_for_all_images_is_repeated_for_each() -> None:
     assert found == {"prompt": ["a cat"] * 2, "negative_prompt": ["grey"] * 2, "height": 8, "scheduler": "x"}
     counted = {"prompt": "a cat", "num_images_per_prompt": 2}
     assert arguments_of_batch(counted, slice(0, 2), 2) == counted
+
+
+class Classes:
+    """The call of a pipeline that must be told classes, as `DiTPipeline` has it."""
+
+    def __init__(self, labels: dict[str, int] | None = None, config: dict[str, int] | None = None) -> None:
+        self.labels = labels
+        if config is not None:
+            self.transformer = SimpleNamespace(config=config)
+
+    def __call__(self, class_labels: list[int], guidance_scale: float = 4.0) -> None: ...
+
+
+def test_a_pipeline_that_must_be_told_classes_gets_them_from_the_seeds() -> None:
+    named = Classes({"cat": 0, "kitten": 0, "dog": 1, "cow": 2})
+    assert with_labels(named, {"guidance_scale": 1.0}, [3, 4, 8]) == {"guidance_scale": 1.0, "class_labels": [0, 1, 2]}
+    assert with_labels(Classes(config={"num_embeds_ada_norm": 5}), {}, [3, 7]) == {"class_labels": [3, 2]}
+    assert with_labels(named, {"class_labels": [1]}, [3]) == {"class_labels": [1]}
+
+
+def test_other_pipelines_get_no_classes() -> None:
+    assert with_labels(DenoiserPipeline(Half(), DDIMScheduler(), (1, 4, 4)), {}, [3]) == {}
+
+
+def test_a_pipeline_that_does_not_say_how_many_classes_there_are_is_refused() -> None:
+    with pytest.raises(UnsupportedPipeline, match="Classes needs class_labels"):
+        with_labels(Classes(), {}, [3])

@@ -1,0 +1,151 @@
+"""What is free to choose in an allocation of bits, and what every choice costs: bits times elements, and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from stepquant.calibrate.ranges import SAMPLE_MARGIN_BITS
+from stepquant.calibrate.sensitivity import Item
+from stepquant.model.surgery import Plan, operand_specs
+from stepquant.numerics.affine import grouped
+from stepquant.numerics.packing import packed_bytes
+from stepquant.numerics.spec import LayerScheme, QuantSpec
+from stepquant.slots import Slot, encoded
+
+__all__ = ["Choice", "Costs", "Problem", "costs_of"]
+
+Choice = dict[Item, int | None]
+"""Item -> bits; None is full precision."""
+
+_TABLE_BYTES = 4 + 1
+"""Of one row of an activation's range in a checkpoint: a scale and a zero point."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What every item and candidate costs, and what the parts cost that are not free to choose.
+
+    fixed: operand -> (bits times elements of the fixed part, elements of all).
+    """
+
+    elements: Mapping[Item, float]
+    full_bits: int
+    bytes: Mapping[Item, Mapping[int | None, int]]
+    fixed: Mapping[str, tuple[float, float]]
+    fixed_bytes: int
+
+    def bits(self, item: Item, bits: int | None) -> float:
+        """Bits times elements."""
+        return self.elements[item] * (self.full_bits if bits is None else bits)
+
+    def average(self, operand: str, choice: Choice) -> float:
+        """Average bits of weights or of activations."""
+        fixed, elements = self.fixed[operand]
+        own = sum(self.bits(item, bits) for item, bits in choice.items() if item.operand == operand)
+        return (fixed + own) / elements if elements else 0.0
+
+    def total_bytes(self, choice: Choice) -> int:
+        return self.fixed_bytes + sum(self.bytes[item][bits] for item, bits in choice.items())
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is free to choose. full: spec of every operand at 8 bits. base: the plan before any choice."""
+
+    order: tuple[str, ...]
+    full: Plan
+    base: Plan
+    items: tuple[Item, ...]
+    weights: Mapping[str, Tensor] = field(repr=False)
+
+    def plan(self, choice: Choice) -> Plan:
+        """The base plan with the chosen bits."""
+        schemes = {name: self.base.get(name, LayerScheme()) for name in self.order}
+        for item, bits in choice.items():
+            own, full = schemes[item.layer], self.full[item.layer]
+            if item.operand == "weights":
+                schemes[item.layer] = replace(own, weight=_at(full.weight, bits))
+            else:
+                schemes[item.layer] = replace(own, input=_at(full.input, bits), second=_at(full.second, bits))
+        return {name: scheme for name, scheme in schemes.items() if scheme.quantizes}
+
+
+def _at(spec: QuantSpec | None, bits: int | None) -> QuantSpec | None:
+    return None if spec is None or bits is None else replace(spec, bits=bits)
+
+
+def costs_of(
+    problem: Problem,
+    denoiser: nn.Module,
+    activations: Mapping[str, float],
+    sample_rows: Mapping[str, tuple[int, int]] | None = None,
+) -> Costs:
+    """activations: values that enter each layer in one evaluation of one image; empty if not known yet.
+    sample_rows: of `Probe.sample_rows`; None if not known yet.
+    """
+    sizes = {"weights": {name: float(w.numel()) for name, w in problem.weights.items() if name in problem.order}}
+    sizes["activations"] = {name: activations.get(name, 0.0) for name in problem.order}
+    dtype = next(iter(problem.weights.values())).dtype
+    full_bits = 8 * dtype.itemsize
+    free = {(item.operand, item.layer) for item in problem.items}
+    fixed = {}
+    for operand, elements in sizes.items():
+        spent = 0.0
+        for name, count in elements.items():
+            scheme = problem.base.get(name, LayerScheme())
+            spec = scheme.weight if operand == "weights" else scheme.input
+            if (operand, name) not in free:
+                spent += count * (full_bits if spec is None else spec.bits)
+        fixed[operand] = (spent, sum(elements.values()))
+    modules = dict(denoiser.named_modules())
+    of_item: dict[Item, dict[int | None, int]] = {}
+    fixed_bytes = 0
+    items = {(item.operand, item.layer): item for item in problem.items}
+    for name in problem.order:
+        base, full = problem.base.get(name, LayerScheme()), problem.full[name]
+        if ("activations", name) in items:
+            item = items["activations", name]
+            of_item[item] = {None: 0}
+            for bits in item.bits:
+                specs = [_at(spec, bits) for _, spec in operand_specs(full)]
+                of_item[item][bits] = sum(_table_bytes(spec, (sample_rows or {}).get(name)) for spec in specs)
+        else:
+            specs = [spec for _, spec in operand_specs(base)]
+            fixed_bytes += sum(_table_bytes(spec, (sample_rows or {}).get(name)) for spec in specs)
+        if name not in sizes["weights"]:
+            continue
+        module, weight = modules[name], problem.weights[name]
+        fixed_bytes += 0 if module.bias is None else _plain_bytes(module, "bias")
+        if ("weights", name) in items:
+            item = items["weights", name]
+            of_weight = {bits: _at(full.weight, bits) for bits in (*item.bits, None)}
+            of_item[item] = {bits: _weight_bytes(module, weight, spec) for bits, spec in of_weight.items()}
+        else:
+            fixed_bytes += _weight_bytes(module, weight, base.weight)
+    of_items = {item: sizes[item.operand][item.layer] for item in problem.items}
+    return Costs(of_items, full_bits, of_item, fixed, fixed_bytes)
+
+
+def _table_bytes(spec: QuantSpec | None, sample_rows: tuple[int, int] | None) -> int:
+    """Of an activation's ranges; several rows also need the row of every bin."""
+    assert spec is not None
+    if sample_rows is None or spec.bits < SAMPLE_MARGIN_BITS or sample_rows[0] == 1:
+        return _TABLE_BYTES
+    rows, bins = sample_rows
+    return rows * _TABLE_BYTES + bins * (1 if rows <= 256 else 2)
+
+
+def _weight_bytes(module: nn.Module, weight: Tensor, spec: QuantSpec | None) -> int:
+    """Levels, scales and zero points in a checkpoint, or the floating-point weight."""
+    if spec is None:
+        return _plain_bytes(module, "weight")
+    groups = 1 if spec.granularity == "tensor" else grouped(weight, spec).numel() // grouped(weight, spec).shape[-1]
+    return packed_bytes(weight.numel(), spec.bits) + groups * (4 + 1)
+
+
+def _plain_bytes(module: nn.Module, attribute: str) -> int:
+    stored = encoded(attribute, Slot(module, attribute, "plain"))
+    return stored.numel() * stored.element_size()

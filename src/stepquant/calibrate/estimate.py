@@ -1,0 +1,222 @@
+"""What a run will take, from one image that is sampled in a few steps and from what the recipe says.
+
+trajectories   samples * (first step + (steps - 1) * further step)     bytes of tensors that are new in a step
+caches         entries * sum over units fitted together (inputs + output)
+time           evaluations of the network * time of one
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.calibrate.gram import RoundLayers
+from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
+from stepquant.calibrate.spilled import names_in
+from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, Place, Record, Select, calibration_seeds
+from stepquant.calibrate.steps import DenoiserCall, cached_tensors
+from stepquant.calibrate.trajectory import Trajectory, record, seal
+from stepquant.calibrate.trajectory_files import packed
+from stepquant.calibrate.window_fitting import FitWindows
+from stepquant.model.pipeline import arguments_of_batch
+from stepquant.model.surgery import quantizable, units_of
+from stepquant.recipe import Job, Recipe, Stage
+from stepquant.run import Run
+
+__all__ = ["Estimate", "estimated"]
+
+_PROBE_STEPS = 5
+"""The first step of a trajectory keeps what is the same in all steps. Solvers of up to fourth order are past their
+beginning after so many. The two steps before the last stand for the others: Heun's are of two kinds in turn, and some
+solvers end without a new sample.
+"""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes and time, of the whole calibration. Activations, gradients and optimizers of a mini-batch are not counted.
+
+    network: bytes of the denoiser. There are two, the quantized one and the full-precision one.
+    recording: bytes of all trajectories; batch: of those that are recorded at a time.
+    caches: bytes of the largest group of units that is fitted together.
+    seconds: of the evaluations of the network in stages whose number is known, at the speed of the full-precision
+        network, one image at a time.
+    uncounted: other stages; their time comes on top.
+    """
+
+    network: int
+    recording: int
+    batch: int
+    caches: int
+    seconds: float
+    uncounted: tuple[str, ...]
+
+    def memory(self, max_memory: int | None) -> int:
+        """Bytes in main memory, or on the device, for `Run.max_memory`."""
+        if max_memory is None:
+            return 2 * self.network + self.recording + self.caches
+        return 2 * self.network + max(self.batch, min(self.caches, max_memory))
+
+    def disk(self, max_memory: int | None) -> int:
+        """Bytes in a work folder: trajectories, the model twice while it is replaced, and caches beyond the limit."""
+        spilled = max_memory is not None and self.caches > max_memory
+        return self.recording + 2 * self.network + (self.caches if spilled else 0)
+
+
+def estimated(job: Job, recipe: Recipe) -> Estimate | None:
+    """Samples one image in a few steps, and calls the denoiser once more. None for a recipe that records nothing.
+
+    The job stays as it is. Raises as `record` and `seal` do, so what cannot be calibrated shows here.
+    """
+    recording = next((stage for stage in recipe.stages if isinstance(stage, Record)), None)
+    if recording is None:
+        return None
+    probe = _Probe.of(job, recording.samples)
+    entries = probe.entries(recipe, recording.samples)
+    costs = [(stage, probe.seconds_of(stage, recording, entries)) for stage in recipe.stages]
+    parameters = [*job.full_precision.parameters(), *job.full_precision.buffers()]
+    whole = probe.first_bytes + (probe.steps - 1) * probe.further_bytes
+    return Estimate(
+        network=sum(map(_bytes, parameters)),
+        recording=recording.samples * whole,
+        batch=min(recording.samples, recording.batch) * whole,
+        caches=max((probe.caches(stage, entries) for stage in recipe.stages), default=0),
+        seconds=sum(cost for _, cost in costs if cost is not None),
+        uncounted=tuple(dict.fromkeys(type(stage).__name__ for stage, cost in costs if cost is None)),
+    )
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """One image.
+
+    steps: that the scheduler will make. rows: of the denoiser's calls in a step (two with guidance).
+    first_bytes, further_bytes: what the first step and each other one adds to a trajectory.
+    units: bytes of the inputs and of the output of each unit for one row, in order of execution.
+    seconds: of a step.
+    """
+
+    steps: int
+    rows: int
+    first_bytes: int
+    further_bytes: int
+    units: tuple[tuple[int, int], ...]
+    seconds: float
+
+    @classmethod
+    def of(cls, job: Job, samples: int) -> _Probe:
+        short = min(_PROBE_STEPS, job.steps)
+        began = time.perf_counter()
+        (found,) = record(
+            job.pipe,
+            job.full_precision,
+            seeds=calibration_seeds(job.run.seed, 1),
+            steps=short,
+            batch_size=1,
+            arguments=arguments_of_batch(job.arguments, slice(0, 1), samples),
+            run=Run(seed=job.run.seed),
+        )
+        seconds = time.perf_counter() - began
+        trajectory = seal(found)
+        count = len(trajectory.steps)
+        new = _new_bytes(trajectory)
+        typical = new[1:-1][-2:] or new[1:]
+        calls = trajectory.steps[0].calls
+        return cls(
+            # Solvers of second order call the scheduler twice a step (Heun), others once more at the start (PNDM).
+            steps=count + (job.steps - short) * round(count / short),
+            rows=sum(call.prediction.shape[0] for call in calls),
+            first_bytes=new[0],
+            further_bytes=-(-sum(typical) // max(1, len(typical))),
+            units=_unit_bytes(job.full_precision, calls[0]),
+            seconds=seconds / count,
+        )
+
+    def entries(self, recipe: Recipe, samples: int) -> int:
+        """Calibration entries; at most, where they are not chosen by `Select`."""
+        steps, images = self.steps, samples
+        for stage in recipe.stages:
+            if isinstance(stage, Select):
+                every = stage.every if stage.steps is None else max(1, self.steps // stage.steps)
+                steps, images = -(-self.steps // every), min(samples, stage.samples_per_step or samples)
+        return steps * images * self.rows
+
+    def caches(self, stage: Stage, entries: int) -> int:
+        """Bytes of the largest caches that a stage has at a time."""
+        if not isinstance(stage, RoundBlocks | ScaleBlocks):
+            return 0
+        # Inputs from the full-precision prefix beside those from the quantized one.
+        both = isinstance(stage, RoundBlocks) and stage.quantized_prefix and stage.fit.float_inputs
+        each = [(2 if both else 1) * inputs + output for inputs, output in self.units]
+        groups = range(0, len(each), stage.together)
+        return entries * max((sum(each[first : first + stage.together]) for first in groups), default=0)
+
+    def seconds_of(self, stage: Stage, recording: Record, entries: int) -> float | None:
+        """Of a stage's evaluations; None where their number is not known."""
+        row, units = self.seconds / self.rows, len(self.units)
+        if isinstance(stage, Record):
+            return self.seconds * recording.samples * self.steps
+        if isinstance(stage, Place):
+            return self.seconds
+        if isinstance(stage, Select | FitWeightRanges):
+            return 0.0
+        if isinstance(stage, FitInputRanges):
+            return row * min(stage.samples, entries)
+        if isinstance(stage, RoundLayers):
+            return row * -(-units // stage.together) * min(stage.samples, entries) / 2
+        if isinstance(stage, RoundBlocks | ScaleBlocks):
+            return row * stage.evaluations_for(entries, units)
+        if isinstance(stage, FitWindows):
+            return self.seconds * stage.evaluations_for(min(recording.batch, recording.samples), self.steps)
+        return None
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _new_bytes(trajectory: Trajectory) -> list[int]:
+    """Bytes of the tensors that each step keeps and no step before it, solver's memory included."""
+    entry, tensors = packed(trajectory)
+    known = {id(tensor) for tensor in tensors.values()}
+    seen: set[str] = set()
+    found = []
+    for step, encoded in zip(trajectory.steps, entry["steps"], strict=True):
+        names = set(names_in(list(encoded.values()))) - seen
+        seen |= names
+        history = cached_tensors(step.scheduler, step.sample.shape).values()
+        own = {id(tensor): tensor for tensor in history if id(tensor) not in known}
+        known |= set(own)
+        found.append(sum(_bytes(tensors[name]) for name in names) + sum(map(_bytes, own.values())))
+    return found
+
+
+@torch.no_grad()
+def _unit_bytes(denoiser: nn.Module, call: DenoiserCall) -> tuple[tuple[int, int], ...]:
+    """What `_Probe.units` says."""
+    found: dict[str, tuple[int, int]] = {}
+
+    def note(name: str) -> Any:
+        def hook(_module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> None:
+            while isinstance(output, tuple | list):
+                output = output[0]
+            rows = output.shape[0]
+            values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
+            given = sum(_bytes(value) for value in values if value.shape[0] == rows)
+            found.setdefault(name, (given // rows, _bytes(output) // rows))
+
+        return hook
+
+    units = units_of(denoiser, list(quantizable(denoiser)))
+    handles = [denoiser.get_submodule(u.name).register_forward_hook(note(u.name), with_kwargs=True) for u in units]
+    try:
+        denoiser(*call.args, **call.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(found.values())

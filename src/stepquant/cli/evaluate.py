@@ -1,0 +1,225 @@
+"""`stepquant evaluate`: measure a candidate against its reference, keep the results beside it, and check the gates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from stepquant.cli import views
+from stepquant.cli.console import Interrupted, Settings, interruptible, progress_for, stdout_console, write_json
+from stepquant.cli.outputs import evaluation_path
+from stepquant.cli.work import Sampling, base_model_of, device_named, prepare, steps_of
+from stepquant.errors import StepquantError
+from stepquant.evaluate.clip import ClipScore
+from stepquant.evaluate.compare import METRICS
+from stepquant.evaluate.compare import evaluate as compare
+from stepquant.evaluate.features import Features
+from stepquant.evaluate.folder import discard
+from stepquant.evaluate.gates import check_gates, parse_gates
+from stepquant.evaluate.lpips import Lpips
+from stepquant.evaluate.named_features import features_named
+from stepquant.evaluate.seeds import refuse_calibration_seeds
+from stepquant.evaluate.source import Source, open_source
+from stepquant.evaluate.weights import MissingWeights
+from stepquant.inspection import inspect_checkpoint
+from stepquant.manifest import MANIFEST_NAME
+from stepquant.processes import joined
+from stepquant.run import Run
+
+__all__ = ["Measuring", "evaluate", "evaluate_and_keep", "measure"]
+
+_EVALUATED = range(1000, 1256)
+"""Seeds of an evaluation that names none and compares no folder of images."""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What `evaluate` measures beside the defaults, and what it does with what is there already.
+
+    features: "digits", "inception=FILE", "mobilenetv2=FILE" or "none"; None takes the shipped ones where they fit.
+    protocol: a preset of `evaluate.protocol`. lpips: weights of its backbone. clip: folder or hub id of a CLIP
+        model. gates: such as "psnr<28".
+    """
+
+    features: str | None = None
+    protocol: str | None = None
+    lpips: Path | None = None
+    clip: str | None = None
+    gates: tuple[str, ...] = ()
+    resume: bool = False
+    overwrite: bool = False
+    allow_calibration_seeds: bool = False
+
+
+def evaluate(
+    candidate: str,
+    against: str | None,
+    sampling: Sampling,
+    measuring: Measuring,
+    settings: Settings,
+    json_target: str | None,
+) -> bool:
+    """Evaluate, keep the result beside the candidate, and show it. Returns whether all gates held."""
+    gates = parse_gates(measuring.gates, METRICS)
+    processes = joined()
+    if measuring.overwrite:
+        processes.from_first(lambda: discard(_evaluation_work(candidate)))
+    results = measure(candidate, against, sampling, settings, measuring)
+    if gates:
+        results["gates"] = check_gates(gates, results["metrics"])
+    failed = [gate for gate in results.get("gates", []) if gate["failed"]]
+    if not processes.first:
+        return not failed
+    kept = _keep(results, Path(candidate))
+    if json_target is not None:
+        write_json(results, json_target)
+    if kept or json_target is not None:
+        discard(_evaluation_work(candidate))
+    if json_target != "-" and not settings.quiet:
+        views.show_results(results)
+        if kept:
+            stdout_console().print(f"Kept as {evaluation_path(Path(candidate))} for `stepquant report`.")
+    views.complain_of_gates(failed)
+    return not failed
+
+
+def measure(
+    candidate: str | Path,
+    against: str | None,
+    sampling: Sampling,
+    settings: Settings,
+    measuring: Measuring | None = None,
+) -> dict[str, Any]:
+    """Results of schema 1. candidate and against: whatever `evaluate.source.open_source` opens.
+
+    against None: the model that the candidate, a checkpoint then, was made from.
+    """
+    measuring = measuring or Measuring()
+    prepare(settings)
+    device = device_named(sampling.device)
+    options = {"device": device, "engine": sampling.engine, "schedule": sampling.schedule}
+    source = open_source(str(candidate), **options)
+    base = against or base_model_of(Path(candidate), _description(candidate))
+    reference = open_source(base, **options)
+    seeds = sampling.seeds or source.seeds or reference.seeds or list(_EVALUATED)
+    arguments = sampling.pipeline_arguments(len(seeds))
+    if not measuring.allow_calibration_seeds:
+        for name in (str(candidate), base):
+            refuse_calibration_seeds(seeds, _description(name).get("manifest") or {}, name=name)
+    features, lpips, clip, remarks = _networks(measuring, device)
+    work, processes = _evaluation_work(candidate), joined()
+    with (
+        _evaluation_kept(work) if processes.first else nullcontext(),
+        interruptible(f"What is measured so far is in {work}; go on with the same command and --resume."),
+    ):
+        results = compare(
+            source,
+            reference,
+            seeds=seeds,
+            steps=_common_steps(sampling, (source, reference)),
+            batch_size=sampling.batch_size,
+            run=Run(
+                work=work if os.access(work.parent, os.W_OK) else None,
+                progress=progress_for(settings),
+                processes=processes,
+            ),
+            arguments=arguments,
+            features=features,
+            protocol=measuring.protocol,
+            lpips=lpips,
+            clip=clip,
+            resume=measuring.resume,
+            remarks=remarks,
+        )
+    return {**results, "candidate": str(Path(candidate)), "against": base, "command": settings.command}
+
+
+def _description(source: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds; nothing for any other source."""
+    return inspect_checkpoint(Path(source)) if (Path(source) / MANIFEST_NAME).is_file() else {}
+
+
+def _common_steps(sampling: Sampling, sources: Iterable[Source]) -> int | None:
+    """Steps as asked for, else of the first checkpoint, else 20; None if there is nothing to sample."""
+    pipelines = [source for source in sources if source.seeds is None]
+    if sampling.steps is not None or not pipelines:
+        return sampling.steps
+    described = [_description(source.name) for source in pipelines]
+    return next((steps_of(found) for found in described if found), 20)
+
+
+def _networks(
+    measuring: Measuring, device: Any
+) -> tuple[Features | Literal["shipped", "none"], Lpips | None, ClipScore | None, list[str]]:
+    """Networks whose weights the user named. One whose file is not there is a remark: other figures do not need it."""
+    features: Features | Literal["shipped", "none"] = "shipped"
+    lpips, clip, remarks = None, None, []
+    if measuring.features == "none":
+        features = "none"
+    elif measuring.features is not None:
+        try:
+            features = features_named(measuring.features, device=device)
+        except MissingWeights as error:
+            features = "none"
+            remarks.append(f"No distances of distributions (FID and the like): {error}")
+    if measuring.lpips is not None:
+        try:
+            lpips = Lpips(measuring.lpips, device=device)
+        except MissingWeights as error:
+            remarks.append(f"No LPIPS: {error}")
+    if measuring.clip is not None:
+        try:
+            clip = ClipScore.from_pretrained(measuring.clip, device=device)
+        except MissingWeights as error:
+            remarks.append(f"No CLIP score: {error}")
+    return features, lpips, clip, remarks
+
+
+def _evaluation_work(candidate: str | Path) -> Path:
+    """`CANDIDATE.evaluation.work`; of a model that is no folder here, in the current one."""
+    path = Path(candidate)
+    beside = path if path.exists() else Path(str(candidate).replace("/", "--"))
+    return evaluation_path(beside).with_suffix(".work")
+
+
+@contextmanager
+def _evaluation_kept(work: Path) -> Iterator[None]:
+    """Leave nothing of an evaluation that cannot go on as it is, or has nothing to go on from.
+
+    What was there before stays, and so does what an interruption or a lack of memory has left.
+    """
+    before = work.exists()
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        if not before and (isinstance(error, StepquantError) or not any(work.glob("*.safetensors"))):
+            discard(work)
+        raise
+
+
+def evaluate_and_keep(checkpoint: Path, sampling: Sampling, settings: Settings) -> dict[str, Any]:
+    """Evaluate against the model that was quantized, and keep the result beside the checkpoint.
+
+    Goes on with what an interruption left.
+    """
+    results = measure(checkpoint, None, sampling, settings, Measuring(resume=True))
+    _keep(results, checkpoint)
+    discard(_evaluation_work(checkpoint))
+    return results
+
+
+def _keep(results: Mapping[str, Any], candidate: Path) -> bool:
+    """Write the results beside the candidate; a place where nothing can be written is no reason to lose them."""
+    if not candidate.is_dir():  # a shipped model or a hub id has no place of its own
+        return False
+    try:
+        write_json(results, str(evaluation_path(candidate)))
+    except OSError:
+        return False
+    return True
