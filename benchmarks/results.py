@@ -49,6 +49,9 @@ BATCH = 8
 EVALUATION_SEED = 1000
 DRIFT_IMAGES = 64
 
+ARGUMENTS: dict[str, dict[str, Any]] = {"digits-dit": {"guidance_scale": 1.5}}
+"""Of the pipeline's call, by model. Its classes follow from the seeds."""
+
 BITS = ("W8A8", "W4A8", "W6A6", "W4A4", "W3A6")
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
@@ -73,6 +76,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "accuquant identity M=5, scales only, a row per step": (
         "accuquant",
         {"gradient": "identity", "window": 5, "learn_weights": False, "rows": "step"},
+    ),
+    "accuquant identity M=5, scales only, a row per step, free run": (
+        "accuquant",
+        {"gradient": "identity", "window": 5, "learn_weights": False, "rows": "step", "free_run": 1.0},
     ),
     "combined": ("combined", {}),
     "combined with a row per window": ("combined", {"rows": "window", "row_windows": (5, 5, 5, 5)}),
@@ -136,7 +143,10 @@ def settings(variant: str, evaluations: int) -> dict[str, Any]:
         own = {"scale_iterations": 0, "search_rounds": 4, "compensation": False, "sample_weights": False}
         return common | learning | own | {"window_iterations": evaluations // (4 * BATCH * 5), "window": 5} | options
     passes = 3 if options["gradient"] == "per_step" else 4
-    windows = {"layer_rounding": True, "iterations": evaluations // (passes * BATCH * options["window"])}
+    # A free-run start walks from the noise, forward only: half of the steps outside the window on average.
+    walked = options.get("free_run", 0) * (STEPS - options["window"]) / 2
+    iterations = int(evaluations / (BATCH * (passes * options["window"] + walked)))
+    windows = {"layer_rounding": True, "iterations": iterations}
     return common | learning | windows | options
 
 
@@ -152,15 +162,26 @@ class Reference:
 
     def __init__(self, model: str, images: int) -> None:
         began = time.perf_counter()
-        self.pipe = open_model(model)
+        self.pipe, self.arguments = open_model(model), ARGUMENTS.get(model, {})
         self.seeds = list(range(EVALUATION_SEED, EVALUATION_SEED + images))
         self.features = DigitFeatures()
-        self.images = sample(self.pipe, seeds=self.seeds, steps=STEPS, batch_size=32)
+        self.images = self.sampled(self.pipe)
         _, denoiser = find_denoiser(self.pipe)
         self.weights = weights_identity(denoiser)[:12]
-        recorded = record(self.pipe, denoiser, seeds=self.seeds[:DRIFT_IMAGES], steps=STEPS, batch_size=32, run=Run())
+        recorded = record(
+            self.pipe,
+            denoiser,
+            seeds=self.seeds[:DRIFT_IMAGES],
+            steps=STEPS,
+            batch_size=32,
+            arguments=self.arguments,
+            run=Run(),
+        )
         self.trajectories = [seal(trajectory) for trajectory in recorded]
         self.seconds = time.perf_counter() - began
+
+    def sampled(self, pipe: Any) -> torch.Tensor:
+        return sample(pipe, seeds=self.seeds, steps=STEPS, batch_size=32, arguments=self.arguments)
 
     def statistics(self, images: torch.Tensor) -> FeatureStatistics:
         found = FeatureStatistics(self.features.dim)
@@ -168,7 +189,7 @@ class Reference:
         return found
 
     def compare(self, pipe: Any) -> dict[str, float]:
-        images = sample(pipe, seeds=self.seeds, steps=STEPS, batch_size=32)
+        images = self.sampled(pipe)
         paired = PairedMetrics()
         paired.update(images, self.images)
         result = paired.result()
@@ -212,7 +233,7 @@ def run(args: argparse.Namespace) -> None:
         weights, activations = parse_bits(bits)
         options = settings(base, args.evaluations)
         recipe = recipe_of(base, weights, activations, options)
-        quantized = quantize(reference.pipe, recipe, steps=STEPS, run=Run(seed=seed))
+        quantized = quantize(reference.pipe, recipe, steps=STEPS, arguments=reference.arguments, run=Run(seed=seed))
         spent, pipe = _evaluations(quantized.figures), quantized.pipe
         for name in variants:
             if name.endswith("+cec"):
@@ -222,6 +243,7 @@ def run(args: argparse.Namespace) -> None:
                     steps=STEPS,
                     samples=SAMPLES,
                     batch=16,
+                    arguments=reference.arguments,
                     run=Run(seed=seed),
                     **CORRECTION,
                 )
@@ -244,6 +266,7 @@ def _keep(args: argparse.Namespace, reference: Reference, row: dict[str, Any], p
         "model": args.model,
         "weights": reference.weights,
         "steps": STEPS,
+        "arguments": reference.arguments,
         "n": args.images,
         "evaluation_seeds": [reference.seeds[0], reference.seeds[-1]],
         "reference_seconds": round(reference.seconds, 1),
@@ -271,7 +294,8 @@ def done(args: argparse.Namespace, reference: Reference, bits: str, variant: str
 def table(args: argparse.Namespace) -> None:
     """Mean and half range over calibration seeds, as Markdown between the markers of a page."""
     rows = rows_of(args.json)
-    rows = [row for row in rows if all(row[name] == rows[-1][name] for name in ("weights", "budget", "n", "model"))]
+    rows = [row for row in rows if row["model"] == args.model]
+    rows = [row for row in rows if all(row[name] == rows[-1][name] for name in ("weights", "budget", "n"))]
     lines = [
         "| bits | method | seeds | PSNR dB | SSIM | Fréchet to full precision | final drift | evaluations |",
         "|---|---|---|---|---|---|---|---|",
@@ -288,11 +312,12 @@ def table(args: argparse.Namespace) -> None:
     first = rows[0]
     note = (
         f"Model {first['model']} (weights {first['weights']}), DDIM {first['steps']} steps, "
-        f"n = {first['n']} images of seeds {first['evaluation_seeds'][0]}-{first['evaluation_seeds'][1]}, "
+        + "".join(f"{name} {value}, " for name, value in first.get("arguments", {}).items())
+        + f"n = {first['n']} images of seeds {first['evaluation_seeds'][0]}-{first['evaluation_seeds'][1]}, "
         f"{first['machine']}, torch {first['torch']}, {first['date']}."
     )
     page = args.into.read_text()
-    begin, end = "<!-- table -->", "<!-- /table -->"
+    begin, end = f"<!-- table {args.model} -->", f"<!-- /table {args.model} -->"
     head, rest = page.split(begin)
     _, tail = rest.split(end)
     args.into.write_text(head + begin + "\n" + note + "\n\n" + "\n".join(lines) + "\n" + end + tail)
@@ -343,6 +368,7 @@ def main() -> None:
         action="store_true",
         help="search the range of the layer that reads the sample like any other, into a file of its own",
     )
+    second.add_argument("--model", default="digits-unet")
     second.add_argument("--json", type=Path, default=Path("runs/results.jsonl"))
     second.add_argument("--into", type=Path, default=Path("docs/results.md"))
     for name in ("memory", "memory-of"):
