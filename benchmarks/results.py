@@ -178,6 +178,8 @@ class Reference:
             run=Run(),
         )
         self.trajectories = [seal(trajectory) for trajectory in recorded]
+        data = FeatureStatistics.from_moments(*self.features.data_statistics())
+        self.frechet_to_data = frechet_distance(self.statistics(self.images), data)
         self.seconds = time.perf_counter() - began
 
     def sampled(self, pipe: Any) -> torch.Tensor:
@@ -269,6 +271,7 @@ def _keep(args: argparse.Namespace, reference: Reference, row: dict[str, Any], p
         "arguments": reference.arguments,
         "n": args.images,
         "evaluation_seeds": [reference.seeds[0], reference.seeds[-1]],
+        "reference_frechet_to_data": reference.frechet_to_data,
         "reference_seconds": round(reference.seconds, 1),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
         "torch": torch.__version__,

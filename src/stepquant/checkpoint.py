@@ -124,9 +124,9 @@ def save_checkpoint(
     _check_target(target, overwrite)
     _refuse_packed(denoiser)
     refuse_adapters([name for name, module in denoiser.named_modules() if hasattr(module, "base_layer")])
-    _refuse_second(pipe, denoiser_name)
     check_finite(denoiser)
     structure = describe(denoiser)
+    _refuse_second(pipe, denoiser_name)
     scheduler = pipe.scheduler
     correction = correction_of(scheduler)
     tensors = {name: encoded(name, slot) for name, slot in slots_of(denoiser).items()}

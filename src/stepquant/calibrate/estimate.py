@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibrate.gram import RoundLayers
-from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
+from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks, first_tensor
 from stepquant.calibrate.spilled import names_in
 from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, Place, Record, Select, calibration_seeds
 from stepquant.calibrate.steps import DenoiserCall, cached_tensors
@@ -203,8 +203,7 @@ def _unit_bytes(denoiser: nn.Module, call: DenoiserCall) -> tuple[tuple[int, int
 
     def note(name: str) -> Any:
         def hook(_module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> None:
-            while isinstance(output, tuple | list):
-                output = output[0]
+            output = first_tensor(output)
             rows = output.shape[0]
             values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
             given = sum(_bytes(value) for value in values if value.shape[0] == rows)

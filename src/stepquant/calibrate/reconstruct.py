@@ -47,6 +47,7 @@ __all__ = [
     "adam_state",
     "clamp_scales_",
     "clocked",
+    "first_tensor",
     "fit_unit",
     "float_layers",
     "load_adam_state_",
@@ -203,9 +204,10 @@ class _Cache:
         return tuple(take(value) for value in call[0]), {key: take(value) for key, value in call[1].items()}
 
 
-def _first_tensor(value: Any) -> Tensor:
+def first_tensor(value: Any) -> Tensor:
+    """Of a unit's output. The last block of a joint transformer (SD3) returns None where the text's states were."""
     while isinstance(value, tuple | list):
-        value = value[0]
+        value = next(part for part in value if part is not None)
     assert isinstance(value, Tensor)
     return value
 
@@ -219,7 +221,7 @@ def _captured(
     def hook_of(unit: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if unit not in seen:  # a module that runs twice is fitted on its first call
-                seen[unit] = (args if with_inputs else (), kwargs if with_inputs else {}, _first_tensor(output))
+                seen[unit] = (args if with_inputs else (), kwargs if with_inputs else {}, first_tensor(output))
             if len(seen) == len(units):
                 raise _Reached
 
@@ -691,7 +693,7 @@ def _unit_losses(
         args, kwargs, wanted, at = cache.batch(chosen)
         clock.bin = at
         output = functional_call(module, dict(zip(names, theta, strict=True)), args, kwargs)
-        return sample_losses(_first_tensor(output), wanted)
+        return sample_losses(first_tensor(output), wanted)
 
     def of_group(chosen: Tensor) -> GroupLoss:
         return lambda theta: losses(theta, chosen).mean()
@@ -858,7 +860,7 @@ def fit_unit(
             torch.autocast(wanted.device.type, torch.bfloat16) if short else nullcontext(),
             _outputs_of(job.denoiser, inner) as given,
         ):
-            found = _first_tensor(module(*args, **kwargs))
+            found = first_tensor(module(*args, **kwargs))
         loss = reconstruction_loss(found.float() if short else found, wanted, fit.norm, counts)
         if fitting and inner:
             loss = loss + fit.layer_weight * _layer_losses(
