@@ -298,6 +298,8 @@ def table(args: argparse.Namespace) -> None:
     """Mean and half range over calibration seeds, as Markdown between the markers of a page."""
     rows = rows_of(args.json)
     rows = [row for row in rows if row["model"] == args.model]
+    if not rows:
+        raise SystemExit(f"{args.json} has no rows of {args.model}: run `results.py run --model {args.model}` first.")
     rows = [row for row in rows if all(row[name] == rows[-1][name] for name in ("weights", "budget", "n"))]
     lines = [
         "| bits | method | seeds | PSNR dB | SSIM | Fréchet to full precision | final drift | evaluations |",

@@ -34,9 +34,8 @@ Differs from the paper (which does not publish M per model, learning rates, iter
   erase part of earlier errors, and the identity approximation is least true.
 - `rows="window"` gives every window activation parameters of its own, `rows="step"` every timestep.
 - `free_run` starts that share of the windows from the quantized model's own state instead of the full-precision one.
-  The presets quick and standard do so always, learn scales only, and give every timestep a row: with a few hundred
-  windows at 4-bit activations, full-precision starts lower the error of each window and can raise that of the whole
-  way (docs/results.md).
+  The presets quick and standard do so always, learn scales only, and give every timestep a row: with a few dozen
+  windows at 4-bit activations, full-precision starts raised the final drift (docs/results.md).
 """
 
 from __future__ import annotations

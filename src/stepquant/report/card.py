@@ -160,8 +160,10 @@ def _code(description: Mapping[str, Any]) -> str:
             'pipe = stepquant.load(snapshot_download("OWNER/NAME"), denoiser=...)  # the float module, of its class',
         ]
     task = _task(manifest) or ""
-    prompt = '"a photo of a lighthouse", ' if task.startswith("text-to") else ""
-    return "\n".join([*lines, f"images = pipe({prompt}num_inference_steps={steps})"])
+    given = '"a photo of a lighthouse", ' if task.startswith("text-to") else ""
+    if manifest["pipeline"]["class_name"] == "DiTPipeline":
+        given = "class_labels=[0], "
+    return "\n".join([*lines, f"images = pipe({given}num_inference_steps={steps})"])
 
 
 def _steps(description: Mapping[str, Any]) -> Any:
