@@ -229,6 +229,12 @@ def _join() -> Processes:
         from accelerate import PartialState  # type: ignore[import-untyped]
     except ImportError:
         raise SpecError("Several processes need accelerate: pip install accelerate") from None
+    # These take the group of their import as a default argument. Imported later (diffusers does), they would keep it
+    # and its threads beyond `leave`, and such a thread ends the interpreter with SIGABRT when it lets go of a tensor
+    # while that shuts down.
+    import torch.distributed.fsdp
+    import torch.distributed.nn  # noqa: F401
+
     store, rank, count = _store()
     gpu = torch.cuda.is_available()
     with _others_there(Processes(rank, count)):

@@ -216,6 +216,32 @@ def test_a_launcher(runs: Path, launcher: str) -> None:
     assert len(list((runs / out).iterdir())) == 7
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed by Linux")
+def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
+    """One that does ends the process with SIGABRT if it lets go of a tensor while the interpreter shuts down.
+
+    Modules of torch that are imported once there is a group keep it, as a default argument.
+    """
+    (tmp_path / "ends.py").write_text(
+        "from pathlib import Path\n"
+        "from stepquant.processes import joined, leave\n"
+        "names = lambda: {path.read_text().strip() for path in Path('/proc/self/task').glob('*/comm')}\n"
+        "own = joined()\n"
+        "from diffusers import UNet2DModel\n"
+        "import torch.distributed.fsdp, torch.distributed.nn\n"
+        "own.wait()\n"
+        "assert any('gloo' in name for name in names()), names()\n"
+        "leave()\n"
+        "assert not any('gloo' in name for name in names()), names()\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "ends.py"], cwd=tmp_path, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_one_process_needs_no_accelerate() -> None:
     code = (
         "import sys, stepquant.processes as p, torch\n"
