@@ -1,6 +1,7 @@
 """Equal average bits, chosen in different ways: the final drift on seeds that no calibration has seen.
 
     python benchmarks/bits.py run --json runs/bits.jsonl [--model faces64] [--bits 4 3] [--methods rtn accuquant]
+    python benchmarks/bits.py run --activations 4 --free weights activations --bits 4 --json runs/bits-time.jsonl
     python benchmarks/bits.py run --quick --json runs/bits-quick.jsonl
     python benchmarks/bits.py table --json runs/bits.jsonl
 
@@ -12,11 +13,13 @@ Variants, all with the average bits of `uniform`, first and last layer at 8 bits
     incoherent     least final drift to first order, errors of steps independent
     final          least final drift to first order (`stepquant quantize --target`, without measured changes)
     refined        the same with measured changes (`--target` as it is)
+    steps          as final, activations with bits of their own in each of `--step-groups` groups of timesteps
 
 Activations stay in floating point unless `--activations` says otherwise, so that nothing but the bits of weights
-differs. `run` appends one line per (bits, method, variant, calibration seed) and skips what is there, so it can be
-killed and started again. Lines of other settings stay in the file; `table` shows those that agree with the last line.
-`--quick` is one seed, few images: minutes on one core, and differences of a few per cent mean nothing there.
+differs. With `--free activations` their bits are chosen too (or alone), at the average of `uniform`; `steps` needs it.
+`run` appends one line per (bits, method, variant, calibration seed) and skips what is there, so it can be killed and
+started again. Lines of other settings stay in the file; `table` shows those that agree with the last line. `--quick` is
+one seed, few images: minutes on one core, and differences of a few per cent mean nothing there.
 """
 
 from __future__ import annotations
@@ -43,18 +46,19 @@ from stepquant.evaluate.features import weights_identity
 from stepquant.methods import METHODS
 from stepquant.model.families import find_denoiser
 from stepquant.model.layer import QuantizedLayer
+from stepquant.model.quantizer import InputQuantizer
 from stepquant.model.surgery import Plan, quantized_layers
 from stepquant.recipe import Job, Recipe
 from stepquant.run import Run
 
-VARIANTS = ("uniform", "mse", "relative_mse", "incoherent", "final", "refined")
+VARIANTS = ("uniform", "mse", "relative_mse", "incoherent", "final", "refined", "steps")
 EVALUATION_SEED = 1000
 STEPS = {"digits-unet": 20, "faces64": 12}
 QUICK: dict[str, Any] = {
     "seeds": [0],
     "bits": [4],
     "methods": ["rtn"],
-    "variants": ["uniform", "final", "mse", "relative_mse"],
+    "variants": ["uniform", "final", "mse", "relative_mse", "steps"],
     "images": 16,
     "samples": 8,
     "batch": 4,
@@ -89,14 +93,19 @@ def settings(args: argparse.Namespace, method: str) -> dict[str, Any]:
     return common | windows | {"iterations": args.iterations, "lr_weights": 1e-2, "lr_scales": 1e-2}
 
 
-def recipe_of(args: argparse.Namespace, method: str, variant: str, bits: int, average: float) -> Recipe:
+def recipe_of(
+    args: argparse.Namespace, method: str, variant: str, bits: int, weights: float, activations: float
+) -> Recipe:
+    """weights, activations: average bits of `uniform`."""
     recipe = METHODS[method](weights=bits, **settings(args, method))
     if variant == "uniform":
         return recipe
     return allocated(
         recipe,
-        weight_bits=average,
-        score="final" if variant == "refined" else variant,
+        weight_bits=weights if "weights" in args.free else None,
+        activation_bits=activations if "activations" in args.free else None,
+        step_groups=args.step_groups if variant == "steps" else 1,
+        score="final" if variant in ("refined", "steps") else variant,
         samples=args.sensitivity,
         projections=args.projections,
         held_out=args.batch,
@@ -111,6 +120,30 @@ def average_bits(plan: Plan, denoiser: torch.nn.Module) -> float:
         count * (32 if (spec := plan[name].weight if name in plan else None) is None else spec.bits)
         for name, count in sizes.items()
     )
+    return spent / sum(sizes.values())
+
+
+@torch.no_grad()
+def average_activation_bits(denoiser: torch.nn.Module, reference: Trajectory) -> float:
+    """Average bits of what enters the layers in one call, and over the steps; 32 count where nothing is quantized."""
+    call, sizes = reference.steps[0].calls[0], dict[str, int]()
+    layers = quantized_layers(denoiser)
+
+    def count(name: str) -> Any:
+        return lambda _module, inputs: sizes.update({name: sum(x.numel() for x in inputs)})
+
+    handles = [layer.register_forward_pre_hook(count(name)) for name, layer in layers.items()]
+    denoiser(*call.args, **call.kwargs)
+    for handle in handles:
+        handle.remove()
+    spent = 0.0
+    for name, size in sizes.items():
+        quantizer = layers[name].input_quantizer
+        if not isinstance(quantizer, InputQuantizer):
+            spent += 32 * size
+            continue
+        rows = quantizer.row_of_bin.tolist()  # every step has a bin of its own with the shipped schedulers
+        spent += size * sum(quantizer.bits[row] for row in rows) / len(rows)
     return spent / sum(sizes.values())
 
 
@@ -135,6 +168,10 @@ def run(args: argparse.Namespace) -> None:
     tune_allocator()
     torch.set_num_threads(args.threads)
     args.json.parent.mkdir(parents=True, exist_ok=True)
+    if "activations" not in args.free:
+        args.variants = [variant for variant in args.variants if variant != "steps"]
+    elif args.activations >= 16:
+        raise SystemExit("--free activations needs --activations of 2 to 8: their average is the budget.")
     pipe, steps = open_by_name(args.model, args.weights), args.steps or STEPS.get(args.model, 20)
     _, denoiser = find_denoiser(pipe)
     denoiser.eval()
@@ -150,7 +187,7 @@ def run(args: argparse.Namespace) -> None:
         recorded: list[Trajectory] = []
         for bits in args.bits:
             for method in args.methods:
-                average = 0.0
+                average = of_activations = 0.0
                 for variant in dict.fromkeys(["uniform", *args.variants]):
                     place = {
                         "model": args.model,
@@ -164,19 +201,22 @@ def run(args: argparse.Namespace) -> None:
                         "samples": args.samples,
                         "sensitivity": [args.sensitivity, args.projections, args.refine],
                         "iterations": 0 if method == "rtn" else args.iterations,
+                        "free": args.free,
+                        "step_groups": args.step_groups if variant == "steps" else 1,
                     }
                     known = next((row for row in rows_of(args.json) if place.items() <= row.items()), None)
                     if known is None:
                         recorded = recorded or record_all(calibration_seeds(seed, args.samples), args.batch)
                         reference = reference or record_all(seeds, 16)
                         began = time.perf_counter()
-                        recipe = recipe_of(args, method, variant, bits, average)
+                        recipe = recipe_of(args, method, variant, bits, average, of_activations)
                         job = quantized(pipe, denoiser, recipe, recorded, seed, steps)
                         seconds = time.perf_counter() - began
                         known = place | measured(job, reference, seconds)
                         with args.json.open("a") as file:
                             file.write(json.dumps(known) + "\n")
-                    average = known["average_bits"] if variant == "uniform" else average
+                    if variant == "uniform":
+                        average, of_activations = known["average_bits"], known["average_activation_bits"]
                     shown = f"{known['drift_final']:.4f} ± {known['standard_error']:.4f}"
                     print(known["bits"], method, f"{variant:12}", f"seed {seed}  drift {shown}", flush=True)
 
@@ -189,9 +229,12 @@ def measured(job: Job, reference: list[Trajectory], seconds: float) -> dict[str,
         "drift_final": float(drift.mean()),
         "standard_error": float(drift.std() / len(drift) ** 0.5),
         "average_bits": average_bits(job.handed["plan"], job.denoiser) if not figures else figures[0]["weight_bits"],
+        "average_activation_bits": average_activation_bits(job.denoiser, reference[0]),
         "predicted_drift": figures[0]["predicted_drift"] if figures else None,
         "measured": figures[0]["measured"] if figures else None,
-        "rules": {rule["pattern"]: rule["weights"] for rule in figures[0]["rules"]} if figures else None,
+        "rules": {rule["pattern"]: [rule["weights"], rule["activations"]] for rule in figures[0]["rules"]}
+        if figures
+        else None,
         "seconds": round(seconds, 1),
         "evaluation_seeds": [EVALUATION_SEED, EVALUATION_SEED + sum(one.batch for one in reference) - 1],
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
@@ -201,16 +244,19 @@ def measured(job: Job, reference: list[Trajectory], seconds: float) -> dict[str,
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Lines of the file; those from before activations could be free have these settings."""
+    before = {"free": ["weights"], "step_groups": 1, "average_activation_bits": None}
+    return [before | json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def table(args: argparse.Namespace) -> None:
     """Mean and half range over calibration seeds, as Markdown."""
     rows = rows_of(args.json)
     last = rows[-1]
-    same = ("model", "weights", "n", "steps", "samples", "sensitivity")
+    same = ("model", "weights", "n", "steps", "samples", "sensitivity", "free")
     rows = [row for row in rows if all(row[name] == last[name] for name in same)]
-    print("| bits | method | variant | average bits | seeds | final drift | predicted |\n|---|---|---|---|---|---|---|")
+    print("| bits | method | variant | bits of weights | of activations | seeds | final drift | predicted |")
+    print("|---|---|---|---|---|---|---|---|")
     for bits, method in dict.fromkeys((row["bits"], row["method"]) for row in rows):
         for variant in VARIANTS:
             group = [row for row in rows if (row["bits"], row["method"], row["variant"]) == (bits, method, variant)]
@@ -218,7 +264,9 @@ def table(args: argparse.Namespace) -> None:
                 continue
             average = statistics.mean(row["average_bits"] for row in group)
             foretold = [row["predicted_drift"] for row in group if row["predicted_drift"] is not None]
-            cells = [f"{average:.3f}", str(len(group)), spread([row["drift_final"] for row in group])]
+            activations = [row["average_activation_bits"] for row in group]
+            told = "" if None in activations else f"{statistics.mean(activations):.3f}"
+            cells = [f"{average:.3f}", told, str(len(group)), spread([row["drift_final"] for row in group])]
             print(f"| {bits} | {method} | {variant} | {' | '.join(cells)} | {spread(foretold) if foretold else ''} |")
     print(
         f"\n{last['model']} (weights {last['weights']}), {last['steps']} steps, n = {last['n']} images of seeds "
@@ -243,6 +291,10 @@ def main() -> None:
     first.add_argument("--weights", type=Path, help="weights of faces64")
     first.add_argument("--bits", type=int, nargs="+", default=[4, 3], help="of uniform; its average is the budget")
     first.add_argument("--activations", type=int, default=16, help="2 to 8, or 16 for floating point")
+    first.add_argument(
+        "--free", nargs="+", default=["weights"], choices=["weights", "activations"], help="whose bits are chosen"
+    )
+    first.add_argument("--step-groups", type=int, default=4, help="groups of timesteps of the variant steps")
     first.add_argument("--methods", nargs="+", default=["rtn"])
     first.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     first.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the calibration")

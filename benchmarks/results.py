@@ -52,6 +52,19 @@ DRIFT_IMAGES = 64
 ARGUMENTS: dict[str, dict[str, Any]] = {"digits-dit": {"guidance_scale": 1.5}}
 """Of the pipeline's call, by model. Its classes follow from the seeds."""
 
+ACCUQUANT: dict[str, Any] = {
+    "gradient": "identity",
+    "window": 5,
+    "learn_weights": False,
+    "rows": "step",
+    "free_run": 1.0,
+}
+"""As the presets quick and standard have it."""
+
+UNET_METHODS = ("ptq4dm", "pqd", "eda_dm", "pcr", "tfmq_dm", "tdq", "tcaq_dm")
+TRANSFORMER_METHODS = ("svdquant", "ptq4dit", "vidit_q", "mixdq", "lsgquant")
+"""Methods around the seeds, by what they are made for; all of them run on both models."""
+
 BITS = ("W8A8", "W4A8", "W6A6", "W4A4", "W3A6")
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
@@ -59,27 +72,25 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "layerwise, one row": ("layerwise", {"rows": "shared"}),
     "layerwise": ("layerwise", {}),
     "layerwise+ptqd": ("layerwise+ptqd", {}),
+    "layerwise+d2_dpm": ("layerwise+d2_dpm", {}),
     "layerwise+tac": ("layerwise+tac", {}),
     "q_diffusion": ("q_diffusion", {}),
     "q_diffusion, layers first": ("q_diffusion", {"layer_rounding": True}),
     "q_diffusion, layers first, a row per step": ("q_diffusion", {"layer_rounding": True, "rows": "step"}),
-    **{method: (method, {}) for method in ("ptq4dm", "eda_dm", "pcr", "tfmq_dm", "tdq", "tcaq_dm", "svdquant")},
+    **{method: (method, {}) for method in (*UNET_METHODS, *TRANSFORMER_METHODS)},
     "gac, layers first": ("gac", {"layer_rounding": True}),
     "adp_dm, layers first": ("adp_dm", {"rounding": "layers"}),
     **{
-        f"accuquant {gradient} M={window}": ("accuquant", {"gradient": gradient, "window": window})
+        f"accuquant {gradient} M={window}": ("accuquant", ACCUQUANT | {"gradient": gradient, "window": window})
         for gradient in ("identity", "exact", "per_step")
         for window in (5, 2, 10, 20, 1)
     },
-    "accuquant identity M=5, scales only": ("accuquant", {"gradient": "identity", "window": 5, "learn_weights": False}),
-    "accuquant identity M=5, a row per step": ("accuquant", {"gradient": "identity", "window": 5, "rows": "step"}),
-    "accuquant identity M=5, scales only, a row per step": (
+    "accuquant identity M=5, from full precision": ("accuquant", ACCUQUANT | {"free_run": 0.0}),
+    "accuquant identity M=5, one row": ("accuquant", ACCUQUANT | {"rows": "shared"}),
+    "accuquant identity M=5, rounding too": ("accuquant", ACCUQUANT | {"learn_weights": True}),
+    "accuquant identity M=5, the paper's": (
         "accuquant",
-        {"gradient": "identity", "window": 5, "learn_weights": False, "rows": "step"},
-    ),
-    "accuquant identity M=5, scales only, a row per step, free run": (
-        "accuquant",
-        {"gradient": "identity", "window": 5, "learn_weights": False, "rows": "step", "free_run": 1.0},
+        ACCUQUANT | {"free_run": 0.0, "rows": "shared", "learn_weights": True},
     ),
     "combined": ("combined", {}),
     "combined with a row per window": ("combined", {"rows": "window", "row_windows": (5, 5, 5, 5)}),
@@ -90,6 +101,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 DEFAULT = (
     "rtn",
     "rtn+cec",
+    "layerwise",
+    "layerwise+cec",
     "q_diffusion",
     "q_diffusion, layers first",
     *(f"accuquant {gradient} M=5" for gradient in ("identity", "exact", "per_step")),

@@ -94,9 +94,9 @@ def _parts(family: str) -> dict[str, Any]:
     }
 
 
-def with_texts(family: str) -> Any:
-    """The tiny pipeline of a family; one that takes prompts has tokenizers and text encoders."""
-    pipe = tiny_pipelines.FAMILIES[family].build()
+def with_texts(family: str, pipe: Any = None) -> Any:
+    """The tiny pipeline of a family, or the given one; one that takes prompts has tokenizers and text encoders."""
+    pipe = pipe or tiny_pipelines.FAMILIES[family].build()
     if not tiny_pipelines.FAMILIES[family].needs_transformers:
         return pipe
     parts = _parts(family)

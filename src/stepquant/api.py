@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from stepquant.calibrate.compensation import Compensate, EstimatorChoice, Regressor
 from stepquant.calibrate.estimate import Estimate, estimated
 from stepquant.calibrate.noise_correction import CorrectNoise
+from stepquant.calibrate.offload import offloaded, released_
+from stepquant.calibrate.offloadable import refuse_offload
 from stepquant.calibrate.split import agree_
 from stepquant.calibrate.stages import Record
 from stepquant.calibrate.steps import forked_devices
@@ -204,7 +206,8 @@ def quantize(
     arguments: what the pipeline is called with beside seeds and steps (prompts, guidance scale, class labels).
     base_model: what the checkpoint will say it was made from.
     resume: go on with what `run.work` holds of the same run.
-    run: may name several processes that all call this with the same arguments; every one gets the result.
+    run: may name several processes that all call this with the same arguments; every one gets the result. With
+        `offload` the pipeline must be in main memory, and so is what is returned.
     denoiser: which one, of a pipeline that switches between several ("transformer", "transformer_2"). It is calibrated
         on its own steps; quantize the other from the same pipeline, and load one checkpoint onto the other.
 
@@ -213,7 +216,8 @@ def quantize(
     """
     run = run or Run()
     name, full_precision = _to_quantize(pipe, recipe, steps, denoiser)
-    with _still(full_precision):
+    refuse_offload(recipe, run)
+    with _still(full_precision), offloaded(pipe, full_precision, run.offload):
         quantizing = copy.deepcopy(full_precision).requires_grad_(False)
         job = Job(pipe, full_precision, quantizing, run, steps, dict(arguments or {}))
         _check_stages(job, recipe)
@@ -228,6 +232,8 @@ def quantize(
             spilling(run, work) as job.spill,
         ):
             figures = _run_stages(job, recipe, work)
+        if run.offload is not None:
+            released_(job.denoiser)
     if "plan" not in job.handed:
         raise SpecError(f"Recipe {recipe.name!r} places no quantizers: it needs the stage Place.")
     for layer in quantized_layers(job.denoiser).values():
@@ -294,8 +300,10 @@ def estimate(
     cannot be recorded or quantized.
     """
     _, full_precision = _to_quantize(pipe, recipe, steps, denoiser)
-    with _still(full_precision):
-        job = Job(pipe, full_precision, full_precision, run or Run(), steps, dict(arguments or {}))
+    run = run or Run()
+    refuse_offload(recipe, run)
+    with _still(full_precision), offloaded(pipe, full_precision, run.offload):
+        job = Job(pipe, full_precision, full_precision, run, steps, dict(arguments or {}))
         _check_stages(job, recipe)
         return estimated(job, recipe)
 

@@ -191,7 +191,8 @@ def _refuse_second(pipe: Any, denoiser_name: str) -> None:
         if name != denoiser_name and isinstance(part, nn.Module) and clock_of(part) is not None:
             raise CheckpointError(
                 f"{name} is quantized too, and a checkpoint holds one quantized denoiser: save {denoiser_name} and "
-                f"{name} from pipelines in which the other one is in full precision."
+                f"{name} from pipelines in which the other one is in full precision. pipe.save_pretrained(folder) "
+                "saves both, for diffusers' from_pretrained."
             )
 
 

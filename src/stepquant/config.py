@@ -67,6 +67,8 @@ _NO_ALLOCATION_OPTIONS = ("place", "ranges", "weight_bits", "max_bytes", "max_dr
 class RuleConfig(BaseModel):
     """Layers whose name matches `pattern` get these bits; 16, 32 or null leave them in floating point.
 
+    activations: bits, or a list of bits from noise to image, `[{bits: 8, until: 700}, {bits: 4}]`: 8 bits until
+        timestep 700, inclusive, and then 4.
     group_size: that many consecutive weights share a scale; null for one scale a channel.
     """
 
@@ -74,7 +76,7 @@ class RuleConfig(BaseModel):
 
     pattern: str
     weights: int | None = None
-    activations: int | None = None
+    activations: Any = None  # checked by `_activations`: of a union, pydantic's messages name its members
     group_size: int | None = None
 
 
@@ -84,6 +86,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
+    denoiser: str | None = None
     method: str | None = None
     preset: str | None = None
     weights: int | None = None
@@ -112,6 +115,7 @@ class Resolved:
     keywords: what the method's function was called with, bits and rules in the form of `run.yaml`.
     budget: the keys of `run.yaml` that have bits allocated, empty if none has.
     arguments: what the pipeline is called with beside seeds and steps.
+    denoiser: which one is quantized, of a pipeline that switches between several; None for the only one.
     """
 
     model: str
@@ -124,10 +128,13 @@ class Resolved:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     keywords: Mapping[str, Any] = field(default_factory=dict)
     budget: Mapping[str, Any] = field(default_factory=dict)
+    denoiser: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data in the form of `run.yaml`: resolving it again gives the same recipe."""
         data: dict[str, Any] = {"model": self.model}
+        if self.denoiser is not None:
+            data["denoiser"] = self.denoiser
         if self.method is None:
             data["recipe"] = self.recipe.to_dict()
         else:
@@ -318,6 +325,7 @@ def resolve(data: Mapping[str, Any], *, source: str = "run.yaml", flags: Mapping
         "seed": _at_least(merged.get("seed", 0), 0, "seed"),
         "device": merged.get("device", "auto"),
         "arguments": merged.get("arguments", {}),
+        "denoiser": merged.get("denoiser"),
     }
     budget = _budget(layers)
     if "recipe" in merged:
@@ -417,20 +425,50 @@ def _described(value: Any) -> str:
     return f"{short} ({type(value).__name__})"
 
 
-def _bits(value: Any, where: str) -> int | None:
+def _bits(value: Any, where: str, expected: str = "2 to 8 bits") -> int | None:
     """Bits as the core wants them: 2 to 8, or None for floating point, which people also write as 16 or 32."""
     if value is None or (type(value) is int and value in (16, 32)):
         return None
     if type(value) is not int or not 2 <= value <= 8:
-        raise SpecError(f"{where}: expected 2 to 8 bits, or 16 or 32 for floating point, found {_described(value)}.")
+        raise SpecError(f"{where}: expected {expected}, or 16 or 32 for floating point, found {_described(value)}.")
     return value
+
+
+def _activations(value: Any, where: str) -> int | list[dict[str, Any]] | None:
+    """Bits of a rule's activations, or bits over time, each entry with all its keys."""
+    from stepquant.calibrate.step_groups import BitsUntil, check_over_time
+
+    where = f"{where}.activations"
+    if not isinstance(value, list):
+        return _bits(value, where, "2 to 8 bits, a list such as [{bits: 8, until: 700}, {bits: 4}]")
+    entries: list[BitsUntil] = []
+    for number, entry in enumerate(value):
+        at = f"{where}.{number}"
+        if not isinstance(entry, dict) or "bits" not in entry:
+            raise SpecError(
+                f"{at}: expected bits and until, such as {{bits: 8, until: 700}}, found {_described(entry)}."
+            )
+        for key in entry:
+            if key not in ("bits", "until"):
+                raise SpecError(f"{at}.{key}: there is no such key.{nearest(str(key), ('bits', 'until'))}")
+        bits, until = entry["bits"], entry.get("until")
+        if type(bits) is not int or not 2 <= bits <= 8:
+            raise SpecError(f"{at}.bits: expected 2 to 8 bits, found {_described(bits)}.")
+        if until is not None and type(until) not in (int, float):
+            raise SpecError(f"{at}.until: expected a timestep, found {_described(until)}.")
+        entries.append(BitsUntil(bits, until))
+    try:
+        check_over_time(entries)
+    except SpecError as error:
+        raise SpecError(f"{where}: {error}") from None
+    return [{"bits": entry.bits, "until": entry.until} for entry in entries]
 
 
 def _plain_rule(rule: Any, where: str) -> Any:
     """A rule of `run.yaml` with its bits as the core wants them; a rule among `options` stays as it is."""
     if not isinstance(rule, RuleConfig):
         return rule
-    weights, activations = _bits(rule.weights, f"{where}.weights"), _bits(rule.activations, f"{where}.activations")
+    weights, activations = _bits(rule.weights, f"{where}.weights"), _activations(rule.activations, where)
     return rule.model_dump(exclude_none=True) | {"weights": weights, "activations": activations}
 
 

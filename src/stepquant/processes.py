@@ -233,7 +233,7 @@ def _join() -> Processes:
     # and its threads beyond `leave`, and such a thread ends the interpreter with SIGABRT when it lets go of a tensor
     # while that shuts down.
     import torch.distributed.fsdp
-    import torch.distributed.nn  # noqa: F401
+    import torch.distributed.nn
 
     store, rank, count = _store()
     gpu = torch.cuda.is_available()

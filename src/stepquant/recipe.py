@@ -63,7 +63,8 @@ class Stage(Protocol):
 
     needs, gives: nouns. "model" stands for the quantized denoiser's own state.
     Two marks that a stage may have: `sets_row_bits`, it gives timesteps bits of their own, and
-    `replaces_input_quantizers`, it makes the quantizers of activations anew with equal bits.
+    `replaces_input_quantizers`, it makes the quantizers of activations anew with equal bits. And two of bits over time
+    that a plan asks for: `plans_row_bits`, it makes such a plan, and `follows_planned_bits`, it does not drop them.
     """
 
     needs: ClassVar[frozenset[str]]
@@ -108,6 +109,15 @@ class Recipe:
     def _refuse_lost_bits(self, number: int) -> None:
         """Stages that make quantizers of activations anew know nothing of bits that earlier ones gave to rows."""
         stage, before = self.stages[number], self.stages[:number]
+        planning = next((type(one).__name__ for one in before if getattr(one, "plans_row_bits", False)), None)
+        replaces = getattr(stage, "replaces_input_quantizers", False)
+        if planning is not None and replaces and not getattr(stage, "follows_planned_bits", False):
+            raise SpecError(
+                f"Stage {number + 1} of recipe {self.name!r}, {type(stage).__name__}, makes the quantizers of "
+                f"activations in its own way, and would drop the bits over time that {planning} has planned. Give each "
+                "layer one number of bits (no lists in rules, step_groups 1), or choose a method whose ranges come "
+                "from FitInputRanges, such as rtn, layerwise or q_diffusion."
+            )
         setting = next((type(one).__name__ for one in before if getattr(one, "sets_row_bits", False)), None)
         if setting is not None and getattr(stage, "replaces_input_quantizers", False):
             name = type(stage).__name__

@@ -59,6 +59,9 @@ class Run:
     max_memory: bytes of what calibration records and caches that may be in main memory at a time; what is beyond, and
         all trajectories, lies on disk: in the work folder, or without one among the system's temporary files. None
         keeps everything in memory. Results are the same.
+    offload: the device that a calibration computes on with the denoiser's blocks in main memory, brought there in turn.
+        None computes where the pipeline is. With it the pipeline must be in main memory, and it is there again
+        afterwards. One process only.
     """
 
     seed: int = 0
@@ -67,6 +70,7 @@ class Run:
     finished: Callable[[int, Mapping[str, Any]], None] = _tell_nobody
     processes: Processes = ALONE
     max_memory: int | None = None
+    offload: torch.device | None = None
 
     def generator(self, *name: object) -> torch.Generator:
         """A CPU generator of its own for each name.

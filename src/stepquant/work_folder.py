@@ -37,8 +37,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stepquant.calibrate.offload import is_offloaded, settle_
 from stepquant.calibrate.select import CalibrationSet
 from stepquant.calibrate.split import kept
+from stepquant.calibrate.step_groups import Schemes
 from stepquant.calibrate.trajectory_files import save_trajectories, shards
 from stepquant.errors import CalibrationError, SpecError, StepquantError
 from stepquant.model.assembly import Structure, assemble_, describe
@@ -55,7 +57,7 @@ __all__ = ["WorkFolder", "hold", "opened", "spilling"]
 
 logger = logging.getLogger(__name__)
 
-_PLAN = TypeAdapter(Plan)
+_PLAN: TypeAdapter[Plan] = TypeAdapter(Schemes)
 _STRUCTURE = TypeAdapter(Structure)
 _CALIBRATION = TypeAdapter(CalibrationSet)
 
@@ -337,11 +339,12 @@ def _load_model(path: Path, full_precision: nn.Module) -> nn.Module:
     denoiser = copy.deepcopy(full_precision).requires_grad_(False)
     assemble_(denoiser, structure)
     device = next(full_precision.parameters()).device
-    denoiser.to(device)
+    settle_(denoiser, device)
     tensors = path.with_suffix(".safetensors")
+    through = "cpu" if is_offloaded(denoiser) else str(device)
     with safe_open(tensors, "pt") as file:
         on_grid = set(json.loads(file.metadata()["meta"])["on_grid"])
-    denoiser.load_state_dict(load_file(tensors, device=str(device)))
+    denoiser.load_state_dict(load_file(tensors, device=through))
     for name, layer in quantized_layers(denoiser).items():
         if isinstance(layer, QuantizedLayer):
             layer.on_grid = name in on_grid

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import tiny_pipelines
 import tiny_texts
 from stepquant.evaluate.compare import SCHEMA
 from tiny_pipelines import FAMILIES
@@ -79,6 +80,24 @@ def commands_for(family: str) -> list[list[str]]:
     ]
 
 
+EXPERTS = ("transformer", "transformer_2")
+
+
+def commands_for_experts() -> list[list[str]]:
+    """One checkpoint each, sampled and evaluated together; a second evaluation of the one alone."""
+    given = [word for argument in ARGUMENTS["wan"] for word in ("--argument", argument)]
+    given += ["--prompts", "prompts.txt", "-q"]
+    settings = ["--method", "rtn", "--preset", "quick", "--weights", "4", "--steps", "4", "--calibration-samples", "2"]
+    both = ["experts-transformer_2", "--onto", "experts-transformer"]
+    evaluated = ["--seeds", "1000-1001", "--features", "none", *given]
+    return [
+        *(["quantize", "experts", "-o", f"experts-{name}", "--denoiser", name, *settings, *given] for name in EXPERTS),
+        ["sample", *both, "-o", "experts-images", "--seeds", "1-2", *given],
+        ["evaluate", *both, *evaluated],
+        ["evaluate", "experts-transformer", *evaluated],
+    ]
+
+
 # What the fingerprint of the schedule says about guidance: what was asked for, or the pipeline's own default.
 GUIDANCE = {
     **dict.fromkeys(("ddim", "ddpm", "ldm", "lcm", "turbo", "flux"), "none"),
@@ -108,7 +127,9 @@ def test_every_family_through_the_command_line(tmp_path: Path) -> None:
     )
     for family in FAMILIES:
         tiny_texts.with_texts(family).save_pretrained(tmp_path / family)
-    (tmp_path / "commands.json").write_text(json.dumps({family: commands_for(family) for family in FAMILIES}))
+    tiny_texts.with_texts("wan", tiny_pipelines.wan(experts=2)).save_pretrained(tmp_path / "experts")
+    commands = {family: commands_for(family) for family in FAMILIES} | {"experts": commands_for_experts()}
+    (tmp_path / "commands.json").write_text(json.dumps(commands))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", DRIVER, str(tmp_path)], check=False, capture_output=True, text=True
     )
@@ -117,6 +138,7 @@ def test_every_family_through_the_command_line(tmp_path: Path) -> None:
     assert failed == {}, done.stderr[-4000:]
     for family in FAMILIES:
         assert_measured(tmp_path, family)
+    assert_experts_measured(tmp_path)
 
 
 VIDEOS = {"wan": 5}
@@ -140,3 +162,15 @@ def assert_measured(folder: Path, family: str) -> None:
         assert "a red house on the river" in settings, "the prompts are not in the settings of the run"
     manifest = json.loads((folder / f"{family}-w4a8" / "stepquant.json").read_text())
     assert manifest["schedule"]["guidance"] == GUIDANCE[family]
+
+
+def assert_experts_measured(folder: Path) -> None:
+    """A checkpoint for each, and the two together further from full precision than one alone."""
+    for name in EXPERTS:
+        assert f"denoiser: {name}\n" in (folder / f"experts-{name}.run.yaml").read_text()
+        manifest = json.loads((folder / f"experts-{name}" / "stepquant.json").read_text())
+        assert manifest["denoiser"]["name"] == name
+    assert sorted(path.name for path in (folder / "experts-images").iterdir()) == ["000001", "000002"]
+    both, alone = (json.loads((folder / f"experts-{name}.evaluation.json").read_text()) for name in EXPERTS[::-1])
+    assert both["onto"] == "experts-transformer"
+    assert 0 < both["metrics"]["psnr"]["value"] != alone["metrics"]["psnr"]["value"]

@@ -232,10 +232,31 @@ SCHEDULERS: dict[str, Any] = {
 }
 
 
+OTHERS = {
+    "DEIS": "DEISMultistep",
+    "DPM-Solver++ (singlestep)": "DPMSolverSinglestep",
+    "EDM DPM-Solver++": "EDMDPMSolverMultistep",
+    "EDM Euler": "EDMEuler",
+    "Flow matching, LCM": "FlowMatchLCM",
+    "iPNDM": "IPNDM",
+    "KDPM2": "KDPM2Discrete",
+    "KDPM2 ancestral": "KDPM2AncestralDiscrete",
+    "LMS": "LMSDiscrete",
+    "SA-Solver": "SASolver",
+    "TCD": "TCD",
+}
+SCHEDULERS |= {name: getattr(diffusers, f"{kind}Scheduler") for name, kind in OTHERS.items()}
+
+
+def with_scheduler(scheduler: Any) -> DenoiserPipeline:
+    return DenoiserPipeline(tiny.tiny_unet(), scheduler, (1, 8, 8))
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # KDPM2 and a recent numpy
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_scheduler(name: str, tmp_path: Path) -> None:
     """Record, replay to the last bit, quantize, save, load, sample."""
-    pipe = DenoiserPipeline(tiny.tiny_unet(), SCHEDULERS[name](), (1, 8, 8))
+    pipe = with_scheduler(SCHEDULERS[name]())
     (trajectory,) = record(pipe, pipe.denoiser, seeds=SEEDS, steps=STEPS, batch_size=2, run=Run())
     sealed = seal(trajectory)
     with torch.no_grad():
@@ -249,6 +270,24 @@ def test_scheduler(name: str, tmp_path: Path) -> None:
     assert torch.equal(images_of(load(tmp_path / "q")), expected)
 
 
+def test_schedulers_with_noise_of_their_own_are_refused_before_anything_runs() -> None:
+    """Those of torchsde, which need not be there: they are told by their names, as here."""
+
+    class DPMSolverSDEScheduler(diffusers.EulerDiscreteScheduler):  # type: ignore[misc]
+        def step(self, *_: Any, **__: Any) -> Any:
+            raise AssertionError("it was called")
+
+    with pytest.raises(UnsupportedPipeline, match=r"Brownian tree of its own.*sde-dpmsolver\+\+"):
+        quantize(with_scheduler(DPMSolverSDEScheduler()), METHODS["rtn"](samples=2, batch=2), steps=2)
+
+
+def test_schedulers_of_torchsde_are_refused() -> None:
+    pytest.importorskip("torchsde", reason="diffusers defines these schedulers only beside torchsde")
+    for kind in (diffusers.DPMSolverSDEScheduler, diffusers.CosineDPMSolverMultistepScheduler):
+        with pytest.raises(UnsupportedPipeline, match=f"{kind.__name__} draws noise from a Brownian tree"):
+            quantize(with_scheduler(kind()), METHODS["rtn"](samples=2, batch=2), steps=2)
+
+
 def table(heading: str) -> list[list[str]]:
     """Rows of the table under a heading of the page, without its first line, cells as text."""
     section = DOCUMENT.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
@@ -260,7 +299,9 @@ def test_the_page_lists_these_families() -> None:
     works = {row[0]: row[2] for row in table("Families")}
     assert [name for name, answer in works.items() if answer == "yes"] == [*FAMILIES, "plain module"]
     assert {name: answer for name, answer in works.items() if answer != "yes"} == {
-        "wan, two experts": "yes: one checkpoint each"
+        "wan, two experts": "yes: one checkpoint each",
+        "image restoration": "yes: saved in a `DenoiserPipeline`",
+        "decoder": "yes: weights only",
     }
     needs = {row[0]: row[3] for row in table("Families")}
     for name, family in FAMILIES.items():
@@ -275,7 +316,9 @@ def test_the_page_names_the_pipelines() -> None:
 
 
 def test_the_page_lists_these_schedulers() -> None:
-    assert table("Schedulers") == [[name, "yes"] for name in SCHEDULERS]
+    rows = [row[:2] for row in table("Schedulers")]
+    assert [name for name, works in rows if works == "yes"] == [*SCHEDULERS]
+    assert [name for name, works in rows if works != "yes"] == ["DPM-Solver SDE, cosine DPM-Solver++ (torchsde)"]
 
 
 def named_tests(rows: list[list[str]]) -> set[str]:
@@ -287,8 +330,22 @@ def test_every_feature_of_the_page_has_its_test() -> None:
     there = {name for name in globals() if name.startswith("test_")}
     assert named_tests(rows) - there == set()
     # What is left are the other tables and the page itself.
-    assert {name for name in there - named_tests(rows) if "page" not in name} == {"test_scheduler"}
+    assert {name for name in there - named_tests(rows) if "page" not in name and "scheduler" not in name} == set()
     assert all(re.match(r"yes|no: |not tested: ", row[1]) for row in rows)
+
+
+def test_every_trap_of_the_page_has_its_test() -> None:
+    here = Path(__file__)
+    loading, adapters = (
+        set(re.findall(r"^def (test_\w+)", here.with_name(name).read_text(encoding="utf-8"), re.MULTILINE))
+        for name in ("test_loading.py", "test_adapters.py")
+    )
+    section = DOCUMENT.read_text(encoding="utf-8").split("\n### Traps\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")][1:]
+    assert [int(row[0].split(":")[0]) for row in rows] == [*range(1, 13)]
+    named = {test for row in rows for test in re.findall(r"`(test_\w+)`", row[-1])}
+    assert named <= loading | adapters
+    assert {test for test in loading if "_trap" in test} <= named
 
 
 def test_every_row_of_the_page_on_adapters_has_its_test() -> None:

@@ -14,6 +14,7 @@ from diffusers import DDIMPipeline, DDIMScheduler
 
 import tiny
 from stepquant.api import quantize
+from stepquant.calibrate.allocation import allocated
 from stepquant.calibrate.stages import LayerRule
 from stepquant.cli.doctor import patched, settings_of
 from stepquant.cli.main import main
@@ -21,6 +22,7 @@ from stepquant.cli.outputs import settings_path
 from stepquant.config import dump, load_config, resolve
 from stepquant.doctor import Diagnosis, Finding, Thresholds
 from stepquant.errors import SpecError
+from stepquant.methods import METHODS
 from stepquant.run import Run
 
 OPTIONS = ("--seeds", "7-8", "--batch-size", "2", "--device", "cpu")
@@ -117,6 +119,21 @@ def test_rules_come_behind_those_that_are_there() -> None:
     with pytest.raises(SpecError, match="the patched settings: nonsense"):
         patched({"model": "digits-unet", "nonsense": 1}, [])
     assert settings_of("digits-unet") == {"model": "digits-unet"}
+
+
+def test_bits_over_time_stay_unless_the_activations_get_more() -> None:
+    over_time = [{"bits": 8, "until": 500}, {"bits": 4}]
+    settings = {"model": "m", "method": "rtn", "rules": [{"pattern": "*", "weights": 3, "activations": over_time}]}
+    changed = patched(settings, [LayerRule("conv_in", 8, 4), LayerRule("conv_out", 3, 8)])
+    assert [rule["activations"] for rule in changed["rules"]] == [over_time, over_time, 8]
+
+
+def test_a_recipe_that_allocates_gets_the_rules_too() -> None:
+    recipe = allocated(METHODS["rtn"](), weight_bits=4.5).to_dict()
+    changed = patched({"model": "m", "recipe": recipe}, [LayerRule("conv_in", 8, None)])
+    (stage,) = [stage for stage in changed["recipe"]["stages"] if stage["stage"] == "Allocate"]
+    assert [rule["pattern"] for rule in stage["place"]["rules"]] == ["conv_in"]
+    assert not any(stage.get("place", {}).get("rules") for stage in recipe["stages"])
 
 
 class Asked:

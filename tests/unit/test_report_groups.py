@@ -50,6 +50,21 @@ def test_strips_show_which_row_is_used_when() -> None:
     assert row_map([(names[:2], alone, timesteps)]) is None
 
 
+def test_bits_over_time_have_a_strip_of_their_own() -> None:
+    rows = torch.tensor([[0, 1, 1], [0, 1, 2]])
+    inspection = {"layers": [{"name": "mix", "row_bits": {"second": (3, 8)}}, {"name": "conv", "row_bits": {}}]}
+    names, timesteps = ["mix (second)", "conv"], [0.0, 475.0, 950.0]
+    found = row_map([(names, rows, timesteps)], [inspection])
+    assert found is not None
+    assert found["bits"]
+    (mix,), (conv,) = (row["cells"] for row in found["rows"])
+    assert mix["bits"] == {"strip": strip_uri([1.0, 1.0, 0.0]), "told": "A3-8", "title": "bits 8 8 3"}
+    assert conv["bits"] is None
+    plain = row_map([(names, rows, timesteps)])
+    assert plain is not None
+    assert not plain["bits"]
+
+
 def test_cells_are_coloured_from_dark_to_bright_and_missing_ones_stand_out() -> None:
     pixels = decoded(strip_uri([0.0, 0.5, 1.0, None]))
     assert pixels.shape == (1, 4, 3)

@@ -3,7 +3,7 @@
 A stage in front of the others: `Allocate` stands where `Place` stood in a recipe, finds the bits, and places.
 
 1. Sensitivity: the squared final drift s_ic of every candidate c for every item i (a layer's weight, or its
-   activations), to first order (`calibrate.sensitivity`).
+   activations, in all steps or in a group of them), to first order (`calibrate.sensitivity`).
 2. Choice: x_ic in {0, 1}, an integer program (scipy's `milp`, HiGHS):
 
        minimise   sum_ic s_ic x_ic     subject to   sum_c x_ic = 1 for every i,   sum_ic cost_ic x_ic <= budget
@@ -18,8 +18,9 @@ What counts:
 - Average bits of weights are weighted by their number, over all layers that can be quantized, the first and last ones
   too. A weight left in floating point counts with the bits of its dtype.
 - Average bits of activations are weighted by the values that enter the layers in one evaluation of one image: what a
-  device moves. Both operands of a matmul of attention have the same bits.
-- Bytes are those that the checkpoint's layers take: levels, scales, zero points, biases, one row of activation ranges.
+  device moves. Both operands of a matmul of attention have the same bits. Bits over time are averaged over the steps.
+- Bytes are those that the checkpoint's layers take: levels, scales, zero points, biases, one row of activation ranges
+  (or one for each group of timesteps).
 - Fixed, but counted: the first and last layer unless `ends="same"`, layers that match a rule of the user, and the
   matmul behind the softmax unless `softmax_bits` is null.
 
@@ -33,8 +34,9 @@ import copy
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -44,6 +46,7 @@ from stepquant.calibrate.decoupled import decoupled_scores
 from stepquant.calibrate.integer_program import solve
 from stepquant.calibrate.outlier_token import KeepFirstToken
 from stepquant.calibrate.ranges import RangeRule
+from stepquant.calibrate.reconstruct import clocked
 from stepquant.calibrate.sensitivity import (
     SCORES,
     Item,
@@ -55,6 +58,7 @@ from stepquant.calibrate.sensitivity import (
     output_scores,
 )
 from stepquant.calibrate.stages import FitWeightRanges, LayerRule, Place
+from stepquant.calibrate.step_groups import BitsUntil, Timeline
 from stepquant.calibrate.trajectory import Trajectory
 from stepquant.errors import CalibrationError, SpecError, nearest
 from stepquant.model.families import end_layers, make_attention_explicit_
@@ -100,7 +104,9 @@ class Allocate:
         `stepquant evaluate` gives it, of the network rounded to nearest. One of the three, or none with
         activation_bits.
     activation_bits: average bits of activations; None leaves them as `place` has them.
-    bits: candidates beside full precision.
+    step_groups: consecutive groups of timesteps, as equal as possible, whose activations have bits of their own; 1
+        gives a layer the same bits in all steps. The average counts every step the same.
+    bits: candidates beside full precision, which groups of timesteps cannot have.
     score: "final", "incoherent", "mse", "relative_mse" or "decoupled", see `calibrate.sensitivity`.
     samples: recorded images for the sensitivities, up to whole mini-batches. projections: random vectors for each.
     held_out: recorded images to measure on, the last ones, up to whole mini-batches; never those above.
@@ -113,6 +119,7 @@ class Allocate:
     place: Place
     weight_bits: float | None = None
     activation_bits: float | None = None
+    step_groups: int = 1
     max_bytes: int | None = None
     max_drift: float | None = None
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
@@ -149,9 +156,26 @@ class Allocate:
             )
         if self.first_token is not None and self.score != "decoupled":
             raise SpecError(f"first_token of Allocate goes with the score decoupled, not with {self.score}.")
+        if self.step_groups < 1:
+            raise SpecError(f"step_groups must be at least 1, found {self.step_groups}.")
+        if self.step_groups > 1 and self.activation_bits is None:
+            raise SpecError(
+                "step_groups gives groups of timesteps activation bits of their own, but there is no budget for the "
+                "bits of activations: ask for an average of both, such as target W4A6."
+            )
+        if self.step_groups > 1 and self.score == "decoupled":
+            raise SpecError(
+                "The score decoupled samples with one layer quantized in all steps, so it says nothing about groups of "
+                "them: leave step_groups at 1, or choose another score, such as final."
+            )
         counts = {"samples": self.samples, "projections": self.projections, "held_out": self.held_out}
         if min(counts.values()) < 1 or self.refine < 0 or self.measured_runs < 1:
             raise SpecError(f"{counts} and measured_runs must be at least 1, refine at least 0.")
+
+    @property
+    def plans_row_bits(self) -> bool:
+        """Whether some layer is to have bits over time."""
+        return self.step_groups > 1 or self.place.plans_row_bits
 
     def check(self, job: Job) -> None:
         """Budgets that no choice of weights can keep, and all that `Place` checks, before anything is recorded."""
@@ -198,7 +222,8 @@ class Allocate:
             "measured_drift": meter.drift_of(choice),
             "measured": meter.rows,
             "rules": [asdict(rule) for rule in rules],
-            "scores": {f"{item.layer}.{item.operand}": dict(values) for item, values in scores.items()},
+            "scores": {_key(item): dict(values) for item, values in scores.items()},
+            **({"until": list(problem.until)} if problem.until else {}),
             "evaluations": evaluations + spent + meter.evaluations,
         }
 
@@ -222,11 +247,14 @@ class Allocate:
         base, full = plans
         if self.first_token is not None:
             self.first_token.run(shadow)
-        probe = Probe(shadow.denoiser, full, self.ranges)
+        timeline = Timeline.of(clocked(shadow.denoiser), trajectories)
+        until = timeline.split(self.step_groups)
+        probe = Probe(shadow.denoiser, full, self.ranges, until)
         evaluations = probe.observe([*used, *held], job.run)
         floating = copy.deepcopy(job.full_precision)
         make_attention_explicit_(floating)
-        return self._problem(floating, full, base), probe, used, held, evaluations
+        problem = replace(self._problem(floating, full, base), until=until, timeline=timeline)
+        return problem, probe, used, held, evaluations
 
     def _problem(self, denoiser: nn.Module, full: Plan, base: Plan) -> Problem:
         """What is free in a network whose attention is explicit. The layers of `full` are in order of execution."""
@@ -244,7 +272,8 @@ class Allocate:
                 items.append(Item(name, "weights", self.bits))
             behind_softmax = isinstance(module, Matmul) and module.role == "values"
             if self.activation_bits is not None and not (behind_softmax and self.place.softmax_bits is not None):
-                items.append(Item(name, "activations", self.bits))
+                groups = range(self.step_groups) if self.step_groups > 1 else (None,)
+                items += [Item(name, "activations", self.bits, group) for group in groups]
         if not items:
             raise SpecError("There is nothing to allocate: rules and ends leave no layer free.")
         weights = {name: module.weight.detach() for name, module in layers.items() if not isinstance(module, Matmul)}
@@ -283,14 +312,14 @@ class Allocate:
         return mse if self.score == "mse" else relative, spent
 
     def _limits(self, problem: Problem, costs: Costs) -> list[tuple[list[list[float]], float]]:
-        """Costs of all items' candidates (full precision last) and budgets."""
+        """Costs of all items' candidates and budgets."""
         limits: list[tuple[list[list[float]], float]] = []
         for operand, asked in (("weights", self.weight_bits), ("activations", self.activation_bits)):
             if asked is None:
                 continue
             fixed, elements = costs.fixed[operand]
             own = [
-                [costs.bits(item, bits) if item.operand == operand else 0.0 for bits in (*item.bits, None)]
+                [costs.bits(item, bits) if item.operand == operand else 0.0 for bits in item.candidates]
                 for item in problem.items
             ]
             limits.append((own, asked * elements - fixed))
@@ -300,13 +329,15 @@ class Allocate:
 
     def _chosen(self, problem: Problem, scores: Scores, costs: Costs, bound: float | None = None) -> Choice:
         """The solution under the budgets, or of the fewest bytes with a predicted drift of at most `bound`."""
-        objective = [[*scores[item].values(), 0.0] for item in problem.items]
+        objective = [
+            [0.0 if bits is None else scores[item][bits] for bits in item.candidates] for item in problem.items
+        ]
         limits = self._limits(problem, costs)
         if bound is None:
             places = solve(objective, limits)
         else:
             places = solve(_bytes(problem, costs), [*limits, (objective, bound**2)])
-        return {item: (*item.bits, None)[place] for item, place in zip(problem.items, places, strict=True)}
+        return {item: item.candidates[place] for item, place in zip(problem.items, places, strict=True)}
 
     def _fits(self, costs: Costs, choice: Choice) -> bool:
         return (
@@ -320,7 +351,8 @@ class Allocate:
         if not self.refine:
             return choice
         present = meter.measure(choice, "the solution")
-        for change in _doubtful(choice, scores, lambda trial: self._fits(costs, trial))[: self.refine]:
+        doubtful = _doubtful(choice, scores, lambda trial: self._fits(costs, trial))
+        for change in list(islice(doubtful, self.refine)):
             trial = {**choice, **change}
             if not self._fits(costs, trial):  # an earlier change took the room
                 continue
@@ -425,14 +457,14 @@ def _split(trajectories: list[Trajectory], samples: int, held_out: int) -> tuple
 
 
 def _bytes(problem: Problem, costs: Costs) -> list[list[float]]:
-    return [[float(costs.bytes[item][bits]) for bits in (*item.bits, None)] for item in problem.items]
+    return [[float(costs.bytes[item][bits]) for bits in item.candidates] for item in problem.items]
 
 
 def _total(scores: Scores, choice: Choice) -> float:
     return sum(0.0 if bits is None else scores[item][bits] for item, bits in choice.items())
 
 
-def _doubtful(choice: Choice, scores: Scores, fits: Callable[[Choice], bool]) -> list[Choice]:
+def _doubtful(choice: Choice, scores: Scores, fits: Callable[[Choice], bool]) -> Iterator[Choice]:
     """Changes of one or two items by one candidate each that the budget allows, the least decided prediction first.
 
     Decided means: the predicted change of the sum, relative to what the two items contribute before and after.
@@ -444,22 +476,28 @@ def _doubtful(choice: Choice, scores: Scores, fits: Callable[[Choice], bool]) ->
     ups: list[tuple[Item, int | None]] = []
     downs: list[tuple[Item, int | None]] = []
     for item, bits in choice.items():
-        known = (*item.bits, None)
+        known = item.candidates
         place = known.index(bits)
         ups += [(item, known[place + 1])] if place + 1 < len(known) else []
         downs += [(item, known[place - 1])] if place else []
     found: list[tuple[float, Choice]] = []
     for up, more in ups:
         for down, less in downs:
-            change: Choice = {up: more, down: less}
-            if up == down or up.operand != down.operand or not fits({**choice, **change}):
+            if up == down or up.operand != down.operand:
                 continue
             terms = [score(up, more), -score(up, choice[up]), score(down, less), -score(down, choice[down])]
             weight = sum(abs(term) for term in terms)
             if weight > 0:
-                found.append((abs(sum(terms)) / weight, change))
+                found.append((abs(sum(terms)) / weight, {up: more, down: less}))
     found.sort(key=lambda entry: entry[0])
-    return [change for _, change in found]
+    for _, change in found:
+        if fits({**choice, **change}):  # of many changes few are asked for
+            yield change
+
+
+def _key(item: Item) -> str:
+    """In the figures: `layer.operand`, and the number of the group of timesteps."""
+    return f"{item.layer}.{item.operand}" + ("" if item.group is None else f".{item.group + 1}")
 
 
 def _told(choice: Choice, change: Choice) -> str:
@@ -468,22 +506,23 @@ def _told(choice: Choice, change: Choice) -> str:
     def name(bits: int | None) -> str:
         return "full" if bits is None else str(bits)
 
-    return ", ".join(
-        f"{item.layer} {item.operand} {name(choice[item])} to {name(bits)}" for item, bits in change.items()
-    )
+    return ", ".join(f"{item} {name(choice[item])} to {name(bits)}" for item, bits in change.items())
 
 
 def _rules(problem: Problem, choice: Choice, place: Place) -> tuple[LayerRule, ...]:
     """One rule for every layer of which something was chosen, in order of execution."""
-    by_layer: dict[str, dict[str, int | None]] = {}
+    by_layer: dict[str, dict[str, int | tuple[BitsUntil, ...] | None]] = {}
     for item, bits in choice.items():
         by_layer.setdefault(item.layer, {})[item.operand] = bits
+    for layer, over_time in problem.over_time(choice).items():
+        by_layer[layer]["activations"] = over_time
     rules = []
     for name in problem.order:
         if name not in by_layer:
             continue
         scheme = problem.base.get(name, LayerScheme())
         weights = by_layer[name].get("weights", None if scheme.weight is None else scheme.weight.bits)
+        assert not isinstance(weights, tuple)
         activations = by_layer[name].get("activations", None if scheme.input is None else scheme.input.bits)
         rules.append(LayerRule(name, weights, activations, None if weights is None else place.group_size))
     return tuple(rules)

@@ -9,16 +9,20 @@ from torch import Tensor, nn
 
 from stepquant.calibrate.ranges import SAMPLE_MARGIN_BITS
 from stepquant.calibrate.sensitivity import Item
+from stepquant.calibrate.step_groups import BitsUntil, TimedScheme, Timeline, timed
 from stepquant.model.surgery import Plan, operand_specs
 from stepquant.numerics.affine import grouped
 from stepquant.numerics.packing import packed_bytes
-from stepquant.numerics.spec import LayerScheme, QuantSpec
+from stepquant.numerics.spec import LayerScheme, QuantSpec, weight_at
 from stepquant.slots import Slot, encoded
 
 __all__ = ["Choice", "Costs", "Problem", "costs_of"]
 
 Choice = dict[Item, int | None]
 """Item -> bits; None is full precision."""
+
+SampleRows = Mapping[str, tuple[tuple[int, ...], int]]
+"""Of `Probe.sample_rows`."""
 
 _TABLE_BYTES = 4 + 1
 """Of one row of an activation's range in a checkpoint: a scale and a zero point."""
@@ -53,13 +57,18 @@ class Costs:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is free to choose. full: spec of every operand at 8 bits. base: the plan before any choice."""
+    """What is free to choose. full: spec of every operand at 8 bits. base: the plan before any choice.
+
+    until: ends of all groups of timesteps but the last, where items have groups. timeline: None before anything ran.
+    """
 
     order: tuple[str, ...]
     full: Plan
     base: Plan
     items: tuple[Item, ...]
     weights: Mapping[str, Tensor] = field(repr=False)
+    until: tuple[float, ...] = ()
+    timeline: Timeline | None = None
 
     def plan(self, choice: Choice) -> Plan:
         """The base plan with the chosen bits."""
@@ -67,24 +76,50 @@ class Problem:
         for item, bits in choice.items():
             own, full = schemes[item.layer], self.full[item.layer]
             if item.operand == "weights":
-                schemes[item.layer] = replace(own, weight=_at(full.weight, bits))
-            else:
+                schemes[item.layer] = replace(own, weight=_weight_at(full.weight, bits))
+            elif item.group is None:
                 schemes[item.layer] = replace(own, input=_at(full.input, bits), second=_at(full.second, bits))
+        for name, over_time in self.over_time(choice).items():
+            full = self.full[name]
+            schemes[name] = timed(replace(schemes[name], input=full.input, second=full.second), over_time)
         return {name: scheme for name, scheme in schemes.items() if scheme.quantizes}
+
+    def over_time(self, choice: Choice) -> dict[str, tuple[BitsUntil, ...]]:
+        """Layer -> bits over time, where groups of timesteps choose."""
+        found: dict[str, list[BitsUntil]] = {}
+        ends = (*self.until, None)
+        for item, bits in sorted(
+            ((item, bits) for item, bits in choice.items() if item.group is not None), key=lambda one: one[0].group or 0
+        ):
+            assert item.group is not None
+            assert bits is not None
+            found.setdefault(item.layer, []).append(BitsUntil(bits, ends[item.group]))
+        return {name: tuple(entries) for name, entries in found.items()}
+
+    def share(self, item: Item) -> float:
+        """Of the steps, that an item is about."""
+        if item.group is None:
+            return 1.0
+        groups = max(one.group or 0 for one in self.items) + 1
+        return 1 / groups if self.timeline is None else self.timeline.shares(self.until)[item.group]
 
 
 def _at(spec: QuantSpec | None, bits: int | None) -> QuantSpec | None:
     return None if spec is None or bits is None else replace(spec, bits=bits)
 
 
+def _weight_at(spec: QuantSpec | None, bits: int | None) -> QuantSpec | None:
+    return None if spec is None or bits is None else weight_at(spec, bits)
+
+
 def costs_of(
     problem: Problem,
     denoiser: nn.Module,
     activations: Mapping[str, float],
-    sample_rows: Mapping[str, tuple[int, int]] | None = None,
+    sample_rows: SampleRows | None = None,
 ) -> Costs:
     """activations: values that enter each layer in one evaluation of one image; empty if not known yet.
-    sample_rows: of `Probe.sample_rows`; None if not known yet.
+    sample_rows: None if not known yet.
     """
     sizes = {"weights": {name: float(w.numel()) for name, w in problem.weights.items() if name in problem.order}}
     sizes["activations"] = {name: activations.get(name, 0.0) for name in problem.order}
@@ -97,45 +132,63 @@ def costs_of(
         for name, count in elements.items():
             scheme = problem.base.get(name, LayerScheme())
             spec = scheme.weight if operand == "weights" else scheme.input
-            if (operand, name) not in free:
-                spent += count * (full_bits if spec is None else spec.bits)
+            if (operand, name) in free:
+                continue
+            bits: float = full_bits if spec is None else spec.bits
+            if operand == "activations" and spec is not None and problem.timeline is not None:
+                bits = problem.timeline.mean_bits(scheme)
+            spent += count * bits
         fixed[operand] = (spent, sum(elements.values()))
     modules = dict(denoiser.named_modules())
     of_item: dict[Item, dict[int | None, int]] = {}
     fixed_bytes = 0
-    items = {(item.operand, item.layer): item for item in problem.items}
+    items: dict[tuple[str, str], list[Item]] = {}
+    for item in problem.items:
+        items.setdefault((item.operand, item.layer), []).append(item)
     for name in problem.order:
         base, full = problem.base.get(name, LayerScheme()), problem.full[name]
-        if ("activations", name) in items:
-            item = items["activations", name]
+        sample = (sample_rows or {}).get(name)
+        for item in items.get(("activations", name), ()):
             of_item[item] = {None: 0}
             for bits in item.bits:
                 specs = [_at(spec, bits) for _, spec in operand_specs(full)]
-                of_item[item][bits] = sum(_table_bytes(spec, (sample_rows or {}).get(name)) for spec in specs)
+                of_item[item][bits] = sum(_table_bytes(spec, sample, item.group) for spec in specs)
+        bins = 0 if problem.timeline is None else len(problem.timeline.times)
+        if ("activations", name) in items:
+            wide = sample is not None and sum(sample[0]) > 256
+            fixed_bytes += len(operand_specs(full)) * bins * (4 if wide else 1) if problem.until else 0
+        elif isinstance(base, TimedScheme):
+            fixed_bytes += len(operand_specs(base)) * (len(base.over_time) * _TABLE_BYTES + bins)
         else:
-            specs = [spec for _, spec in operand_specs(base)]
-            fixed_bytes += sum(_table_bytes(spec, (sample_rows or {}).get(name)) for spec in specs)
+            fixed_bytes += sum(_table_bytes(spec, sample) for _, spec in operand_specs(base))
         if name not in sizes["weights"]:
             continue
         module, weight = modules[name], problem.weights[name]
         fixed_bytes += 0 if module.bias is None else _plain_bytes(module, "bias")
         if ("weights", name) in items:
-            item = items["weights", name]
-            of_weight = {bits: _at(full.weight, bits) for bits in (*item.bits, None)}
+            (item,) = items["weights", name]
+            of_weight = {bits: _weight_at(full.weight, bits) for bits in (*item.bits, None)}
             of_item[item] = {bits: _weight_bytes(module, weight, spec) for bits, spec in of_weight.items()}
         else:
             fixed_bytes += _weight_bytes(module, weight, base.weight)
-    of_items = {item: sizes[item.operand][item.layer] for item in problem.items}
+    of_items = {item: sizes[item.operand][item.layer] * problem.share(item) for item in problem.items}
     return Costs(of_items, full_bits, of_item, fixed, fixed_bytes)
 
 
-def _table_bytes(spec: QuantSpec | None, sample_rows: tuple[int, int] | None) -> int:
-    """Of an activation's ranges; several rows also need the row of every bin."""
+def _table_bytes(
+    spec: QuantSpec | None, sample_rows: tuple[tuple[int, ...], int] | None, group: int | None = None
+) -> int:
+    """Of an activation's ranges, or of those of one group of timesteps; several rows also need the row of every bin,
+    which groups have in any case.
+    """
     assert spec is not None
-    if sample_rows is None or spec.bits < SAMPLE_MARGIN_BITS or sample_rows[0] == 1:
+    if sample_rows is None or spec.bits < SAMPLE_MARGIN_BITS:
         return _TABLE_BYTES
-    rows, bins = sample_rows
-    return rows * _TABLE_BYTES + bins * (1 if rows <= 256 else 2)
+    of_groups, bins = sample_rows
+    if group is not None:
+        return of_groups[group] * _TABLE_BYTES
+    rows = sum(of_groups)
+    return _TABLE_BYTES if rows == 1 else rows * _TABLE_BYTES + bins * (1 if rows <= 256 else 4)
 
 
 def _weight_bytes(module: nn.Module, weight: Tensor, spec: QuantSpec | None) -> int:

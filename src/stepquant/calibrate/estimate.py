@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibrate.gram import RoundLayers
-from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks, first_tensor
+from stepquant.calibrate.offload import blocks_in_turn
+from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks, output_tensors
 from stepquant.calibrate.spilled import names_in
+from stepquant.calibrate.split_shortcuts import SplitShortcuts
 from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, Place, Record, Select, calibration_seeds
 from stepquant.calibrate.steps import DenoiserCall, cached_tensors
 from stepquant.calibrate.trajectory import Trajectory, record, seal
@@ -28,7 +30,7 @@ from stepquant.model.surgery import quantizable, units_of
 from stepquant.recipe import Job, Recipe, Stage
 from stepquant.run import Run
 
-__all__ = ["Estimate", "estimated"]
+__all__ = ["Costs", "Estimate", "estimated"]
 
 _PROBE_STEPS = 5
 """The first step of a trajectory keeps what is the same in all steps. Solvers of up to fourth order are past their
@@ -47,6 +49,8 @@ class Estimate:
     seconds: of the evaluations of the network in stages whose number is known, at the speed of the full-precision
         network, one image at a time.
     uncounted: other stages; their time comes on top.
+    outside, block: bytes of the denoiser outside of the blocks that `Run.offload` brings in turn, and of the largest
+        one. All of it counts as outside if it has no such blocks.
     """
 
     network: int
@@ -55,12 +59,21 @@ class Estimate:
     caches: int
     seconds: float
     uncounted: tuple[str, ...]
+    outside: int = 0
+    block: int = 0
 
     def memory(self, max_memory: int | None) -> int:
         """Bytes in main memory, or on the device, for `Run.max_memory`."""
+        return 2 * self.network + self._data(max_memory)
+
+    def on_device(self, max_memory: int | None) -> int:
+        """Bytes on the device in a run with `Run.offload`; in main memory there are the two networks."""
+        return 2 * self.outside + self.block + self._data(max_memory)
+
+    def _data(self, max_memory: int | None) -> int:
         if max_memory is None:
-            return 2 * self.network + self.recording + self.caches
-        return 2 * self.network + max(self.batch, min(self.caches, max_memory))
+            return self.recording + self.caches
+        return max(self.batch, min(self.caches, max_memory))
 
     def disk(self, max_memory: int | None) -> int:
         """Bytes in a work folder: trajectories, the model twice while it is replaced, and caches beyond the limit."""
@@ -77,18 +90,70 @@ def estimated(job: Job, recipe: Recipe) -> Estimate | None:
     if recording is None:
         return None
     probe = _Probe.of(job, recording.samples)
-    entries = probe.entries(recipe, recording.samples)
-    costs = [(stage, probe.seconds_of(stage, recording, entries)) for stage in recipe.stages]
-    parameters = [*job.full_precision.parameters(), *job.full_precision.buffers()]
+    costs = Costs.of(recipe, steps=probe.steps, rows=probe.rows, units=len(probe.units))
+    assert costs is not None
+    evaluations = [(stage, costs.evaluations(stage)) for stage in recipe.stages]
+    network = _bytes_of(job.full_precision)
+    blocks = [_bytes_of(block) for block in blocks_in_turn(job.full_precision).values()]
     whole = probe.first_bytes + (probe.steps - 1) * probe.further_bytes
     return Estimate(
-        network=sum(map(_bytes, parameters)),
+        network=network,
         recording=recording.samples * whole,
         batch=min(recording.samples, recording.batch) * whole,
-        caches=max((probe.caches(stage, entries) for stage in recipe.stages), default=0),
-        seconds=sum(cost for _, cost in costs if cost is not None),
-        uncounted=tuple(dict.fromkeys(type(stage).__name__ for stage, cost in costs if cost is None)),
+        caches=max((probe.caches(stage, costs.entries) for stage in recipe.stages), default=0),
+        seconds=probe.seconds / probe.rows * sum(count for _, count in evaluations if count is not None),
+        uncounted=tuple(dict.fromkeys(type(stage).__name__ for stage, count in evaluations if count is None)),
+        outside=network - sum(blocks),
+        block=max(blocks, default=0),
     )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What decides how often the network runs.
+
+    recording: of the recipe. entries: calibration entries; at most, where they are not chosen by `Select`.
+    steps: that the scheduler makes. rows: of the network's calls in a step (two with guidance).
+    units: number of reconstruction units.
+    """
+
+    recording: Record
+    entries: int
+    steps: int
+    rows: int
+    units: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, *, steps: int, rows: int, units: int) -> Costs | None:
+        """None for a recipe that records nothing."""
+        recording = next((stage for stage in recipe.stages if isinstance(stage, Record)), None)
+        if recording is None:
+            return None
+        chosen, images = steps, recording.samples
+        for stage in recipe.stages:
+            if isinstance(stage, Select):
+                every = stage.every if stage.steps is None else max(1, steps // stage.steps)
+                chosen, images = -(-steps // every), min(recording.samples, stage.samples_per_step or recording.samples)
+        return cls(recording, chosen * images * rows, steps, rows, units)
+
+    def evaluations(self, stage: Stage) -> float | None:
+        """Rows that go through the network in a stage, a backward pass counted as two; None where that is not known."""
+        if isinstance(stage, Record):
+            return stage.samples * self.steps * self.rows
+        if isinstance(stage, Place | SplitShortcuts):
+            return self.rows
+        if isinstance(stage, Select | FitWeightRanges):
+            return 0
+        if isinstance(stage, FitInputRanges):
+            return min(stage.samples, self.entries)
+        if isinstance(stage, RoundLayers):
+            return -(-self.units // stage.together) * min(stage.samples, self.entries) / 2
+        if isinstance(stage, RoundBlocks | ScaleBlocks):
+            return stage.evaluations_for(self.entries, self.units)
+        if isinstance(stage, FitWindows):
+            images = min(self.recording.batch, self.recording.samples)
+            return self.rows * stage.evaluations_for(images, self.steps)
+        return None
 
 
 @dataclass(frozen=True)
@@ -137,15 +202,6 @@ class _Probe:
             seconds=seconds / count,
         )
 
-    def entries(self, recipe: Recipe, samples: int) -> int:
-        """Calibration entries; at most, where they are not chosen by `Select`."""
-        steps, images = self.steps, samples
-        for stage in recipe.stages:
-            if isinstance(stage, Select):
-                every = stage.every if stage.steps is None else max(1, self.steps // stage.steps)
-                steps, images = -(-self.steps // every), min(samples, stage.samples_per_step or samples)
-        return steps * images * self.rows
-
     def caches(self, stage: Stage, entries: int) -> int:
         """Bytes of the largest caches that a stage has at a time."""
         if not isinstance(stage, RoundBlocks | ScaleBlocks):
@@ -156,28 +212,13 @@ class _Probe:
         groups = range(0, len(each), stage.together)
         return entries * max((sum(each[first : first + stage.together]) for first in groups), default=0)
 
-    def seconds_of(self, stage: Stage, recording: Record, entries: int) -> float | None:
-        """Of a stage's evaluations; None where their number is not known."""
-        row, units = self.seconds / self.rows, len(self.units)
-        if isinstance(stage, Record):
-            return self.seconds * recording.samples * self.steps
-        if isinstance(stage, Place):
-            return self.seconds
-        if isinstance(stage, Select | FitWeightRanges):
-            return 0.0
-        if isinstance(stage, FitInputRanges):
-            return row * min(stage.samples, entries)
-        if isinstance(stage, RoundLayers):
-            return row * -(-units // stage.together) * min(stage.samples, entries) / 2
-        if isinstance(stage, RoundBlocks | ScaleBlocks):
-            return row * stage.evaluations_for(entries, units)
-        if isinstance(stage, FitWindows):
-            return self.seconds * stage.evaluations_for(min(recording.batch, recording.samples), self.steps)
-        return None
-
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(map(_bytes, (*module.parameters(), *module.buffers())))
 
 
 def _new_bytes(trajectory: Trajectory) -> list[int]:
@@ -203,11 +244,11 @@ def _unit_bytes(denoiser: nn.Module, call: DenoiserCall) -> tuple[tuple[int, int
 
     def note(name: str) -> Any:
         def hook(_module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> None:
-            output = first_tensor(output)
-            rows = output.shape[0]
+            outputs = output_tensors(output)
+            rows = outputs[0].shape[0]
             values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
             given = sum(_bytes(value) for value in values if value.shape[0] == rows)
-            found.setdefault(name, (given // rows, _bytes(output) // rows))
+            found.setdefault(name, (given // rows, sum(map(_bytes, outputs)) // rows))
 
         return hook
 

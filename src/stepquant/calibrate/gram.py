@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepquant.calibrate.offload import brought
 from stepquant.calibrate.reconstruct import rounding_targets, without_input_quantizers
 from stepquant.calibrate.rounding import SoftRounding
 from stepquant.calibrate.select import CalibrationSet, inputs
@@ -248,8 +249,9 @@ class RoundLayers:
             gram = grams.pop(name)
             if gram.total is None:
                 continue  # it never ran
-            total = transformed_gram(layer.input_transform, gram.total)
-            before, after = round_layer_(layer, weights[name], total)
+            with brought(job, layer):
+                total = transformed_gram(layer.input_transform, gram.total)
+                before, after = round_layer_(layer, weights[name].to(layer.weight.device), total)
             losses[name] = {"before": before / gram.count, "after": after / gram.count}
         if job.keeper:
             job.keeper.save(f"units-{first}", {name: layer.weight for name, layer in layers.items()}, losses)

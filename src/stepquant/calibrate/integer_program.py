@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -52,13 +55,14 @@ def _solved(
     chosen: list[int] = []
     scale = max(float(values.max(initial=0.0)), 1e-300)
     for _ in range(_RESCALINGS):  # values span many orders: the next time in units of the solution
-        found = milp(
-            np.minimum(values / scale, 1e6),
-            integrality=np.ones(len(values)),
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={"mip_rel_gap": 1e-6, "time_limit": 60.0},
-        )
+        with _output_to_errors():
+            found = milp(
+                np.minimum(values / scale, 1e6),
+                integrality=np.ones(len(values)),
+                bounds=Bounds(0, 1),
+                constraints=constraints,
+                options={"mip_rel_gap": 1e-6, "time_limit": 60.0},
+            )
         if found.x is None:
             raise CalibrationError(f"No choice of bits keeps within the budget (the solver says: {found.message}).")
         chosen = [int(np.argmax(found.x[start : start + count])) for start, count in zip(starts, counts, strict=True)]
@@ -67,3 +71,28 @@ def _solved(
             break
         scale = best
     return chosen
+
+
+@contextmanager
+def _output_to_errors() -> Iterator[None]:
+    """Inside, what C code writes to standard output goes to standard error.
+
+    HiGHS writes lines of its own there whatever `disp` says, and they would end up in the middle of `--json`.
+    """
+    if os.name != "posix":
+        yield
+        return
+    flush = ctypes.CDLL(None).fflush
+    try:
+        flush(None)
+        kept = os.dup(1)
+    except OSError:  # there is no standard output
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -1,6 +1,14 @@
 """Fitting units of the network: block-wise reconstruction, and the parts that every optimising stage shares.
 
 Source of the loop: BRECQ (Li et al. 2021) as in the public code of Q-Diffusion.
+
+Differs from the papers: they know units with one output. A joint block (SD3, Flux) returns two, the text's states and
+the image's; all of them are fitted, and each loss L_k is divided by the power P_k of what it should be:
+
+    L = mean_k(P) * mean_k(L_k / P_k)        P_k: L_k of an output that is zero, over all calibration samples
+
+so that no output counts for more because it is longer or larger, and L has the size of a single output's loss beside
+the rounding's regulariser. Of a single output, L is L_1.
 """
 
 from __future__ import annotations
@@ -17,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from stepquant.calibrate.captured import Column, Rows, RowsOnDisk
+from stepquant.calibrate.offload import brought
 from stepquant.calibrate.qdrop import QDrop, dropping, mixed
 from stepquant.calibrate.ranges import sample_readers
 from stepquant.calibrate.rounding import (
@@ -47,10 +56,10 @@ __all__ = [
     "adam_state",
     "clamp_scales_",
     "clocked",
-    "first_tensor",
     "fit_unit",
     "float_layers",
     "load_adam_state_",
+    "output_tensors",
     "readers_of_sample",
     "reconstruction_loss",
     "rounding_targets",
@@ -65,8 +74,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 Compute = Literal["float32", "bfloat16"]
 
-Captured = tuple[tuple[Any, ...], dict[str, Any], Tensor]
-"""Arguments and first output of one call of a unit."""
+Captured = tuple[tuple[Any, ...], dict[str, Any], tuple[Tensor, ...]]
+"""Arguments and outputs of one call of a unit."""
 
 
 def reconstruction_loss(found: Tensor, wanted: Tensor, norm: float = 2.0, weights: Tensor | None = None) -> Tensor:
@@ -83,6 +92,19 @@ def reconstruction_loss(found: Tensor, wanted: Tensor, norm: float = 2.0, weight
 def sample_losses(found: Tensor, wanted: Tensor, norm: float = 2.0) -> Tensor:
     """The reconstruction loss of each sample, `[B]`; its mean is `reconstruction_loss`."""
     return (found - wanted).abs().pow(norm).sum(1).reshape(len(found), -1).mean(1)
+
+
+def balanced(losses: Sequence[Tensor], powers: Sequence[float]) -> Tensor:
+    """One loss from those of a unit's outputs, of any shape; see the formula at the top.
+
+    powers: P_k. An output that should be zero has none, and counts as it is.
+    """
+    if len(losses) == 1:
+        return losses[0]
+    mean = sum(powers) / len(powers)
+    return torch.stack(
+        [loss * (mean / power if power else 1.0) for loss, power in zip(losses, powers, strict=True)]
+    ).mean(0)
 
 
 def clocked(denoiser: nn.Module) -> Any:
@@ -106,7 +128,7 @@ def rounding_targets(job: Job, names: Sequence[str]) -> dict[str, Tensor]:
     for name, weight in float_layers(job.full_precision, names).items():
         layer = layers[name]
         assert isinstance(layer, QuantizedLayer)
-        found[name] = layer.folded(weight)
+        found[name] = layer.folded(weight.to(layer.weight.device))
     return found
 
 
@@ -173,20 +195,33 @@ class _Cache:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    outputs: Rows
+    outputs: tuple[Rows, ...]
     bins: Tensor
     float_inputs: Call | None = None
 
     def expect(self, chosen: Tensor) -> None:
         """Have read from disk what a minibatch will want."""
         calls = [(self.args, self.kwargs), *([self.float_inputs] if self.float_inputs else [])]
-        for value in (self.outputs, *(value for args, kwargs in calls for value in (*args, *kwargs.values()))):
+        for value in (*self.outputs, *(value for args, kwargs in calls for value in (*args, *kwargs.values()))):
             if isinstance(value, RowsOnDisk):
                 value.expect(chosen)
 
-    def batch(self, chosen: Tensor) -> tuple[tuple[Any, ...], dict[str, Any], Tensor, Tensor]:
+    def batch(self, chosen: Tensor) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Tensor, ...], Tensor]:
         args, kwargs = self._taken((self.args, self.kwargs), chosen)
-        return args, kwargs, self.outputs[chosen], self.bins[chosen]
+        return args, kwargs, tuple(output[chosen] for output in self.outputs), self.bins[chosen]
+
+    def powers(self, norm: float, size: int) -> list[float]:
+        """What the reconstruction loss of each output would be if it were zero; `size` samples are read at a time."""
+        if len(self.outputs) == 1:
+            return [1.0]  # a single output is balanced with nothing
+
+        def power(output: Rows) -> float:
+            count = len(self.bins)
+            parts = (output[torch.arange(first, min(first + size, count))] for first in range(0, count, size))
+            sums = (sample_losses(torch.zeros_like(part), part, norm).double().sum() for part in parts)
+            return float(sum(sums)) / count
+
+        return [power(output) for output in self.outputs]
 
     def float_batch(self, chosen: Tensor) -> Call:
         """The arguments of the same samples behind the full-precision prefix."""
@@ -204,12 +239,27 @@ class _Cache:
         return tuple(take(value) for value in call[0]), {key: take(value) for key, value in call[1].items()}
 
 
-def first_tensor(value: Any) -> Tensor:
-    """Of a unit's output. The last block of a joint transformer (SD3) returns None where the text's states were."""
-    while isinstance(value, tuple | list):
-        value = next(part for part in value if part is not None)
-    assert isinstance(value, Tensor)
-    return value
+def output_tensors(value: Any) -> tuple[Tensor, ...]:
+    """The floating tensors of a unit's output that have a row for each sample, as the first one has.
+
+    The last block of a joint transformer (SD3) returns None where the text's states were.
+    Raises CalibrationError if there is none.
+    """
+    found = [tensor for tensor in _tensors_in(value) if tensor.is_floating_point() and tensor.ndim]
+    if not found:
+        raise CalibrationError(
+            f"A unit to be fitted returned {type(value).__name__} without a floating-point tensor, so there is nothing "
+            "to match."
+        )
+    return tuple(tensor for tensor in found if tensor.shape[0] == found[0].shape[0])
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | Mapping):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(part)
 
 
 def _captured(
@@ -221,7 +271,7 @@ def _captured(
     def hook_of(unit: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if unit not in seen:  # a module that runs twice is fitted on its first call
-                seen[unit] = (args if with_inputs else (), kwargs if with_inputs else {}, first_tensor(output))
+                seen[unit] = (args if with_inputs else (), kwargs if with_inputs else {}, output_tensors(output))
             if len(seen) == len(units):
                 raise _Reached
 
@@ -251,36 +301,36 @@ class _Filling:
 
     args: list[Column]
     kwargs: dict[str, Column]
-    output: Column | None
+    outputs: list[Column]
 
     @classmethod
     def like(cls, call: Captured, folder: Path | None, outputs: bool) -> _Filling:
-        args, kwargs, _ = call
-        return cls([Column(folder) for _ in args], {key: Column(folder) for key in kwargs}, _column(folder, outputs))
+        args, kwargs, found = call
+        kept = found if outputs else ()
+        return cls(
+            [Column(folder) for _ in args], {key: Column(folder) for key in kwargs}, [Column(folder) for _ in kept]
+        )
 
     def add(self, call: Captured) -> None:
-        args, kwargs, output = call
-        rows = int(output.shape[0])
+        args, kwargs, outputs = call
+        rows = int(outputs[0].shape[0])
         for column, value in zip(self.args, args, strict=True):
             column.add(value, rows)
         for key, column in self.kwargs.items():
             column.add(kwargs[key], rows)
-        if self.output is not None:
-            self.output.add(output, rows)
+        if self.outputs:
+            for column, value in zip(self.outputs, outputs, strict=True):
+                column.add(value, rows)
 
     def call(self) -> Call:
         return tuple(column.joined() for column in self.args), {k: column.joined() for k, column in self.kwargs.items()}
 
 
-def _column(folder: Path | None, wanted: bool) -> Column | None:
-    return Column(folder) if wanted else None
-
-
 def _bytes_by_row(call: Captured, outputs: bool) -> int:
     """Of what a cache keeps of one call."""
-    args, kwargs, output = call
+    args, kwargs, found = call
     values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
-    kept = [value for value in values if value.shape[0] == output.shape[0]] + ([output] if outputs else [])
+    kept = [value for value in values if value.shape[0] == found[0].shape[0]] + (list(found) if outputs else [])
     return sum(value.numel() * value.element_size() for value in kept)
 
 
@@ -357,12 +407,12 @@ def _caches(
     found = {}
     for unit in units:
         args, kwargs = given[unit].call()
-        output = wanted[unit].output
-        assert output is not None
         plain_inputs: Call | None = None
         if float_inputs:
             plain_inputs = wanted[unit].call() if quantized_prefix else (args, kwargs)
-        found[unit] = _Cache(args, kwargs, output.joined(), bins, plain_inputs)
+        found[unit] = _Cache(
+            args, kwargs, tuple(output.joined() for output in wanted[unit].outputs), bins, plain_inputs
+        )
     return found
 
 
@@ -545,17 +595,18 @@ class RoundBlocks:
             for number, unit in enumerate(group, start=first):
                 if unit.name in caches:
                     cache = caches.pop(unit.name)
-                    learnt = samples.learn_(job, unit, cache, soft[unit.name], number)
-                    fitted = fit_unit(
-                        job,
-                        unit,
-                        cache,
-                        fit,
-                        soft=soft[unit.name],
-                        scales=scales[unit.name],
-                        stream=("round", number),
-                        weights=samples.weights,
-                    )
+                    with brought(job, job.denoiser.get_submodule(unit.name)):
+                        learnt = samples.learn_(job, unit, cache, soft[unit.name], number)
+                        fitted = fit_unit(
+                            job,
+                            unit,
+                            cache,
+                            fit,
+                            soft=soft[unit.name],
+                            scales=scales[unit.name],
+                            stream=("round", number),
+                            weights=samples.weights,
+                        )
                     losses[unit.name] = fitted | learnt
             if job.keeper:
                 tensors = {name: r.alpha.detach() for roundings in soft.values() for name, r in roundings.items()}
@@ -569,6 +620,9 @@ class RoundBlocks:
                 harden_soft_(layers[name])
         return losses
 
+
+_READ_AT_ONCE = 32
+"""Samples whose outputs are in memory at once while the power of several outputs is measured."""
 
 _KEPT_LOGITS = ".sample_logits"
 """Where sample weights are kept among roundings by layer name; no layer's name begins with a dot."""
@@ -688,12 +742,13 @@ def _unit_losses(
     module, clock = job.denoiser.get_submodule(unit.name), clocked(job.denoiser)
     name_of = {id(parameter): name for name, parameter in module.named_parameters()}
     names = [name_of[id(rounding.alpha)] for rounding in soft.values()]
+    powers = cache.powers(2.0, _READ_AT_ONCE)
 
     def losses(theta: Theta, chosen: Tensor) -> Tensor:
         args, kwargs, wanted, at = cache.batch(chosen)
         clock.bin = at
         output = functional_call(module, dict(zip(names, theta, strict=True)), args, kwargs)
-        return sample_losses(first_tensor(output), wanted)
+        return balanced(list(map(sample_losses, output_tensors(output), wanted)), powers)
 
     def of_group(chosen: Tensor) -> GroupLoss:
         return lambda theta: losses(theta, chosen).mean()
@@ -772,9 +827,10 @@ class ScaleBlocks:
         for number, unit in enumerate(group, start=first):
             if scales[unit.name]:
                 cache = caches.pop(unit.name)
-                losses[unit.name] = fit_unit(
-                    job, unit, cache, fit, scales=scales[unit.name], stream=("scale", number), weights=weights
-                )
+                with brought(job, job.denoiser.get_submodule(unit.name)):
+                    losses[unit.name] = fit_unit(
+                        job, unit, cache, fit, scales=scales[unit.name], stream=("scale", number), weights=weights
+                    )
         if job.keeper:
             tensors = {name: q.scale.detach() for quantizers in scales.values() for name, q in quantizers.items()}
             job.keeper.save(f"units-{first}", tensors, losses)
@@ -849,6 +905,7 @@ def fit_unit(
     layers = {name: layer for name, layer in quantized_layers(job.denoiser).items() if name in unit.layers}
     inner = [name for name in unit.layers if isinstance(layers[name], QuantizedLayer)][:-1] if fit.layer_weight else []
     drops = job.run.generator("drop", *stream)
+    powers = cache.powers(fit.norm, fit.batch)
 
     def loss_of(chosen: Tensor, *, short: bool = False, fitting: bool = False) -> Tensor:
         args, kwargs, wanted, at = cache.batch(chosen)
@@ -857,11 +914,17 @@ def fit_unit(
         clock.bin = at
         counts = None if weights is None else weights[chosen]
         with (
-            torch.autocast(wanted.device.type, torch.bfloat16) if short else nullcontext(),
+            torch.autocast(wanted[0].device.type, torch.bfloat16) if short else nullcontext(),
             _outputs_of(job.denoiser, inner) as given,
         ):
-            found = first_tensor(module(*args, **kwargs))
-        loss = reconstruction_loss(found.float() if short else found, wanted, fit.norm, counts)
+            found = output_tensors(module(*args, **kwargs))
+        loss = balanced(
+            [
+                reconstruction_loss(one.float() if short else one, other, fit.norm, counts)
+                for one, other in zip(found, wanted, strict=True)
+            ],
+            powers,
+        )
         if fitting and inner:
             loss = loss + fit.layer_weight * _layer_losses(
                 job, unit, cache.float_batch(chosen), given, fit.norm, counts

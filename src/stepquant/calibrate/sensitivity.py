@@ -7,7 +7,9 @@ input. To first order the final state moves by
     dx_T(c) = sum_k J_kl d_klc,     J_kl = dx_T / dy_kl
 
 A weight has the same error in every step, so the terms of the sum do not cancel as independent ones would: they are
-added first and squared afterwards. For a random unit vector v of the D values of x_T
+added first and squared afterwards. Where activations may have other bits in other groups of timesteps, every group has
+a sum of its own, over its steps; errors of different groups then count as independent, as those of layers do. For a
+random unit vector v of the D values of x_T
 
     E_v (v^T dx_T)^2 = |dx_T|^2 / D = rms(dx_T)^2                    (Hutchinson's trace estimator of dx_T dx_T^T / D)
     v^T dx_T(c) = sum_k < g_kl, d_klc >,    g_kl = J_kl^T v          all g_kl from one pass backwards
@@ -43,12 +45,15 @@ from torch import Tensor, nn
 from stepquant.calibrate.final_state import Adjoints, final_drifts, final_states
 from stepquant.calibrate.ranges import Observer, RangeRule, observing, weight_params
 from stepquant.calibrate.reconstruct import clocked
+from stepquant.calibrate.step_groups import TimedScheme, Timeline, joined
+from stepquant.calibrate.steps import DenoiserCall
 from stepquant.calibrate.trajectory import State, Trajectory, advance, state_at
+from stepquant.errors import CalibrationError
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
 from stepquant.model.surgery import Plan, operand_specs, quantized_layers
 from stepquant.numerics.affine import QParams
-from stepquant.numerics.spec import QuantSpec
+from stepquant.numerics.spec import QuantSpec, weight_at
 from stepquant.recipe import Keeper
 from stepquant.run import Run
 
@@ -66,12 +71,24 @@ KEPT_VALUES = 16_384
 class Item:
     """Something that gets a number of bits: a layer's weight, or all its quantized activations.
 
-    bits: candidates beside full precision, ascending.
+    bits: candidates, ascending.
+    group: of timesteps that activations are meant in, noise first; None is all of them, and full precision is a
+        candidate too, which a quantizer with bits over time cannot have.
     """
 
     layer: str
     operand: Operand
     bits: tuple[int, ...]
+    group: int | None = None
+
+    @property
+    def candidates(self) -> tuple[int | None, ...]:
+        """With full precision (None) where it may be chosen, ascending."""
+        return self.bits if self.group is not None else (*self.bits, None)
+
+    def __str__(self) -> str:
+        part = "" if self.group is None else f" in group {self.group + 1}"
+        return f"{self.layer} {self.operand}{part}"
 
 
 Scores = dict[Item, dict[int, float]]
@@ -84,17 +101,23 @@ class Probe:
     denoiser: its layers are in place (`swap_layers_`) with weights in full precision and no quantizers.
     plan: a spec for every operand that may ever be quantized; other bits are taken by `at`.
     rule: of the ranges.
+    until: ends of all groups of timesteps but the last; the activations of each have ranges of their own.
     """
 
-    def __init__(self, denoiser: nn.Module, plan: Plan, rule: RangeRule) -> None:
+    timeline: Timeline
+    groups: tuple[int, ...]
+    """Of timesteps, for every bin. Both are known once trajectories have been observed."""
+
+    def __init__(self, denoiser: nn.Module, plan: Plan, rule: RangeRule, until: tuple[float, ...] = ()) -> None:
         self.denoiser = denoiser
         self.plan = plan
         self.rule = rule
+        self.until = until
         self.layers = quantized_layers(denoiser)
         self.weights = {name: x.weight.detach() for name, x in self.layers.items() if isinstance(x, QuantizedLayer)}
         self.elements: dict[str, float] = {}
         self._observers: dict[tuple[str, str], Observer] = {}
-        self._params: dict[tuple[str, str, QuantSpec], QParams] = {}
+        self._params: dict[tuple[str, str, QuantSpec, tuple[int, ...]], QParams] = {}
         self._installed: Plan = {}
 
     @torch.no_grad()
@@ -105,6 +128,8 @@ class Probe:
         """
         calls = [call for trajectory in trajectories for step in trajectory.steps for call in step.calls]
         clock = clocked(self.denoiser)
+        self.timeline = Timeline.of(clock, trajectories)
+        self.groups = self.timeline.groups_of(self.until)
         with (
             observing(self.denoiser, self.plan, clock, run.generator("allocate")) as observers,
             run.progress.track("Observing activations in full precision", len(calls)) as done,
@@ -119,31 +144,62 @@ class Probe:
         self._observers = observers
         return sum(call.prediction.shape[0] for call in calls)
 
-    def sample_rows(self) -> dict[str, tuple[int, int]]:
-        """Layers that read the sample itself: how many rows `FitInputRanges` gives them, and of how many bins."""
-        bins = clocked(self.denoiser).bins
-        return {name: (len(seen.seen), bins) for (name, _), seen in self._observers.items() if seen.reads_sample}
+    def sample_rows(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Layers that read the sample itself: how many rows `FitInputRanges` gives each group, and of how many bins."""
+        found = {}
+        for (name, _), seen in self._observers.items():
+            if seen.reads_sample:
+                rows = [sum(self.groups[at] == group for at in seen.seen) for group in range(max(self.groups) + 1)]
+                found[name] = tuple(rows), len(self.groups)
+        return found
+
+    def group_of(self, call: DenoiserCall) -> int:
+        """The group of timesteps that a call belongs to. Raises CalibrationError for a call in several of them."""
+        clock = clocked(self.denoiser)
+        value = call.kwargs[clock.argument] if clock.argument in call.kwargs else call.args[clock.position]
+        clock.set(torch.as_tensor(value).detach())
+        found = {self.groups[int(at)] for at in clock.bin}
+        if len(found) > 1:
+            raise CalibrationError(
+                "The images of one call are at timesteps of different groups, so that bits cannot be found for each of "
+                "them: leave step_groups at 1."
+            )
+        return found.pop()
 
     def weight_params(self, name: str, spec: QuantSpec) -> QParams:
         """Scale and zero point of a weight, fitted once."""
-        key = (name, "weight", spec)
+        key = (name, "weight", spec, ())
         if key not in self._params:
             self._params[key] = weight_params(self.weights[name], spec, self.rule)
         return self._params[key]
 
-    def input_params(self, name: str, attribute: str, spec: QuantSpec) -> QParams:
-        """Scale and zero point of an activation, one row for all timesteps, fitted once."""
-        key = (name, attribute, spec)
+    def input_params(self, name: str, attribute: str, spec: QuantSpec, row: Sequence[bool] | None = None) -> QParams:
+        """Scale and zero point of an activation, one row for all timestep bins or for those in `row`, fitted once."""
+        bins = tuple(at for at in range(len(self.groups)) if row is None or row[at])
+        key = (name, attribute, spec, bins)
         if key not in self._params:
-            rows = torch.zeros(clocked(self.denoiser).bins, dtype=torch.int64)
+            rows = torch.full((len(self.groups),), -1)
+            rows[list(bins)] = 0
             seen = self._observers[name, attribute]
             self._params[key] = seen.params(spec, rows, self.rule, f"The {attribute} of {name}")
         return self._params[key]
 
-    def quantizer(self, name: str, attribute: str, spec: QuantSpec) -> InputQuantizer:
-        """A quantizer for one of a layer's operands."""
+    def quantizer(self, name: str, attribute: str, spec: QuantSpec, group: int | None = None) -> InputQuantizer:
+        """A quantizer for one of a layer's operands, with the range of all timesteps or of a group of them."""
         clock = clocked(self.denoiser)
-        return InputQuantizer(spec, clock, self.input_params(name, attribute, spec)).to(clock.edges.device)
+        row = None if group is None else [own == group for own in self.groups]
+        return InputQuantizer(spec, clock, self.input_params(name, attribute, spec, row)).to(clock.edges.device)
+
+    def timed_quantizer(self, name: str, attribute: str, spec: QuantSpec, scheme: TimedScheme) -> InputQuantizer:
+        """A quantizer with bits over time, each with a range of its own."""
+        clock, groups = clocked(self.denoiser), self.timeline.groups_of(scheme.until)
+        bits = [entry.bits for entry in scheme.over_time]
+        rows = [
+            self.input_params(name, attribute, replace(spec, bits=own), [group == number for group in groups])
+            for number, own in enumerate(bits)
+        ]
+        quantizer = InputQuantizer(spec, clock, joined(rows), torch.tensor(groups), bits=bits)
+        return quantizer.to(clock.edges.device)
 
     @torch.no_grad()
     def weight_error(self, name: str, spec: QuantSpec) -> Tensor:
@@ -171,7 +227,10 @@ class Probe:
                 layer.second_quantizer = None
             layer.input_quantizer = None
             for attribute, spec in operand_specs(wanted) if wanted is not None else []:
-                setattr(layer, attribute, self.quantizer(name, attribute, spec))
+                if isinstance(wanted, TimedScheme):
+                    setattr(layer, attribute, self.timed_quantizer(name, attribute, spec, wanted))
+                else:
+                    setattr(layer, attribute, self.quantizer(name, attribute, spec))
         self._installed = dict(plan)
 
 
@@ -197,12 +256,14 @@ def _counting(layers: Mapping[str, nn.Module], rows: int, into: dict[str, float]
 class _Tap:
     """One run of one layer.
 
-    rows: of the denoiser's call. inputs: operands as they came. output: only where no graph is wanted.
+    rows, group: of the denoiser's call; of timesteps. inputs: operands as they came. output: only where no graph is
+        wanted.
     shifts: zeros added to the operands and to the output; derivatives with respect to them are J^T of the two.
     """
 
     name: str
     rows: int
+    group: int
     inputs: tuple[Tensor, ...]
     output: Tensor | None
     input_shifts: tuple[Tensor, ...] = ()
@@ -216,22 +277,25 @@ class _Tap:
 
 @contextmanager
 def _tapped(
-    probe: Probe, items: Sequence[Item], rows_of_calls: Sequence[int], *, shifted: bool
+    probe: Probe, items: Sequence[Item], recorded: Sequence[DenoiserCall], *, shifted: bool
 ) -> Iterator[list[_Tap]]:
-    """Note every run of the items' layers; with `shifted`, put leaves into the graph where items make errors."""
+    """Note every run of the items' layers; with `shifted`, put leaves into the graph where items make errors.
+
+    recorded: calls of the step that runs inside, in their order.
+    """
     operands: dict[str, set[Operand]] = {}
     for item in items:
         operands.setdefault(item.layer, set()).add(item.operand)
     taps: list[_Tap] = []
-    calls = iter(rows_of_calls)
-    rows = [0]
+    calls = iter([(call.prediction.shape[0], probe.group_of(call)) for call in recorded])
+    present = [(0, 0)]
 
     def next_call(_module: nn.Module, _args: Any) -> None:
-        rows[0] = next(calls)
+        present[0] = next(calls)
 
     def before(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            tap = _Tap(name, rows[0], tuple(x.detach() for x in args), None)
+            tap = _Tap(name, *present[0], tuple(x.detach() for x in args), None)
             taps.append(tap)
             if not shifted or "activations" not in operands[name]:
                 return args
@@ -270,14 +334,14 @@ def _operand_errors(probe: Probe, item: Item, bits: int, tap: _Tap) -> list[Tens
     specs = dict(operand_specs(probe.plan[item.layer]))
     for attribute, x in zip(("input_quantizer", "second_quantizer"), tap.inputs, strict=False):
         spec = replace(specs[attribute], bits=bits)
-        errors.append(probe.quantizer(item.layer, attribute, spec)(x) - x)
+        errors.append(probe.quantizer(item.layer, attribute, spec, item.group)(x) - x)
     return errors
 
 
 def _weight_spec(probe: Probe, item: Item, bits: int) -> QuantSpec:
     spec = probe.plan[item.layer].weight
     assert spec is not None
-    return replace(spec, bits=bits)
+    return weight_at(spec, bits)
 
 
 def _per_image(products: Tensor, rows: int, images: int) -> Tensor:
@@ -367,13 +431,10 @@ def _products(
     """v^T J_kl d_klc of every step, the last one first: [items, bits, J, images] float64."""
     adjoints = Adjoints(directions)
     for index in range(len(trajectory.steps) - 1, -1, -1):
-        rows = [call.prediction.shape[0] for call in trajectory.steps[index].calls]
         kept: list[_Tap] = []
 
-        def step(
-            state: State, index: int = index, rows: Sequence[int] = rows, kept: list[_Tap] = kept
-        ) -> tuple[State, list[Tensor]]:
-            with _tapped(probe, items, rows, shifted=True) as taps:
+        def step(state: State, index: int = index, kept: list[_Tap] = kept) -> tuple[State, list[Tensor]]:
+            with _tapped(probe, items, trajectory.steps[index].calls, shifted=True) as taps:
                 after = advance(probe.denoiser, trajectory, index, state)
             kept += taps
             return after, [leaf for tap in taps for leaf in tap.leaves]
@@ -382,6 +443,11 @@ def _products(
         leaves = [leaf for tap in kept for leaf in tap.leaves]
         by_leaf = {id(leaf): [gradients[place] for gradients in found] for place, leaf in enumerate(leaves)}
         yield _step_products(probe, items, kept, by_leaf, bits, len(directions), len(trajectory.seeds))
+
+
+def _within(item: Item, taps: Sequence[_Tap]) -> list[_Tap]:
+    """The runs at timesteps that the item is about."""
+    return [tap for tap in taps if item.group is None or item.group == tap.group]
 
 
 @torch.no_grad()
@@ -403,7 +469,7 @@ def _step_products(
             own = (
                 probe.weight_error(item.layer, _weight_spec(probe, item, wanted)) if item.operand == "weights" else None
             )
-            for tap in of_layer.get(item.layer, []):
+            for tap in _within(item, of_layer.get(item.layer, [])):
                 if own is not None:
                     layer = probe.layers[item.layer]
                     assert isinstance(layer, QuantizedLayer)
@@ -429,7 +495,7 @@ def output_scores(
         for trajectory in trajectories:
             for step in trajectory.steps:
                 rows = [call.prediction.shape[0] for call in step.calls]
-                with _tapped(probe, items, rows, shifted=False) as taps:
+                with _tapped(probe, items, step.calls, shifted=False) as taps:
                     for call in step.calls:
                         probe.denoiser(*call.args, **call.kwargs)
                 for tap in taps:
@@ -437,8 +503,9 @@ def output_scores(
                     energy[tap.name] = energy.get(tap.name, 0.0) + float(tap.output.double().square().sum())
                     values[tap.name] = values.get(tap.name, 0) + tap.output.numel()
                 for item in items:
+                    meant = _within(item, [tap for tap in taps if tap.name == item.layer])
                     for bits in item.bits:
-                        own = sum(_output_error(probe, item, bits, tap) for tap in taps if tap.name == item.layer)
+                        own = sum(_output_error(probe, item, bits, tap) for tap in meant)
                         errors[item, bits] = errors.get((item, bits), 0.0) + own
                 evaluations += sum(rows) * (1 + sum(len(item.bits) for item in items) // max(1, len(energy)))
                 done(1)

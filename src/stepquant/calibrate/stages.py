@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
+from stepquant.calibrate.offload import brought
 from stepquant.calibrate.ranges import RangeRule, observing, weight_params
 from stepquant.calibrate.reconstruct import clocked, rounding_targets
 from stepquant.calibrate.select import inputs, uniform
 from stepquant.calibrate.split import recorded
+from stepquant.calibrate.step_groups import BitsUntil, TimedScheme, Timeline, check_over_time, timed, timed_quantizer
 from stepquant.calibrate.trajectory import Trajectory
 from stepquant.calibrate.windows import windows_of
 from stepquant.errors import SpecError
@@ -30,7 +33,7 @@ from stepquant.model.surgery import (
     standard_rules,
     swap_layers_,
 )
-from stepquant.numerics.spec import LayerScheme, QuantSpec, scheme_for
+from stepquant.numerics.spec import LayerScheme, scheme_for
 from stepquant.recipe import Figures, Job
 
 __all__ = [
@@ -111,21 +114,29 @@ class Select:
 
 @dataclass(frozen=True)
 class LayerRule:
-    """Layers that match `pattern` get these bits (None: floating point). Later rules win over earlier ones."""
+    """Layers that match `pattern` get these bits (None: floating point). Later rules win over earlier ones.
+
+    activations: bits, or bits over time from noise to image, see `calibrate.step_groups`.
+    """
 
     pattern: str
     weights: int | None
-    activations: int | None
+    activations: int | tuple[BitsUntil, ...] | None
     group_size: int | None = None
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     """A nested dataclass ignores unknown keys otherwise."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.activations, tuple):
+            check_over_time(self.activations)
+
     def scheme(self) -> LayerScheme:
-        scheme = scheme_for(self.weights, self.activations)
-        if self.group_size is None or self.weights is None:
-            return scheme
-        return LayerScheme(QuantSpec(self.weights, "group", group_size=self.group_size), scheme.input)
+        """With the most bits where they change over time."""
+        activations = self.activations
+        if isinstance(activations, tuple):
+            activations = max(entry.bits for entry in activations)
+        return scheme_for(self.weights, activations, self.group_size)
 
 
 FLOATING_SOFTMAX = 16
@@ -165,6 +176,11 @@ class Place:
                 "softmax output in floating point)."
             )
 
+    @property
+    def plans_row_bits(self) -> bool:
+        """Whether some layer is to have bits over time."""
+        return any(isinstance(rule.activations, tuple) for rule in self.rules)
+
     def run(self, job: Job) -> Figures:
         trajectories: list[Trajectory] = job.handed["trajectories"]
         floating = make_attention_explicit_(job.denoiser)
@@ -176,7 +192,9 @@ class Place:
         swap_layers_(job.denoiser, plan)
         timesteps = torch.cat([_denoiser_timesteps(job, step.calls) for step in trajectories[0].steps])
         argument, position = timestep_argument(job.full_precision)
-        attach_clock(job.denoiser, StepClock(edges_between(timesteps), argument, position))
+        clock = StepClock(edges_between(timesteps), argument, position)
+        attach_clock(job.denoiser, clock.to(next(job.full_precision.parameters()).device))
+        _check_timesteps(plan, clocked(job.denoiser), trajectories)
         job.denoiser.requires_grad_(False)
         job.handed["plan"] = plan
         return {"layers": len(plan), "attention_left_in_float": floating, "layers_that_never_ran": idle}
@@ -193,7 +211,12 @@ class Place:
         )
         if floating and base.input is not None:
             rules += [Rule(name, LayerScheme(second=base.input)) for name in order if name.endswith("values")]
-        return make_plan(denoiser, [*rules, *(Rule(rule.pattern, rule.scheme()) for rule in self.rules)])
+        plan = make_plan(denoiser, [*rules, *(Rule(rule.pattern, rule.scheme()) for rule in self.rules)])
+        for name, scheme in plan.items():
+            last = next((rule for rule in reversed(self.rules) if fnmatch.filter([name], rule.pattern)), None)
+            if last is not None and isinstance(last.activations, tuple):
+                plan[name] = timed(scheme, last.activations)
+        return plan
 
     def check(self, job: Job) -> None:
         """Patterns that match nothing and group sizes that do not divide show before anything is recorded."""
@@ -203,6 +226,14 @@ class Place:
         """What `run` would place, without running the model (layers in order of registration). Changes `denoiser`."""
         make_attention_explicit_(denoiser)
         return self._resolve(denoiser, list(quantizable(denoiser)))
+
+
+def _check_timesteps(plan: dict[str, LayerScheme], clock: StepClock, trajectories: list[Trajectory]) -> None:
+    """Raise SpecError for bits over time that do not fit the timesteps of the recording."""
+    timeline = Timeline.of(clock, trajectories)
+    for name, scheme in plan.items():
+        if isinstance(scheme, TimedScheme):
+            timeline.groups_of(scheme.until, f"The bits over time of {name}")
 
 
 def _denoiser_timesteps(job: Job, calls: tuple[object, ...]) -> torch.Tensor:
@@ -238,12 +269,13 @@ class FitWeightRanges:
                 layer, spec = layers[name], plan[name].weight
                 assert isinstance(layer, QuantizedLayer)
                 assert spec is not None
-                layer.weight_quantizer = WeightQuantizer(spec, weight_params(weights[name], spec, self.rule)).to(
-                    layer.weight.device
-                )
-                layer.weight.data = weights[name].to(layer.weight.dtype, copy=True)
-                layer.on_grid = False
-                layer.harden_()
+                with brought(job, layer):
+                    weight = weights[name].to(layer.weight.device)
+                    params = weight_params(weight, spec, self.rule)
+                    layer.weight_quantizer = WeightQuantizer(spec, params).to(weight.device)
+                    layer.weight.data = weight.to(layer.weight.dtype, copy=True)
+                    layer.on_grid = False
+                    layer.harden_()
                 advance(1)
         return {"layers": len(named)}
 
@@ -256,6 +288,7 @@ class FitInputRanges:
     samples: calibration samples to observe, spread evenly over the calibration set.
     windows: lengths of consecutive windows of steps, noise first, that get a row of parameters each; "step" gives
         every timestep that calibration saw a row, and others that of the next noisier; None is one row for all.
+        Rows are divided where the plan has the bits of a layer change.
     """
 
     rule: RangeRule = "mse"
@@ -266,6 +299,7 @@ class FitInputRanges:
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "model", "plan"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
     replaces_input_quantizers: ClassVar[bool] = True
+    follows_planned_bits: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.windows, str) and self.windows != "step":
@@ -290,13 +324,26 @@ class FitInputRanges:
         windows = None if self.windows == "step" else self.windows
         row_of_bin = row_of_bins(clock, job.handed["trajectories"], windows)
         layers = quantized_layers(job.denoiser)
+        timeline = Timeline.of(clock, job.handed["trajectories"])
         with job.run.progress.track("Fitting activation ranges", len(observers)) as advance:
             for name, scheme in plan.items():
                 for attribute, spec in operand_specs(scheme):
                     if spec.dynamic:
+                        if isinstance(scheme, TimedScheme):
+                            raise SpecError(
+                                f"{name} is to have bits over time, which its ranges, found at run time, cannot have: "
+                                "give its rule one number of bits."
+                            )
                         setattr(layers[name], attribute, DynamicQuantizer(spec))
                         continue
                     seen = observers[name, attribute]
+                    if isinstance(scheme, TimedScheme):
+                        base = None if self.windows == "step" else row_of_bin
+                        where = f"The {attribute} of {name}"
+                        quantizer = timed_quantizer(seen, scheme, spec, timeline, base, self.rule, where)
+                        setattr(layers[name], attribute, quantizer)
+                        advance(1)
+                        continue
                     own = self.windows == "step" or seen.keeps_sample(spec)
                     rows = seen.own_rows() if own else row_of_bin
                     params = seen.params(spec, rows, self.rule, f"The {attribute} of {name}")

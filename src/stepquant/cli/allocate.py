@@ -26,6 +26,11 @@ from stepquant.work_folder import hold
 
 __all__ = ["allocate", "plan_settings"]
 
+_OVER_TIME = (
+    "# Activations with a list have bits over time, noise first: those of an entry until its timestep, inclusive, and "
+    "those\n# of the last one for the rest."
+)
+
 
 def allocate(request: QuantizeRequest, settings: Settings, json_target: str | None) -> None:
     """Find the bits, write the plan, and say what it promises."""
@@ -57,6 +62,7 @@ def allocate(request: QuantizeRequest, settings: Settings, json_target: str | No
             run=Run(seed=resolved.seed, work=work, progress=progress_for(settings)),
             arguments=ready(resolved.arguments, recorded_images(resolved) or 1),
             resume=request.resume,
+            denoiser=resolved.denoiser,
         ).figures[-1]
         replace_text(out, _plan_text(resolved, found))
         remove_work(work)
@@ -78,12 +84,19 @@ def plan_settings(resolved: Resolved, rules: list[Mapping[str, Any]]) -> dict[st
         {
             "pattern": rule["pattern"],
             "weights": 16 if rule["weights"] is None else rule["weights"],
-            "activations": 16 if rule["activations"] is None else rule["activations"],
+            "activations": _activations(rule["activations"]),
             **({} if rule.get("group_size") is None else {"group_size": rule["group_size"]}),
         }
         for rule in rules
     ]
     return {**data, "rules": [*found, *(data.get("rules") or [])]}
+
+
+def _activations(bits: Any) -> Any:
+    """Bits of a rule as `run.yaml` has them: 16 for floating point, and a list of bits over time without nulls."""
+    if isinstance(bits, int) or bits is None:
+        return 16 if bits is None else bits
+    return [{key: value for key, value in dict(entry).items() if value is not None} for entry in bits]
 
 
 def _beginning(recipe: Recipe) -> Recipe:
@@ -118,6 +131,7 @@ def _plan_text(resolved: Resolved, found: Mapping[str, Any]) -> str:
         f"# Bits for {budget}: {_summary(found)}.",
         "# The drift is the root mean square of the change of the final sample, from what was free to choose.",
         "# Rules are tried in order and the last that matches wins. 16 leaves a tensor in floating point.",
+        *([_OVER_TIME] if found.get("until") else []),
         "# `stepquant check` shows what this file stands for, `stepquant quantize --config` takes it.",
     ]
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=160)

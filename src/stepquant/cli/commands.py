@@ -61,6 +61,22 @@ Schedule = Annotated[
     ),
 ]
 
+Denoiser = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Which denoiser, of a pipeline that switches between two: transformer or transformer_2 (Wan 2.2). Each "
+        "gets a checkpoint of its own.",
+    ),
+]
+Onto = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="CHECKPOINT",
+        help="The checkpoint of the pipeline's other denoiser: both are then quantized.",
+    ),
+]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -156,6 +172,14 @@ def quantize(
             "Changes nothing in the result.",
         ),
     ] = None,
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload",
+            help="Keep the denoiser's blocks in main memory and bring them to the GPU in turn: slower, for models that "
+            "do not fit.",
+        ),
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done and what it would take, and do nothing.")
@@ -164,6 +188,7 @@ def quantize(
     tensorboard: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write what the stages measure there, for TensorBoard.")
     ] = None,
+    denoiser: Denoiser = None,
     prompts: Prompts = None,
     argument: Arguments = None,
     json_: Json = None,
@@ -188,6 +213,7 @@ def quantize(
         "target": target,
         "max_bytes": max_bytes,
         "max_drift": max_drift,
+        "denoiser": denoiser,
     }
     given: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
     if argument or prompts:
@@ -201,6 +227,7 @@ def quantize(
         overwrite=overwrite,
         tensorboard=tensorboard,
         max_memory=None if max_memory is None else bytes_named(max_memory),
+        offload=offload,
     )
     if dry_run:
         work.show_plan(request, _settings(ctx), json_, measured=True)
@@ -247,6 +274,7 @@ def allocate(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an allocation that was interrupted.")] = False,
+    denoiser: Denoiser = None,
     overwrite: Overwrite = False,
     json_: Json = None,
 ) -> None:
@@ -271,6 +299,7 @@ def allocate(
         "target": target,
         "max_bytes": max_bytes,
         "max_drift": max_drift,
+        "denoiser": denoiser,
     }
     given = {key: value for key, value in flags.items() if value is not None}
     request = work.QuantizeRequest(out, config, tuple(set_ or ()), given, resume=resume, overwrite=overwrite)
@@ -298,6 +327,7 @@ def sample(
     prompts: Prompts = None,
     argument: Arguments = None,
     schedule: Schedule = "strict",
+    onto: Onto = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Sample images from a model or a checkpoint.
@@ -307,7 +337,7 @@ def sample(
     from stepquant.cli import work
 
     given = _with_prompts(argument, prompts)
-    sampling = work.Sampling(parse_seeds(seeds), steps, batch_size, given, engine, device, schedule)
+    sampling = work.Sampling(parse_seeds(seeds), steps, batch_size, given, engine, device, schedule, onto)
     work.sample(source, out, sampling, _settings(ctx), grid=grid, overwrite=overwrite)
 
 
@@ -362,6 +392,7 @@ def evaluate(
     prompts: Prompts = None,
     argument: Arguments = None,
     schedule: Schedule = "strict",
+    onto: Onto = None,
     allow_calibration_seeds: Annotated[
         bool, typer.Option("--allow-calibration-seeds", help="Also evaluate on seeds that were calibrated on.")
     ] = False,
@@ -381,7 +412,9 @@ def evaluate(
     from stepquant.cli import work
 
     chosen = [] if seeds is None else parse_seeds(seeds)
-    sampling = work.Sampling(chosen, steps, batch_size, _with_prompts(argument, prompts), engine, device, schedule)
+    sampling = work.Sampling(
+        chosen, steps, batch_size, _with_prompts(argument, prompts), engine, device, schedule, onto
+    )
     measuring = evaluation.Measuring(
         features,
         protocol,
@@ -565,14 +598,18 @@ def export(
     ctx: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="What `quantize` wrote.")],
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="OUT", help="Folder for torchao-int8, file.onnx or file.xml.")
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="OUT", help="Folder for torchao-int8, file.safetensors, file.onnx or file.xml."
+        ),
     ],
     format_: Annotated[
-        Literal["torchao-int8", "onnx", "openvino"],
+        Literal["torchao-int8", "comfyui", "onnx", "openvino"],
         typer.Option(
             "--format",
-            help="torchao-int8: a pipeline that diffusers loads without stepquant. onnx, openvino: the network alone, "
-            "of UNet2DModel; others through Python, stepquant.integrations.graphs.",
+            help="torchao-int8: a pipeline that diffusers loads without stepquant. comfyui: the network of Stable "
+            "Diffusion 1, 2, XL, Flux or Wan, with int8 weights. onnx, openvino: the network alone, of UNet2DModel; "
+            "others through Python, stepquant.integrations.graphs.",
         ),
     ],
     json_: Json = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def settings_of(source: str) -> dict[str, Any]:
             "own settings."
         )
     found: dict[str, Any] = {"model": manifest.base_model}
-    if any(stage.get("stage") == "Place" for stage in manifest.recipe.get("stages", [])):
+    if any(stage.get("stage") in ("Place", "Allocate") for stage in manifest.recipe.get("stages", [])):
         found["recipe"] = dict(manifest.recipe)
     found |= {"steps": (manifest.schedule or {}).get("steps"), "seed": manifest.run.get("seed")}
     return {key: value for key, value in found.items() if value is not None}
@@ -124,21 +125,40 @@ def settings_of(source: str) -> dict[str, Any]:
 def patched(settings: Mapping[str, Any], rules: Sequence[LayerRule]) -> dict[str, Any]:
     """Settings in the form of `run.yaml` with further rules behind those that they have.
 
+    Bits over time that a rule has asked for stay, unless the activations get more bits.
     Raises SpecError if `stepquant check` would not accept them.
     """
     added = plain_rules(rules)
     changed = dict(settings)
     recipe = changed.get("recipe")
     if recipe is None:
-        changed["rules"] = [*(changed.get("rules") or []), *added]
+        present = changed.get("rules") or []
+        changed["rules"] = [*present, *_over_time_kept(present, added)]
     else:
         stages = [dict(stage) for stage in (recipe["stages"] if isinstance(recipe, Mapping) else recipe)]
         for stage in stages:
-            if stage.get("stage") == "Place":
-                stage["rules"] = [*(stage.get("rules") or []), *added]
+            if stage.get("stage") == "Allocate":  # its Place is inside
+                stage["place"] = dict(stage["place"])
+            place = {"Place": stage, "Allocate": stage.get("place")}.get(str(stage.get("stage")))
+            if place is not None:
+                present = place.get("rules") or []
+                place["rules"] = [*present, *_over_time_kept(present, added)]
         changed["recipe"] = {**recipe, "stages": stages} if isinstance(recipe, Mapping) else stages
     resolve(changed, source="the patched settings")
     return changed
+
+
+def _over_time_kept(present: Sequence[Mapping[str, Any]], added: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Added rules, with the bits over time of their layers where they would put the fewest of them in their place."""
+    found = []
+    for rule in added:
+        matching = [old for old in present if fnmatch.filter([rule["pattern"]], old["pattern"])]
+        bits = matching[-1].get("activations") if matching else None
+        if isinstance(bits, list) and min(entry["bits"] for entry in bits) == rule["activations"]:
+            found.append({**rule, "activations": bits})
+        else:
+            found.append(dict(rule))
+    return found
 
 
 def _write_patch(request: DoctorRequest, diagnosis: Diagnosis) -> bool:

@@ -15,19 +15,26 @@ from stepquant.run import Run
 __all__ = ["estimate_of", "sentence"]
 
 
-def estimate_of(pipe: Any, resolved: Resolved, max_memory: int | None) -> dict[str, Any] | None:
-    """Bytes and seconds as plain data; None for a recipe that records nothing. Samples one image in a few steps."""
+def estimate_of(pipe: Any, resolved: Resolved, max_memory: int | None, offload: Any = None) -> dict[str, Any] | None:
+    """Bytes and seconds as plain data; None for a recipe that records nothing. Samples one image in a few steps.
+
+    offload: as for `Run`; "device_bytes" is only there with it, and "memory_bytes" is then main memory.
+    """
     found = api.estimate(
         pipe,
         resolved.recipe,
         steps=resolved.steps,
-        run=Run(seed=resolved.seed, max_memory=max_memory),
+        run=Run(seed=resolved.seed, max_memory=max_memory, offload=offload),
         arguments=ready(resolved.arguments, recorded_images(resolved) or 1),
+        denoiser=resolved.denoiser,
     )
     if found is None:
         return None
+    where = {"memory_bytes": found.memory(max_memory)}
+    if offload is not None:
+        where = {"memory_bytes": 2 * found.network, "device_bytes": found.on_device(max_memory)}
     return {
-        "memory_bytes": found.memory(max_memory),
+        **where,
         "disk_bytes": found.disk(max_memory),
         "recording_bytes": found.recording,
         "cache_bytes": found.caches,
@@ -39,8 +46,13 @@ def estimate_of(pipe: Any, resolved: Resolved, max_memory: int | None) -> dict[s
 
 def sentence(found: Mapping[str, Any]) -> str:
     """The estimate in words."""
+    memory = f"{bytes_text(found['memory_bytes'])} of memory"
+    if "device_bytes" in found:
+        memory = (
+            f"{bytes_text(found['memory_bytes'])} of main memory and {bytes_text(found['device_bytes'])} on the device"
+        )
     text = (
-        f"About {bytes_text(found['memory_bytes'])} of memory beside activations and optimizers, "
+        f"About {memory} beside activations and optimizers, "
         f"{bytes_text(found['disk_bytes'])} of disk, {duration(found['seconds'])}"
     )
     others = ", ".join(found["uncounted_stages"])

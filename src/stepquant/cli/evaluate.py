@@ -12,7 +12,7 @@ from typing import Any, Literal
 from stepquant.cli import views
 from stepquant.cli.console import Interrupted, Settings, interruptible, progress_for, stdout_console, write_json
 from stepquant.cli.outputs import evaluation_path
-from stepquant.cli.work import Sampling, base_model_of, device_named, prepare, steps_of
+from stepquant.cli.work import Sampling, base_model_of, device_named, prepare, refuse_onto_a_model, steps_of
 from stepquant.errors import StepquantError
 from stepquant.evaluate.clip import ClipScore
 from stepquant.evaluate.compare import METRICS
@@ -102,13 +102,15 @@ def measure(
     prepare(settings)
     device = device_named(sampling.device)
     options = {"device": device, "engine": sampling.engine, "schedule": sampling.schedule}
-    source = open_source(str(candidate), **options)
+    if sampling.onto is not None:
+        refuse_onto_a_model(str(candidate))
+    source = open_source(str(candidate), onto=sampling.onto, **options)
     base = against or base_model_of(Path(candidate), _description(candidate))
     reference = open_source(base, **options)
     seeds = sampling.seeds or source.seeds or reference.seeds or list(_EVALUATED)
     arguments = sampling.pipeline_arguments(len(seeds))
     if not measuring.allow_calibration_seeds:
-        for name in (str(candidate), base):
+        for name in (str(candidate), base, *([str(sampling.onto)] if sampling.onto is not None else [])):
             refuse_calibration_seeds(seeds, _description(name).get("manifest") or {}, name=name)
     features, lpips, clip, remarks = _networks(measuring, device)
     work, processes = _evaluation_work(candidate), joined()
@@ -135,7 +137,8 @@ def measure(
             resume=measuring.resume,
             remarks=remarks,
         )
-    return {**results, "candidate": str(Path(candidate)), "against": base, "command": settings.command}
+    named = {"candidate": str(Path(candidate)), "against": base, "command": settings.command}
+    return {**results, **named, **({} if sampling.onto is None else {"onto": str(sampling.onto)})}
 
 
 def _description(source: str | Path) -> dict[str, Any]:

@@ -11,14 +11,19 @@ from stepquant.cli.work import prepare
 
 __all__ = ["Format", "export"]
 
-Format = Literal["torchao-int8", "onnx", "openvino"]
+Format = Literal["torchao-int8", "comfyui", "onnx", "openvino"]
 
 
 def export(checkpoint: Path, out: Path, format_: Format, settings: Settings, json_target: str | None) -> None:
     """Write it, and say what it lacks."""
     refuse_existing(out, overwrite=False)
     prepare(settings)
-    found = _torchao(checkpoint, out) if format_ == "torchao-int8" else _graph(checkpoint, out, format_)
+    if format_ == "torchao-int8":
+        found = _torchao(checkpoint, out)
+    elif format_ == "comfyui":
+        found = _comfyui(checkpoint, out)
+    else:
+        found = _graph(checkpoint, out, format_)
     if json_target is not None:
         write_json(found, json_target)
     if json_target == "-" or settings.quiet:
@@ -33,6 +38,13 @@ def _torchao(checkpoint: Path, out: Path) -> dict[str, Any]:
     from stepquant.integrations.stock import export_torchao
 
     made = export_torchao(checkpoint, out)
+    return {"path": str(out), "int8": list(made.int8), "lost": list(made.lost)}
+
+
+def _comfyui(checkpoint: Path, out: Path) -> dict[str, Any]:
+    from stepquant.integrations.comfyui import export_comfyui
+
+    made = export_comfyui(checkpoint, out)
     return {"path": str(out), "int8": list(made.int8), "lost": list(made.lost)}
 
 

@@ -79,7 +79,7 @@ def plan_of(resolved: Resolved) -> dict[str, Any]:
     from stepquant.recipe import Checked, Job
     from stepquant.run import Run
 
-    denoiser = find_denoiser(pipe)[1]
+    denoiser = find_denoiser(pipe, resolved.denoiser)[1]
     job = Job(pipe, denoiser, denoiser, Run(seed=resolved.seed), resolved.steps, resolved.arguments)
     # Planning may rebuild attention layers, so it gets a network of its own.
     plans = [stage.plan(copy.deepcopy(denoiser)) for stage in resolved.recipe.stages if isinstance(stage, Planning)]
@@ -101,9 +101,12 @@ def _local_model(model: str) -> Any:
     return api.open_model(model)
 
 
-def _scheme_bits(scheme: Any) -> dict[str, int | None]:
+def _scheme_bits(scheme: Any) -> dict[str, Any]:
+    """Bits of each tensor, and those of activations over time where a plan has them."""
     specs = {"weight": scheme.weight, "input": scheme.input, "second": scheme.second}
-    return {name: None if spec is None else spec.bits for name, spec in specs.items()}
+    over_time = [{"bits": entry.bits, "until": entry.until} for entry in getattr(scheme, "over_time", ())]
+    found = {name: None if spec is None else spec.bits for name, spec in specs.items()}
+    return found | ({"over_time": over_time} if over_time else {})
 
 
 def _bits_text(bits: Any, row_bits: Mapping[str, Sequence[int]] | None = None) -> str:
@@ -144,7 +147,9 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     if layers:
         table = Table(_names("layer"), "bits", title=f"{len(layers)} quantized layers", title_justify="left")
         for layer, bits in layers.items():
-            table.add_row(layer, _bits_text(bits))
+            over_time = [entry["bits"] for entry in bits.get("over_time", ())]
+            plain = {name: value for name, value in bits.items() if name != "over_time"}
+            table.add_row(layer, _bits_text(plain, {"input": over_time, "second": over_time} if over_time else None))
         console.print(table)
     if "note" in plan:
         console.print(plan["note"])

@@ -38,6 +38,7 @@ from stepquant.config import Resolved, apply_overrides, dump, load_config, resol
 from stepquant.errors import CheckpointError, SpecError
 from stepquant.evaluate.images import save_png, to_grid
 from stepquant.inspection import inspect_checkpoint
+from stepquant.manifest import MANIFEST_NAME
 from stepquant.processes import joined
 from stepquant.run import Run
 from stepquant.work_folder import hold
@@ -50,6 +51,7 @@ __all__ = [
     "kept_if_worth_it",
     "prepare",
     "quantize",
+    "refuse_onto_a_model",
     "run_quantize",
     "sample",
     "show_plan",
@@ -66,7 +68,7 @@ class QuantizeRequest:
 
     out: None where nothing is to be written.
     tensorboard: folder for scalars of the stages' figures, None for none.
-    max_memory: as for `Run`.
+    max_memory: as for `Run`. offload: whether the denoiser's blocks stay in main memory.
     flags: settings of the command line under their names in `run.yaml`.
     """
 
@@ -78,6 +80,7 @@ class QuantizeRequest:
     overwrite: bool = False
     tensorboard: Path | None = None
     max_memory: int | None = None
+    offload: bool = False
 
     def resolved(self) -> Resolved:
         """preset < file < command line; of arguments, each by itself."""
@@ -92,7 +95,11 @@ class QuantizeRequest:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which images to sample and how. steps None: the checkpoint's own."""
+    """Which images to sample and how.
+
+    steps: None for the checkpoint's own.
+    onto: the checkpoint of the pipeline's other denoiser, whose pipeline the sampled checkpoint is loaded onto.
+    """
 
     seeds: list[int]
     steps: int | None = None
@@ -101,6 +108,7 @@ class Sampling:
     engine: str = "auto"
     device: str = "auto"
     schedule: Literal["strict", "nearest"] = "strict"
+    onto: Path | None = None
 
     def pipeline_arguments(self, count: int | None = None) -> dict[str, Any]:
         """The `--argument KEY=VALUE` of the command line as keyword arguments for `count` images, one for each seed."""
@@ -156,8 +164,8 @@ def show_plan(request: QuantizeRequest, settings: Settings, json_target: str | N
     resolved = request.resolved()
     plan = views.plan_of(resolved)
     if measured and "note" not in plan:
-        pipe = api.open_model(resolved.model, device=device_named(resolved.device))
-        plan["estimate"] = estimate.estimate_of(pipe, resolved, request.max_memory)
+        pipe, onto = _opened(resolved, offload=request.offload)
+        plan["estimate"] = estimate.estimate_of(pipe, resolved, request.max_memory, onto)
     if json_target is not None:
         write_json(plan, json_target)
     if json_target != "-":
@@ -182,6 +190,7 @@ def quantize(request: QuantizeRequest, settings: Settings, json_target: str | No
         overwrite=request.overwrite,
         tensorboard=request.tensorboard,
         max_memory=request.max_memory,
+        offload=request.offload,
     )
     if not processes.first:
         return
@@ -221,6 +230,7 @@ def run_quantize(
     overwrite: bool = False,
     tensorboard: Path | None = None,
     max_memory: int | None = None,
+    offload: bool = False,
 ) -> list[dict[str, Any]]:
     """Quantize, save, and remove the work folder. Returns the figures of the stages.
 
@@ -235,7 +245,7 @@ def run_quantize(
         if scalars is not None:
             scalars.add(number, figures)
 
-    pipe = api.open_model(resolved.model, device=device_named(resolved.device))
+    pipe, onto = _opened(resolved, offload=offload)
     work = work_folder(out)
     run = Run(
         seed=resolved.seed,
@@ -244,6 +254,7 @@ def run_quantize(
         finished=finished,
         processes=processes,
         max_memory=max_memory,
+        offload=onto,
     )
     with (
         hold(work) if processes.first else nullcontext(),
@@ -253,7 +264,7 @@ def run_quantize(
         if processes.first and not (work / WORK_MARK).exists():
             dump(resolved, work / WORK_MARK)
         if processes.first and not resume:
-            found = estimate.estimate_of(pipe, resolved, max_memory)
+            found = estimate.estimate_of(pipe, resolved, max_memory, onto)
             if found is not None:
                 logger.info("%s", estimate.sentence(found), extra={"data": found})
         quantized = api.quantize(
@@ -264,6 +275,7 @@ def run_quantize(
             arguments=ready(resolved.arguments, recorded_images(resolved) or 1),
             base_model=resolved.model,
             resume=resume,
+            denoiser=resolved.denoiser,
         )
         if processes.first:
             if not out.exists():
@@ -273,6 +285,16 @@ def run_quantize(
     if scalars is not None:
         scalars.close()
     return list(quantized.figures)
+
+
+def _opened(resolved: Resolved, *, offload: bool) -> tuple[Any, Any]:
+    """The model where it is calibrated, and with `offload` the device that its blocks come to (`Run.offload`)."""
+    device = device_named(resolved.device)
+    if not offload:
+        return api.open_model(resolved.model, device=device), None
+    if device.type == "cpu":
+        logger.warning("With --offload on the CPU, blocks are copied within main memory: it takes longer for nothing.")
+    return api.open_model(resolved.model), device
 
 
 def _conclude(resolved: Resolved, out: Path, figures: Iterable[Mapping[str, Any]]) -> None:
@@ -320,7 +342,10 @@ def sample(
     processes.from_first(lambda: refuse_used_folder(out, overwrite=overwrite))
     arguments = sampling.pipeline_arguments()
     prepare(settings)
-    options = {"engine": sampling.engine, "schedule": sampling.schedule}
+    options: dict[str, Any] = {"engine": sampling.engine, "schedule": sampling.schedule}
+    if sampling.onto is not None:
+        refuse_onto_a_model(source)
+        options["onto"] = api.load(sampling.onto, **options)
     pipe, kind = api.open_any(source, device=device_named(sampling.device), **options)
     steps = sampling.steps
     if steps is None:
@@ -359,6 +384,15 @@ def write_images(images: Any, seeds: Sequence[int], folder: Path, *, grid: bool)
     if grid:
         columns = max(1, round(len(seeds) ** 0.5))
         to_grid(images[:, 0] if videos else images, columns).save(folder / "grid.png")
+
+
+def refuse_onto_a_model(source: str) -> None:
+    """`--onto` joins two checkpoints; a full-precision model has both of its denoisers."""
+    if not (Path(source) / MANIFEST_NAME).is_file():
+        raise SpecError(
+            f"--onto goes with a checkpoint of the other denoiser, and {source} is none: give both checkpoints, in "
+            "any order."
+        )
 
 
 def base_model_of(checkpoint: Path, description: Mapping[str, Any]) -> str:

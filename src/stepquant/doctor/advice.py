@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import yaml
 from torch import nn
@@ -52,7 +53,7 @@ def _literal(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
-def plain_rules(rules: Iterable[LayerRule]) -> list[dict[str, str | int | None]]:
+def plain_rules(rules: Iterable[LayerRule]) -> list[dict[str, Any]]:
     """Rules as values of `run.yaml`; null is floating point."""
     return [{"pattern": rule.pattern, "weights": rule.weights, "activations": rule.activations} for rule in rules]
 

@@ -7,6 +7,8 @@ arithmetic inside the graph.
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -23,6 +25,8 @@ from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.surgery import quantized_layers
 
 __all__ = ["Engine", "GraphEngine", "Placement", "SimulatedEngine", "choose", "engines", "pack_", "place"]
+
+logger = logging.getLogger(__name__)
 
 Layer = QuantizedLayer | QuantizedMatmul
 
@@ -114,6 +118,7 @@ def pack_(denoiser: nn.Module, engine: str = "auto") -> dict[str, Placement]:
 
     engine: a name of `engines()`, or "auto". Layers that it refuses stay simulated.
     A packed model runs but cannot be saved or calibrated: keep the checkpoint.
+    Where it refuses every layer, a warning says why and what that costs.
     """
     if engine != "auto":
         _known(engine)
@@ -130,6 +135,7 @@ def pack_(denoiser: nn.Module, engine: str = "auto") -> dict[str, Placement]:
         for key, child in list(parent._modules.items()):
             if child is not None and id(child) in packed:
                 parent._modules[key] = packed[id(child)]
+    _warn_of_none(engine, placed)
     return placed
 
 
@@ -143,7 +149,24 @@ def place(denoiser: nn.Module, engine: str | GraphEngine = "auto") -> tuple[nn.M
     if not isinstance(runs, GraphEngine):
         return denoiser, pack_(denoiser, runs if isinstance(runs, str) else runs.name)
     placed = {name: choose(layer, _device_of(layer), runs.name) for name, layer in quantized_layers(denoiser).items()}
-    return runs.compile(denoiser), placed
+    compiled = runs.compile(denoiser)
+    _warn_of_none(runs.name, placed)
+    return compiled, placed
+
+
+def _warn_of_none(engine: str, placed: Mapping[str, Placement]) -> None:
+    """Say so if the engine that was asked for takes no layer at all: nothing runs faster then."""
+    if engine == "auto" or not placed or any(placement.engine == engine for placement in placed.values()):
+        return
+    reasons = Counter(placement.refusals[engine] for placement in placed.values())
+    text = " ".join(f"({count}) {reason}" for reason, count in reasons.most_common())
+    logger.warning(
+        "Engine %r takes none of the %d quantized layers. They run as simulated arithmetic: the time of the "
+        "full-precision layers, and that of rounding their inputs besides. Layers and reasons: %s",
+        engine,
+        len(placed),
+        text,
+    )
 
 
 def _known(name: str) -> Engine | GraphEngine:

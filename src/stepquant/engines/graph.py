@@ -80,6 +80,7 @@ _LIBRARY.define("quantized(Tensor x, float scale, int zero_point, bool signed) -
 _LIBRARY.define("dequantized(Tensor levels, Tensor scale, int axis) -> Tensor")
 _LIBRARY.impl("quantized", _quantized, "CompositeExplicitAutograd")
 _LIBRARY.impl("dequantized", _dequantized, "CompositeExplicitAutograd")
+_MOVEDIM = "aten::movedim"
 _quantize, _restore = torch.ops.stepquant.quantized, torch.ops.stepquant.dequantized
 
 
@@ -100,8 +101,22 @@ def _register_symbols() -> None:
         restored = g.op("DequantizeLinear", levels, scale, axis_i=constant(axis, "i", "axis"))
         return restored.setType(scale.type().with_sizes(levels.type().sizes()))
 
+    def movedim(g: Any, x: Any, source: Any, destination: Any) -> Any:
+        # For negative axes torch's own form has negative numbers in the order, which ONNX does not have.
+        rank: Any = symbolic_helper._get_tensor_rank(x)
+        ends = (constant(value, "t", "dim").reshape(-1).tolist() for value in (source, destination))
+        return g.op("Transpose", x, perm_i=_order_of(rank, *ends))
+
     exporter.register_custom_op_symbolic("stepquant::quantized", quantized, OPSET)
     exporter.register_custom_op_symbolic("stepquant::dequantized", dequantized, OPSET)
+    exporter.register_custom_op_symbolic(_MOVEDIM, movedim, OPSET)
+
+
+def _order_of(rank: int, source: list[int], destination: list[int]) -> list[int]:
+    """The permutation of axes that `movedim` is."""
+    goes = {to % rank: at % rank for at, to in zip(source, destination, strict=True)}
+    others = (axis for axis in range(rank) if axis not in goes.values())
+    return [goes[axis] if axis in goes else next(others) for axis in range(rank)]
 
 
 def refusal(layer: QuantizedLayer | QuantizedMatmul) -> str | None:
@@ -563,6 +578,8 @@ def export(
             "operation in other terms, or run the layers in torch: engine='simulated'."
         ) from error
     finally:
+        exporter: Any = torch.onnx
+        exporter.unregister_custom_op_symbolic(_MOVEDIM, OPSET)
         lowered.clock.bin = torch.zeros(1, dtype=torch.int64)
     return outputs
 

@@ -1,4 +1,4 @@
-"""The int_mm engine: linear layers and 1x1 convolutions as one int8 matrix product, `torch._int_mm`.
+"""The int_mm engine: linear layers and convolutions as one int8 matrix product, `torch._int_mm`.
 
 For CUDA devices, where that is a cuBLASLt kernel. NOT YET RUN ON A GPU: it is tested on CPUs, where the same function
 exists but the oneDNN engine is faster. `auto` therefore never takes it; ask for it by name.
@@ -10,10 +10,15 @@ With levels as int8, a (zero point z_a) of the input `[M, K]` and q (zero point 
 Everything in the bracket is exact in int32. Unsigned levels are kept less 128, and so are their zero points. Scales and
 zero points stay tensors that are gathered by the clock's bin, one for each sample if timesteps are mixed: no value
 travels to the host, so one graph serves all timesteps.
+
+A convolution's row k runs over kernel positions and channels: the int8 levels that each output position looks at are
+copied side by side. What pads it is the level that means 0. A kernel of k positions needs k bytes for every input
+value meanwhile.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -30,53 +35,93 @@ LEAST_ROWS = 17
 """cuBLASLt takes no fewer rows; missing ones are filled up with zeros."""
 
 MULTIPLE = 8
-"""cuBLASLt wants numbers of inputs and outputs that this divides."""
+"""cuBLASLt wants numbers of inputs and outputs that this divides; missing ones are filled up with zeros."""
 
 
-def _pointwise(geometry: Geometry) -> bool:
-    """Whether an operator looks at one position at a time and at all channels. The kernel is looked at elsewhere."""
-    if geometry.kind == "linear":
-        return True
-    still = geometry.padding in ("same", (0,) * len(geometry.stride))
-    return still and geometry.groups == 1 and all(step == 1 for step in geometry.stride)
+def _up_to(values: Tensor, rows: int, columns: int) -> Tensor:
+    """`[M, K]` with rows and columns of zeros at its end."""
+    missing = (0, columns - values.shape[1], 0, rows - values.shape[0])
+    return F.pad(values, missing) if any(missing) else values
+
+
+def _multiple(number: int) -> int:
+    return -(-number // MULTIPLE) * MULTIPLE
+
+
+def _sides(geometry: Geometry, kernel: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Padding before and after each spatial axis. Of an odd total the end gets one more, as in torch."""
+    if isinstance(geometry.padding, str):
+        widths = [step * (size - 1) for step, size in zip(geometry.dilation, kernel, strict=True)]
+        return [(width // 2, width - width // 2) for width in widths]
+    return [(width, width) for width in geometry.padding]
 
 
 class IntMmLayer(IntegerLayer):
-    """A Linear, or a Conv1d or Conv2d of kernel 1, stride 1 and without groups. Not yet run on a GPU."""
+    """A Linear, or a Conv1d or Conv2d without groups. Not yet run on a GPU."""
 
     sums: Tensor
 
     def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__(layer)
-        flat = self.levels.reshape(len(self.levels), -1)
-        self.register_buffer("sums", flat.sum(1).to(torch.int32))
+        self._kernel = tuple(self.levels.shape[2:])
+        if len(self._kernel) == 2:
+            # Kernel positions before channels in memory: the matrix of the product is then a view.
+            self.levels = self.levels.contiguous(memory_format=torch.channels_last)
+        self.register_buffer("sums", self.levels.flatten(1).sum(1).to(torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_no_gradient(x)
         convolution = self.geometry.kind != "linear"
+        centre = 0 if self.input_quantizer.spec.symmetric else CENTRE
+        sides = _sides(self.geometry, self._kernel) if convolution else []
+        if self.geometry.padding_mode != "zeros":
+            pads = [width for pair in reversed(sides) for width in pair]
+            x, sides = F.pad(x, pads, mode=self.geometry.padding_mode), [(0, 0)] * len(sides)
         last = x.movedim(1, -1) if convolution else x
         params = self.input_quantizer.current(last)
-        centre = 0 if self.input_quantizer.spec.symmetric else CENTRE
-        levels = quantize(last, params, self.input_quantizer.levels(last)).sub_(centre).to(torch.int8)
-        a = levels.reshape(-1, levels.shape[-1])
-        missing = max(0, LEAST_ROWS - len(a))
-        padded = F.pad(a, (0, 0, 0, missing)) if missing else a
-        product = torch._int_mm(padded, self.levels.reshape(len(self.levels), -1).t())[: len(a)]
+        levels = quantize(last, params, self.input_quantizer.levels(last))
+        if any(width for pair in sides for width in pair):
+            pads = [0, 0, *(width for pair in reversed(sides) for width in pair)]
+            levels = F.pad(levels.sub_(params.zero_point), pads).add_(params.zero_point)
+        patches = self._patches(levels.sub_(centre).to(torch.int8))
+        a = patches.reshape(-1, patches.shape[-1])
+        rows, terms = a.shape
+        weight = self._matrix()
+        product = torch._int_mm(
+            _up_to(a, max(rows, LEAST_ROWS), _multiple(terms)),
+            _up_to(weight, _multiple(len(weight)), _multiple(terms)).t(),
+        )[:rows, : len(weight)]
         shift = self.shift.to(torch.int32)
         whole = product - shift * a.sum(1, keepdim=True, dtype=torch.int32)
-        whole = whole.reshape(*levels.shape[:-1], -1)
+        whole = whole.reshape(*patches.shape[:-1], -1)
         zero_point = (params.zero_point - centre).to(torch.int32)
-        whole = whole - zero_point * (self.sums - a.shape[1] * shift)
+        whole = whole - zero_point * (self.sums - terms * shift)
         y = whole.float() * (params.scale * self.weight_scale)
         if self.bias is not None:
             y = y + self.bias.float()
         y = y.to(self.like.dtype)
         return y.movedim(-1, 1) if convolution else y
 
+    def _matrix(self) -> Tensor:
+        """The weight's levels `[O, K]`, channels innermost."""
+        return self.levels.movedim(1, -1).flatten(1)
+
+    def _patches(self, levels: Tensor) -> Tensor:
+        """`[B, *padded, C]` -> `[B, *positions, K]`: what each output position looks at, channels innermost."""
+        geometry, kernel = self.geometry, self._kernel
+        if all(size == 1 for size in kernel) and all(step == 1 for step in geometry.stride):
+            return levels
+        axes = []
+        for axis, (size, stride, dilation) in enumerate(zip(kernel, geometry.stride, geometry.dilation, strict=True)):
+            count = (levels.shape[1 + axis] - dilation * (size - 1) - 1) // stride + 1
+            axes.append([slice(at * dilation, at * dilation + stride * (count - 1) + 1, stride) for at in range(size)])
+        looked = [levels[(slice(None), *place)] for place in itertools.product(*axes)]
+        return torch.cat(looked, -1)
+
 
 @dataclass(frozen=True)
 class IntMmEngine:
-    """int8 matrix products for linear layers and 1x1 convolutions. Not yet run on a GPU; only taken by name."""
+    """int8 matrix products for linear layers and convolutions. Not yet run on a GPU; only taken by name."""
 
     name: str = "int_mm"
 
@@ -85,16 +130,10 @@ class IntMmEngine:
         if reason is not None:
             return reason
         assert isinstance(layer, QuantizedLayer)
-        shape = layer.weight.shape
-        if any(width != 1 for width in shape[2:]) or not _pointwise(layer.geometry):
-            return "It is a convolution that looks at more than one position or has groups; this engine has none."
+        if layer.geometry.groups != 1:
+            return f"It is a convolution with {layer.geometry.groups} groups; this engine has none."
         if device.type not in ("cpu", "cuda"):
             return f"The layer is on {device.type}; torch._int_mm runs on cpu and cuda."
-        if device.type == "cuda" and (shape[0] % MULTIPLE or shape[1] % MULTIPLE):
-            return (
-                f"It has {shape[1]} inputs and {shape[0]} outputs, and on CUDA both must be multiples of {MULTIPLE} "
-                "(by its documentation: this engine was not yet run on a GPU)."
-            )
         return None
 
     def pack(self, layer: QuantizedLayer | QuantizedMatmul) -> nn.Module:

@@ -25,7 +25,7 @@ from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.quantizer import WeightQuantizer
 from stepquant.model.surgery import quantized_layers
 
-__all__ = ["StockExport", "export_torchao"]
+__all__ = ["StockExport", "dtype_text", "export_torchao", "levels_of", "losses_of", "refuse_additions"]
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ def export_torchao(source: Any, folder: Path | str, *, dtype: torch.dtype = torc
         raise ModelError(
             f"{type(quantized).__name__} is not a quantized model of diffusers, so it has no place in a folder for it."
         )
-    _refuse_additions(quantized)
+    refuse_additions(quantized)
     kind: Any = type(quantized)
     denoiser = kind.from_config(json_config(quantized)).to(dtype).eval().requires_grad_(False)
     kept = set(denoiser.state_dict())
     denoiser.load_state_dict({key: value for key, value in quantized.state_dict().items() if key in kept})
-    lost = _losses(layers, pipe)
+    lost = losses_of(layers, pipe, "Activations are not quantized: their scales, also those by timestep, stay behind.")
     int8 = _place_levels_(denoiser, layers, dtype, torchao, lost)
     _attach_(denoiser, int8, torchao)
     plain = with_denoiser(pipe, name, denoiser)
@@ -95,7 +95,8 @@ def _torchao() -> Any:
         raise SpecError(f"torchao's format needs torchao: pip install torchao ({error})") from error
 
 
-def _refuse_additions(denoiser: nn.Module) -> None:
+def refuse_additions(denoiser: nn.Module) -> None:
+    """Raise ModelError for layers that are more than a weight."""
     for name, layer in quantized_layers(denoiser).items():
         if isinstance(layer, QuantizedLayer) and any(
             part is not None for part in (layer.input_transform, layer.branch, layer.first_token)
@@ -109,11 +110,12 @@ def _refuse_additions(denoiser: nn.Module) -> None:
         raise ModelError(f"{len(adapted)} layers have adapters, the first is {adapted[0]}: unload them first.")
 
 
-def _losses(layers: dict[str, QuantizedLayer | QuantizedMatmul], pipe: Any) -> list[str]:
+def losses_of(layers: dict[str, QuantizedLayer | QuantizedMatmul], pipe: Any, activations: str) -> list[str]:
+    """What every format without a time axis lacks. activations: what happens to quantized ones, as a sentence."""
     lost = []
     inputs = [layer.input_quantizer for layer in layers.values()]
     if any(quantizer is not None for quantizer in inputs):
-        lost.append("Activations are not quantized: their scales, also those by timestep, stay behind.")
+        lost.append(activations)
     if any(isinstance(layer, QuantizedMatmul) for layer in layers.values()):
         lost.append("The matmuls of attention run in floating point.")
     few = {
@@ -144,7 +146,7 @@ def _place_levels_(
         if layer.geometry.kind != "linear":
             convolutions += 1
             continue
-        levels, scale = _levels(layer.weight_quantizer, layer.weight)
+        levels, scale = levels_of(layer.weight_quantizer, layer.weight)
         if int(levels.min()) < -128 or int(levels.max()) > 127:
             wide.append(name)
             continue
@@ -155,18 +157,20 @@ def _place_levels_(
         )
         int8.append(name)
     if convolutions:
-        lost.append(f"{convolutions} convolutions have weights in {_text(dtype)}: torchao's int8 is for linear layers.")
+        lost.append(
+            f"{convolutions} convolutions have weights in {dtype_text(dtype)}: torchao's int8 is for linear layers."
+        )
     if wide:
         lost.append(
             f"{len(wide)} linear layers, the first is {wide[0]}, have asymmetric weights of 8 bits, which take nine: "
-            f"they are in {_text(dtype)}."
+            f"they are in {dtype_text(dtype)}."
         )
     if not int8:
         raise ModelError("No linear layer of the model has weights that fit into int8: there is nothing to export.")
     return int8
 
 
-def _levels(quantizer: WeightQuantizer, weight: Tensor) -> tuple[Tensor, Tensor]:
+def levels_of(quantizer: WeightQuantizer, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Levels less their zero points `[O, C]`, and scales `[O, G]`, float32."""
     levels = quantizer.levels(weight).to(torch.int32)
     rows, width = levels.shape
@@ -191,5 +195,6 @@ def _attach_(denoiser: Any, int8: list[str], torchao: Any) -> None:
     denoiser.is_quantized, denoiser.quantization_method = True, config.quant_method
 
 
-def _text(dtype: torch.dtype) -> str:
+def dtype_text(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -50,6 +50,9 @@ BLOCK_CLASSES = frozenset(
     }
 )
 
+# Schedulers whose noise comes from torchsde and not from generators.
+OWN_NOISE = frozenset({"DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler"})
+
 # Layers that read the sample and that write the prediction, by name, first match wins.
 FIRST_LAYERS = ("conv_in", "pos_embed.proj", "x_embedder", "patch_embedding", "proj_in")
 LAST_LAYERS = ("conv_out", "proj_out_2", "proj_out")
@@ -137,6 +140,12 @@ def refuse_unsupported(pipe: Any, wanted: str | None = None) -> None:
     kind = type(pipe).__name__
     if getattr(pipe, "scheduler", None) is None:
         raise UnsupportedPipeline(f"{kind} has no scheduler, so its steps cannot be seen.")
+    if OWN_NOISE & {base.__name__ for base in type(pipe.scheduler).__mro__}:
+        raise UnsupportedPipeline(
+            f"{type(pipe.scheduler).__name__} draws noise from a Brownian tree of its own (torchsde) and not from the "
+            "images' generators, so its steps cannot be replayed. Use DPMSolverMultistepScheduler with "
+            "algorithm_type='sde-dpmsolver++'."
+        )
     if "generator" not in inspect.signature(pipe.__call__).parameters:
         raise UnsupportedPipeline(
             f"{kind} takes no `generator`, so its images cannot be tied to seeds. Wrap the denoiser and its scheduler "

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 from stepquant.errors import SpecError
 
-__all__ = ["Granularity", "LayerScheme", "QuantSpec", "RowSpec", "parse_bits", "row_spec", "scheme_for"]
+__all__ = [
+    "Granularity",
+    "LayerScheme",
+    "QuantSpec",
+    "RowSpec",
+    "parse_bits",
+    "row_spec",
+    "scheme_for",
+    "weight_at",
+    "weight_spec",
+]
 
 Granularity = Literal["tensor", "channel", "group", "token", "channel_token"]
 
@@ -123,13 +133,29 @@ def parse_bits(text: str) -> tuple[int | None, int | None]:
     return weight, activation
 
 
-def scheme_for(weight_bits: int | None, activation_bits: int | None) -> LayerScheme:
+def weight_spec(bits: int, group_size: int | None = None) -> QuantSpec:
+    """The usual levels of a weight: asymmetric, a scale per output channel or for every `group_size` inputs.
+
+    Symmetric at 8 bits with a scale per channel: with a zero point they would take nine bits, which int8 kernels lack.
+    """
+    if group_size is not None:
+        return QuantSpec(bits, "group", group_size=group_size)
+    return QuantSpec(bits, "channel", symmetric=bits == QuantSpec.most_bits)
+
+
+def weight_at(spec: QuantSpec, bits: int) -> QuantSpec:
+    """The levels of a weight at other bits: again the usual ones if they were, otherwise the same but for the bits."""
+    usual = spec == weight_spec(spec.bits, spec.group_size)
+    return weight_spec(bits, spec.group_size) if usual else replace(spec, bits=bits)
+
+
+def scheme_for(weight_bits: int | None, activation_bits: int | None, group_size: int | None = None) -> LayerScheme:
     """The usual scheme of the diffusion literature at these bit widths.
 
-    Weights per output channel and activations per tensor, both asymmetric (Q-Diffusion, PTQD, TFMQ-DM). None means
+    Weights as `weight_spec` has them, activations asymmetric per tensor (Q-Diffusion, PTQD, TFMQ-DM). None means
     floating point.
     """
     return LayerScheme(
-        weight=None if weight_bits is None else QuantSpec(weight_bits, "channel"),
+        weight=None if weight_bits is None else weight_spec(weight_bits, group_size),
         input=None if activation_bits is None else QuantSpec(activation_bits),
     )

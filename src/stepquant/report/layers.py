@@ -157,26 +157,57 @@ def _error_cell(entry: Mapping[str, Any] | None, name: str, low: float, high: fl
     }
 
 
-def row_map(rows: Sequence[Rows]) -> dict[str, Any] | None:
+def row_map(rows: Sequence[Rows], inspections: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any] | None:
     """Strips of the rows of each checkpoint's activation quantizers over time, noise on the left; of those layers that
     have several in some checkpoint. A cell's colour is its row's place among the layer's. None if there are none.
+
+    inspections: of the same checkpoints; where bits change over time a second strip shows them.
     """
     tables = [dict(zip(names, table.tolist(), strict=True)) for names, table, _ in rows]
     shown = [name for name in _names(tables) if any(max(known.get(name, [0]), default=0) > 0 for known in tables)]
     if not shown:
         return None
+    bits: list[dict[str, Sequence[int]]] = [_bits_of_rows(found) for found in inspections] or [{} for _ in tables]
     return {
-        "rows": [{"name": name, "cells": [_row_cell(known.get(name)) for known in tables]} for name in shown],
+        "rows": [
+            {
+                "name": name,
+                "cells": [_row_cell(known.get(name), own.get(name)) for known, own in zip(tables, bits, strict=True)],
+            }
+            for name in shown
+        ],
+        "bits": any(name in own for own in bits for name in shown),
         "labels": [_labels(list(reversed(list(timesteps)))) for _, _, timesteps in rows],
         "scale": scale_uri(),
     }
 
 
-def _row_cell(chosen: Sequence[int] | None) -> dict[str, Any] | None:
+def _bits_of_rows(inspection: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    """Name as in `Rows` -> bits of each row, of those activations whose bits change."""
+    endings = {"input": "", "second": " (second)"}
+    return {
+        f"{layer['name']}{endings[operand]}": bits
+        for layer in inspection.get("layers", [])
+        for operand, bits in (layer.get("row_bits") or {}).items()
+    }
+
+
+def _row_cell(chosen: Sequence[int] | None, bits: Sequence[int] | None = None) -> dict[str, Any] | None:
+    """bits: of each row, if they differ."""
     if not chosen:
         return None
     most = max(chosen)
+    over_time = None
+    if bits is not None:
+        each = [bits[row] for row in reversed(chosen)]
+        low, high = min(each), max(each)
+        over_time = {
+            "strip": strip_uri([(one - low) / max(1, high - low) for one in each]),
+            "told": f"A{low}-{high}" if low < high else f"A{low}",
+            "title": "bits " + " ".join(map(str, each)),
+        }
     return {
+        "bits": over_time,
         "strip": strip_uri([row / most if most else 0.0 for row in reversed(chosen)]),
         "rows": len(set(chosen)),
         "title": "rows " + " ".join(map(str, reversed(chosen))),

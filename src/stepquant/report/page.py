@@ -180,7 +180,7 @@ def render_report(
         errors=error_map(images.get("layer_errors", ())),
         layers=layer_table(inspection),
         kinds=byte_kinds(inspection),
-        rows=row_map(images.get("rows", ())),
+        rows=row_map(images.get("rows", ()), inspection if images.get("rows") else ()),
         engines=engine_table(inspection),
         speeds=_speeds(origins),
         against=results[0]["against"],

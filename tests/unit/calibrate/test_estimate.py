@@ -17,7 +17,7 @@ from stepquant.calibrate import reconstruct, spilled
 from stepquant.calibrate.captured import RowsOnDisk
 from stepquant.calibrate.estimate import Estimate
 from stepquant.calibrate.qdrop import QDrop
-from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks, first_tensor
+from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
 from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, Place, Record, Select
 from stepquant.calibrate.window_fitting import FitWindows
 from stepquant.errors import ModelError
@@ -85,7 +85,7 @@ def test_caches_have_the_estimated_bytes(name: str, monkeypatch: pytest.MonkeyPa
         values = []
         for cache in found.values():
             calls = [(cache.args, cache.kwargs), *([cache.float_inputs] if cache.float_inputs else [])]
-            values += [cache.outputs, *(value for args, kwargs in calls for value in (*args, *kwargs.values()))]
+            values += [*cache.outputs, *(value for args, kwargs in calls for value in (*args, *kwargs.values()))]
         sizes.append(sum(value.bytes for value in values if isinstance(value, RowsOnDisk)))
         return found
 
@@ -125,10 +125,3 @@ def test_what_cannot_be_estimated() -> None:
     broken.conv.weight.data[0] = torch.nan
     with pytest.raises(ModelError, match="NaN"):
         estimate(pipe, recipe_of(), steps=3)
-
-
-def test_the_first_tensor_of_an_output_is_not_the_none_before_it() -> None:
-    """The last block of SD3 returns (None, hidden states)."""
-    states = torch.zeros(2, 3)
-    assert first_tensor((None, states)) is states
-    assert first_tensor([(states, None), torch.ones(1)]) is states

@@ -199,7 +199,7 @@ def test_caches_beyond_the_limit_and_only_those_are_on_disk(monkeypatch: pytest.
     fit = reconstruct.fit_unit
 
     def spy(job: Job, unit: Any, cache: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append([type(cache.outputs), type(cache.args[0])])
+        seen.append([type(cache.outputs[0]), type(cache.args[0])])
         return fit(job, unit, cache, *args, **kwargs)
 
     monkeypatch.setattr(reconstruct, "fit_unit", spy)

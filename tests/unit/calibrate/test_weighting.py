@@ -84,7 +84,7 @@ def problem_of(unit: str, dtype: torch.dtype = torch.float64, derivative: Any = 
     shifts = [0.1 * torch.randn(total, *shape, dtype=torch.float64).to(dtype) for shape in shapes]
     with torch.no_grad():
         wanted = module(*(value + shift for value, shift in zip(args, shifts, strict=True)))
-    cache = reconstruct._Cache(args, {}, wanted, torch.arange(total) % 5)
+    cache = reconstruct._Cache(args, {}, (wanted,), torch.arange(total) % 5)
     job = Job(None, full_precision, denoiser, Run(), 5)
     soft_ones = soft_roundings(members)
     theta = tuple(rounding.alpha.detach() for rounding in soft_ones.values())
@@ -274,14 +274,17 @@ def tiny_job() -> tuple[Job, dict[str, SoftRounding], Any]:
     soften_(denoiser.conv, full_precision.conv.weight, keep=0.0)
     samples = torch.randn(12, 2, 4, 4)
     with torch.no_grad():
-        cache = reconstruct._Cache((samples,), {}, full_precision.conv(samples), torch.zeros(12, dtype=torch.int64))
+        wanted = (full_precision.conv(samples),)
+        cache = reconstruct._Cache((samples,), {}, wanted, torch.zeros(12, dtype=torch.int64))
     return Job(None, full_precision, denoiser, Run(), 5), soft_roundings({"conv": denoiser.conv}), cache
 
 
 def fitted(weights: Tensor | None, spoilt: int = 0) -> Tensor:
     """Rounding variables after a fit; the last `spoilt` samples' targets are noise."""
     job, soft, cache = tiny_job()
-    cache.outputs[len(cache.outputs) - spoilt :] = 5.0
+    (wanted,) = cache.outputs
+    assert isinstance(wanted, Tensor)
+    wanted[len(wanted) - spoilt :] = 5.0
     fit = Fit(30, 4, 2e-2, 2.0, 0.01, 0.2)
     fit_unit(job, Unit("conv", ("conv",)), cache, fit, soft=soft, stream=("test",), weights=weights)
     return soft["conv"].alpha.detach()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from stepquant.engines.base import engines, pack_
+from stepquant.engines.base import engines, pack_, place
 from stepquant.engines.reference import PackedLayer, ReferenceEngine
 from stepquant.errors import EngineError
 from stepquant.model.layer import Geometry, QuantizedLayer
@@ -119,3 +119,23 @@ def test_a_scheme_for_one_layer_only() -> None:
     assert denoiser.conv.input_quantizer is None
     pack_(denoiser, "reference")
     assert denoiser(torch.randn(1, 2, 4, 4), 3).shape == (1, 2, 4, 4)
+
+
+def test_an_engine_that_takes_nothing_says_what_that_costs(caplog: pytest.LogCaptureFixture) -> None:
+    """A scheme that no engine has: the checkpoint runs, as slowly as the simulation does."""
+    denoiser = quantize_(TinyNet(), LayerScheme(QuantSpec(4, "channel"), QuantSpec(8, dynamic=True)), ends="same")
+    expected = denoiser(torch.ones(1, 2, 4, 4), 0)
+    for engine in ("onednn", "int_mm", "openvino"):
+        caplog.clear()
+        ran, placed = place(copy.deepcopy(denoiser), engine)
+        assert {placement.engine for placement in placed.values()} == {"simulated"}
+        assert f"Engine '{engine}' takes none of the 2 quantized layers" in caplog.text
+        assert "the time of the full-precision layers, and that of rounding their inputs besides" in caplog.text
+        assert "(2) " in caplog.text
+        with torch.no_grad():
+            assert torch.allclose(ran(torch.ones(1, 2, 4, 4), 0), expected, rtol=1e-5, atol=1e-5)
+    caplog.clear()
+    place(copy.deepcopy(denoiser), "auto")
+    place(copy.deepcopy(denoiser), "simulated")
+    pack_(quantize_(TinyNet(), scheme_for(8, 8)), "int_mm")
+    assert not caplog.text

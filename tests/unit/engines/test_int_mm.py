@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from integer_layers import assert_exact, quantized
-from torch import nn
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from stepquant.engines.base import AUTO_ORDER, choose, pack_
 from stepquant.engines.int_mm import IntMmEngine, IntMmLayer
@@ -27,6 +28,15 @@ LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "pointwise": (lambda: nn.Conv2d(24, 8, 1), (3, 24, 5, 4)),
     "conv1d": (lambda: nn.Conv1d(24, 8, 1, bias=False), (3, 24, 7)),
     "same": (lambda: nn.Conv2d(24, 8, 1, padding="same"), (3, 24, 5, 4)),
+    "one position in two": (lambda: nn.Conv2d(24, 8, 1, stride=2), (3, 24, 5, 4)),
+    "kernel": (lambda: nn.Conv2d(8, 16, 3, padding=1), (3, 8, 5, 4)),
+    "strided": (lambda: nn.Conv2d(8, 8, 3, stride=2, padding=(1, 0), dilation=(1, 2)), (3, 8, 9, 9)),
+    "even": (lambda: nn.Conv2d(8, 8, 4, padding="same", dilation=2, bias=False), (3, 8, 9, 8)),
+    "circular": (lambda: nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), (3, 8, 4, 4)),
+    "sequence": (lambda: nn.Conv1d(8, 8, 3, padding=1), (3, 8, 7)),
+    # Neither inputs nor outputs are multiples of eight, as in the first and last layer of a denoiser.
+    "odd": (lambda: nn.Conv2d(3, 5, 3, padding=1), (3, 3, 5, 4)),
+    "odd linear": (lambda: nn.Linear(13, 7), (3, 13)),
 }
 
 
@@ -52,6 +62,41 @@ def test_every_bit_width(bits: int, symmetric: bool) -> None:
     assert_exact(layer, IntMmLayer(layer), torch.randn(40, 24) * 2)
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(3, 5, 3, padding=1), lambda: nn.Linear(13, 7)])
+def test_the_kernel_of_a_gpu_gets_the_sizes_that_it_takes(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLASLt wants more than 16 rows, and inputs and outputs in multiples of eight."""
+    plain, shapes = torch._int_mm, []
+
+    def watched(a: Tensor, b: Tensor) -> Tensor:
+        shapes.append((*a.shape, b.shape[1]))
+        return plain(a, b)
+
+    monkeypatch.setattr(torch, "_int_mm", watched)
+    layer = quantized(make())
+    assert_exact(
+        layer, IntMmLayer(layer), torch.randn(2, 13) if len(layer.weight.shape) == 2 else torch.randn(1, 3, 2, 2)
+    )
+    ((rows, terms, outputs),) = shapes
+    assert rows > 16
+    assert terms % 8 == outputs % 8 == 0
+
+
+@pytest.mark.parametrize("engine", ["int_mm", "reference"])
+def test_all_timesteps_run_through_two_compiled_graphs_at_most(engine: str) -> None:
+    denoiser = quantize_(tiny_unet(), scheme_for(8, 8))
+    pack_(denoiser, engine)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(denoiser), backend=counter)
+    sample = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        for timestep in (0, 250, 500, 750, 999):
+            expected = denoiser(sample, torch.tensor(timestep)).sample
+            assert torch.equal(compiled(sample, torch.tensor(timestep)).sample, expected)
+    torch._dynamo.reset()
+    assert 1 <= counter.frame_count <= 2
+
+
 def test_inputs_without_a_sign_and_one_row() -> None:
     layer = quantized(nn.Linear(24, 8), QuantSpec(8, "tensor"), QuantSpec(7, nonnegative=True), rows=1)
     assert_exact(layer, IntMmLayer(layer), torch.randn(4, 24).abs())
@@ -74,12 +119,7 @@ def test_bfloat16_copies_and_gradients() -> None:
     ("make", "device", "reason"),
     [
         (lambda: QuantizedMatmul("scores"), CPU, "It is a matmul"),
-        (lambda: quantized(nn.Conv2d(8, 8, 3)), CPU, "looks at more than one position"),
-        (lambda: quantized(nn.Conv2d(8, 8, 1, stride=2)), CPU, "looks at more than one position"),
-        (lambda: quantized(nn.Conv2d(8, 8, 1, padding=1)), CPU, "looks at more than one position"),
-        (lambda: quantized(nn.Conv2d(8, 8, 1, groups=2)), CPU, "or has groups"),
-        (lambda: quantized(nn.Linear(12, 8)), CUDA, "12 inputs and 8 outputs.*multiples of 8.*not yet run on a GPU"),
-        (lambda: quantized(nn.Linear(8, 12)), CUDA, "8 inputs and 12 outputs"),
+        (lambda: quantized(nn.Conv2d(8, 8, 3, groups=2)), CPU, "It is a convolution with 2 groups"),
         (lambda: quantized(nn.Linear(8, 8)), torch.device("mps"), "on mps; torch._int_mm runs on cpu and cuda"),
     ],
 )

@@ -407,6 +407,27 @@ def test_a_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyP
         OpenVINOEngine().compile(quantize_(Net()))
 
 
+class Moves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+        hidden: Tensor = self.layer(sample.movedim(1, -1)).movedim(-1, 1)
+        return hidden.movedim((-1, 1), (1, -2)).movedim(0, 0)
+
+
+def test_axes_may_be_moved_by_negative_numbers() -> None:
+    """torch's exporter writes these as they are, and OpenVINO does not take them."""
+    net = quantize_(Moves(), ends="same", rows=1)
+    compiled = OpenVINOEngine().compile(net)
+    sample = torch.randn(2, 3, 4, 5)
+    with torch.no_grad():
+        expected = net(sample, 0)
+        assert expected.shape == (2, 5, 3, 4)
+        assert torch.allclose(compiled(sample, 0), expected, rtol=1e-5, atol=1e-5)
+
+
 class Sorts(nn.Module):
     def __init__(self) -> None:
         super().__init__()

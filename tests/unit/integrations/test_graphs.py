@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import doc_blocks
 from stepquant.engines.openvino import has_vnni
 from stepquant.errors import SpecError
 from stepquant.integrations.graphs import export_onnx, export_openvino
 from stepquant.model.correction import CorrectedScheduler, StepCorrection
 from stepquant.model.pipeline import DenoiserPipeline
-from stepquant.numerics.spec import scheme_for
+from stepquant.numerics.spec import LayerScheme, QuantSpec
 from tiny import quantize_, tiny_unet
 
 pytestmark = pytest.mark.skipif(not has_vnni(), reason="int8 layers need a processor with VNNI")
@@ -44,7 +46,8 @@ def run(path: Path, sample: Tensor, timestep: int) -> Tensor:
 def test_graphs_compute_the_simulation_and_choose_rows_by_the_timestep(
     export: Any, suffix: str, tmp_path: Path
 ) -> None:
-    net = quantize_(Net(), scheme_for(8, 8), ends="same")
+    asymmetric = LayerScheme(QuantSpec(8, "channel"), QuantSpec(8))
+    net = quantize_(Net(), asymmetric, ends="same")
     inputs = {"sample": torch.zeros(2, 2, 4, 4), "timestep": torch.tensor([0])}
     path = tmp_path / "folder" / f"net{suffix}"
     written = export(net, path, inputs=inputs)
@@ -88,3 +91,34 @@ def test_inputs_that_are_needed_are_asked_for(tmp_path: Path) -> None:
         export_onnx(net, tmp_path / "net.onnx")
     with pytest.raises(SpecError, match="must have the timestep argument 'timestep', found sample"):
         export_onnx(net, tmp_path / "net.onnx", inputs={"sample": torch.zeros(1, 2, 4, 4)})
+
+
+def test_the_sampling_loop_of_the_docs_applies_a_correction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block of docs/engines.md as it stands, against the scheduler that the library corrects itself."""
+    from diffusers import DDIMScheduler
+
+    (block,) = [block for block in doc_blocks.blocks_of("docs/engines.md") if "compile_model" in block.text]
+    monkeypatch.chdir(tmp_path)
+    net = tiny_unet()
+    net.register_to_config(sample_size=32)
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(20)
+    identity = StepCorrection.identity(scheduler.timesteps, 1)
+    tables = {name: torch.rand(20, 1) for name in ("gain", "carry", "offset", "previous", "shift")}
+    correction = dataclasses.replace(identity, **tables)
+    scheduler.save_pretrained("digits-w8a8/scheduler")
+    corrected = CorrectedScheduler(scheduler, correction)
+    written = export_openvino(DenoiserPipeline(quantize_(net), corrected, (1, 32, 32)), "digits.xml")
+    assert written.correction == Path("digits.correction.json")
+
+    torch.manual_seed(3)
+    names: dict[str, Any] = {}
+    exec(compile(block.text, "docs/engines.md", "exec"), names)
+
+    torch.manual_seed(3)
+    sample = torch.randn(16, 1, 32, 32)
+    corrected.set_timesteps(20)
+    for t in corrected.timesteps:
+        sample = corrected.step(run(Path("digits.xml"), sample, int(t)), t, sample).prev_sample
+    assert bool(sample.isfinite().all())
+    torch.testing.assert_close(names["sample"], sample, rtol=1e-4, atol=1e-4)

@@ -14,7 +14,7 @@ from torch import nn
 import tiny
 import tiny_pipelines
 from stepquant.errors import ModelError, SpecError
-from stepquant.integrations.stock import _levels, export_torchao
+from stepquant.integrations.stock import export_torchao, levels_of
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.quantizer import WeightQuantizer
 from stepquant.model.surgery import quantized_layers
@@ -42,7 +42,7 @@ def dit(weights: int = 4) -> Any:
 def test_levels_times_scales_are_the_weights(spec: QuantSpec) -> None:
     weight = torch.randn(6, 8)
     quantizer = WeightQuantizer(spec, choose_qparams(*range_of(weight, spec), spec))
-    levels, scale = _levels(quantizer, weight)
+    levels, scale = levels_of(quantizer, weight)
     assert levels.shape == (6, 8)
     assert scale.shape[0] == 6
     per_weight = scale.repeat_interleave(8 // scale.shape[1], 1)
