@@ -5,7 +5,7 @@
     python benchmarks/results.py memory [--methods "rtn;rtn+cec"]
 
 `run` appends one line per (bits, method, calibration seed) and skips what is there, so it can be killed and started
-again, and several parts can run side by side. Lines of other weights, budgets or numbers of images stay in the file;
+again, and several parts can run side by side. Lines of other weights, revisions, budgets or numbers of images stay in the file;
 `table` shows those that agree with the last line. Every learning method gets the same number of network evaluations
 (`--evaluations`, forward passes of one image; a backward pass counts as two).
 """
@@ -41,6 +41,10 @@ from stepquant.model.families import find_denoiser
 from stepquant.numerics.spec import parse_bits
 from stepquant.recipe import Recipe
 from stepquant.run import Run
+
+REVISION = 2
+"""Goes up with every entry under "Numbers changed" of CHANGELOG.md that these rows would show: older rows are others.
+1 had zero points in weights of 8 bits."""
 
 MOST_BITS = 8
 STEPS = 20
@@ -280,6 +284,7 @@ def _keep(args: argparse.Namespace, reference: Reference, row: dict[str, Any], p
     row = row | {
         "model": args.model,
         "weights": reference.weights,
+        "revision": REVISION,
         "steps": STEPS,
         "arguments": reference.arguments,
         "n": args.images,
@@ -298,12 +303,12 @@ def _keep(args: argparse.Namespace, reference: Reference, row: dict[str, Any], p
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{"revision": 1} | json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def done(args: argparse.Namespace, reference: Reference, bits: str, variant: str, seed: int) -> bool:
-    key = (bits, variant, seed, args.evaluations, args.images, reference.weights)
-    names = ("bits", "method", "seed", "budget", "n", "weights")
+    key = (bits, variant, seed, args.evaluations, args.images, reference.weights, REVISION)
+    names = ("bits", "method", "seed", "budget", "n", "weights", "revision")
     return any(tuple(row[name] for name in names) == key for row in rows_of(args.json))
 
 
@@ -313,7 +318,7 @@ def table(args: argparse.Namespace) -> None:
     rows = [row for row in rows if row["model"] == args.model]
     if not rows:
         raise SystemExit(f"{args.json} has no rows of {args.model}: run `results.py run --model {args.model}` first.")
-    rows = [row for row in rows if all(row[name] == rows[-1][name] for name in ("weights", "budget", "n"))]
+    rows = [row for row in rows if all(row[name] == rows[-1][name] for name in ("weights", "revision", "budget", "n"))]
     lines = [
         "| bits | method | seeds | PSNR dB | SSIM | Fréchet to full precision | final drift | evaluations |",
         "|---|---|---|---|---|---|---|---|",
