@@ -5,9 +5,9 @@
     python benchmarks/results.py memory [--methods "rtn;rtn+cec"]
 
 `run` appends one line per (bits, method, calibration seed) and skips what is there, so it can be killed and started
-again, and several parts can run side by side. Lines of other weights, revisions, budgets or numbers of images stay in the file;
-`table` shows those that agree with the last line. Every learning method gets the same number of network evaluations
-(`--evaluations`, forward passes of one image; a backward pass counts as two).
+again, and several parts can run side by side. Lines of other weights, revisions, budgets or numbers of images stay in
+the file; `table` shows those that agree with the last line. Every learning method gets the same number of network
+evaluations (`--evaluations`, forward passes of one image; a backward pass counts as two).
 """
 
 from __future__ import annotations
