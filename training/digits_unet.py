@@ -12,6 +12,7 @@ run the same command again.
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import numpy as np
@@ -46,19 +47,28 @@ MEAN_FROM = 550
 
 
 def build_unet() -> UNet2DModel:
-    """Few channels where there are many pixels: half the time of (32, 64, 128, 128), and what digit it becomes is
-    decided on the coarse levels."""
     return UNet2DModel(
         sample_size=32,
         in_channels=1,
         out_channels=1,
         layers_per_block=1,
-        block_out_channels=(16, 32, 96, 160),
+        block_out_channels=(32, 64, 128, 128),
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         attention_head_dim=32,
-        norm_num_groups=8,
+        norm_num_groups=16,
     )
+
+
+def begin_from(model: UNet2DModel, folder: Path) -> None:
+    """Take over the weights of an earlier export. One with a level less gives all but the coarsest level's."""
+    earlier = UNet2DModel.from_pretrained(folder / "unet", dtype=torch.float32)
+    state, missing = earlier.state_dict(), len(model.up_blocks) - len(earlier.up_blocks)
+    if missing:
+        block = re.compile(r"^up_blocks\.(\d+)")
+        state = {block.sub(lambda m: f"up_blocks.{int(m[1]) + missing}", key): value for key, value in state.items()}
+    new = model.load_state_dict(state, strict=not missing).missing_keys
+    print(f"{len(state)} tensors from {folder}, {len(new)} new", flush=True)
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -86,7 +96,7 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = build_unet()
     if args.init:
-        model.load_state_dict(UNet2DModel.from_pretrained(args.init / "unet", dtype=torch.float32).state_dict())
+        begin_from(model, args.init)
     if device.type == "cpu":
         use_plain_attention(model)
     model.to(device, memory_format=torch.channels_last)
@@ -159,7 +169,7 @@ def compare(args: argparse.Namespace, count: int = 256) -> None:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, work="runs/digits-unet", steps=6000, batch=64, ema=0.995, lr=1e-2)
+    parser = parser_of(__doc__, work="runs/digits-unet", steps=3600, batch=64, ema=0.995)
     parser.add_argument("--init", type=Path, help="begin with the weights of this pipeline folder (an earlier export)")
     parser.add_argument("--compare", type=Path, help="only measure the pipeline in this folder on test images")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
