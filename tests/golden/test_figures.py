@@ -28,18 +28,18 @@ from stepquant.run import Run
 
 GOLDEN = {
     "rtn": {
-        "levels": 0.06138573743922204,
-        "range": 4.845218800648298,
-        "scale": -4.004161310412386,
-        "prediction": 0.04756201855578632,
-        "final_drift": 0.21292722786803822,
+        "levels": 0.04588735818476499,
+        "range": 4.938107779578607,
+        "scale": -4.010793824046135,
+        "prediction": 0.04955062516527547,
+        "final_drift": 0.2174767466851694,
     },
     "q_diffusion": {
-        "levels": 0.060777957860615885,
-        "range": 4.846029173419773,
-        "scale": -4.004161310412386,
-        "prediction": 0.0407524236397979,
-        "final_drift": 0.17948800263320133,
+        "levels": 0.04527957860615883,
+        "range": 4.938918152350081,
+        "scale": -4.010793824046135,
+        "prediction": 0.042934551816241055,
+        "final_drift": 0.18783161154597686,
     },
 }
 
@@ -53,7 +53,7 @@ def recipes() -> dict[str, Recipe]:
     common: dict[str, Any] = {"weights": 4, "activations": 8, "samples": 4, "batch": 4}
     return {
         "rtn": METHODS["rtn"](**common),
-        "q_diffusion": METHODS["q_diffusion"](**common, iterations_weights=30, iterations_activations=5),
+        "q_diffusion": METHODS["q_diffusion"](**common, iterations_weights=30, iterations_activations=10),
     }
 
 

@@ -128,8 +128,7 @@ def test_the_same_losses_up_to_rounding(runs: Path, count: int) -> None:
         for unit, losses in ours["losses"].items():
             assert theirs["losses"][unit] == pytest.approx(losses, rel=1e-4), unit
     for ours, theirs in zip(one[2:], several[2:], strict=True):
-        # Behind a rounding that falls the other way, all of the way differs a little.
-        assert [loss for _, loss in theirs["losses"]] == pytest.approx([loss for _, loss in ours["losses"]], rel=1e-2)
+        assert [loss for _, loss in theirs["losses"]] == pytest.approx([loss for _, loss in ours["losses"]], rel=1e-3)
 
 
 @pytest.mark.slow

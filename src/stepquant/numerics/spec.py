@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from stepquant.errors import SpecError
@@ -16,7 +16,6 @@ __all__ = [
     "parse_bits",
     "row_spec",
     "scheme_for",
-    "weight_at",
     "weight_spec",
 ]
 
@@ -134,19 +133,8 @@ def parse_bits(text: str) -> tuple[int | None, int | None]:
 
 
 def weight_spec(bits: int, group_size: int | None = None) -> QuantSpec:
-    """The usual levels of a weight: asymmetric, a scale per output channel or for every `group_size` inputs.
-
-    Symmetric at 8 bits with a scale per channel: with a zero point they would take nine bits, which int8 kernels lack.
-    """
-    if group_size is not None:
-        return QuantSpec(bits, "group", group_size=group_size)
-    return QuantSpec(bits, "channel", symmetric=bits == QuantSpec.most_bits)
-
-
-def weight_at(spec: QuantSpec, bits: int) -> QuantSpec:
-    """The levels of a weight at other bits: again the usual ones if they were, otherwise the same but for the bits."""
-    usual = spec == weight_spec(spec.bits, spec.group_size)
-    return weight_spec(bits, spec.group_size) if usual else replace(spec, bits=bits)
+    """The usual levels of a weight: asymmetric, a scale per output channel or for every `group_size` inputs."""
+    return QuantSpec(bits, "channel" if group_size is None else "group", group_size=group_size)
 
 
 def scheme_for(weight_bits: int | None, activation_bits: int | None, group_size: int | None = None) -> LayerScheme:

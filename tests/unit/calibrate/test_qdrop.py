@@ -132,7 +132,7 @@ def test_one_iteration_follows_the_gradient_of_the_whole_loss(monkeypatch: pytes
     Plain gradient descent stands in for Adam, whose first step would show no more than signs.
     """
     monkeypatch.setattr(torch.optim, "Adam", torch.optim.SGD)
-    qdrop = QDrop(activations=0.0, inputs=0.5, lr_scales=1e-1)
+    qdrop = QDrop(activations=0.0, inputs=0.5, lr_scales=1e-2)
     fit = Fit(iterations=1, batch=12, lr=1e3, norm=2.0, qdrop=qdrop, layer_weight=0.7)
     job, cache, soft, scales = one_unit(fit)
     twin, same, twin_soft, twin_scales = one_unit(fit)
@@ -154,7 +154,7 @@ def test_one_iteration_follows_the_gradient_of_the_whole_loss(monkeypatch: pytes
         assert float(moved.abs().max()) > 0.01
     for name, quantizer in twin_scales.items():
         moved = scales[name].scale / quantizer.scale.detach() - 1
-        torch.testing.assert_close(moved, -1e-1 * quantizer.scale.grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(moved, -1e-2 * quantizer.scale.grad, rtol=1e-3, atol=1e-6)
         assert float(moved.abs().max()) > 1e-5
         assert not scales[name].scale.requires_grad
 
@@ -216,15 +216,13 @@ def run(*stages: Any, seed: int = 0) -> Job:
 def test_the_stage_learns_rounding_and_scales_together() -> None:
     blocks = RoundBlocks(iterations=20, batch=8, lr=0.2, qdrop=QDrop())
     before, after = run(FitInputRanges()), run(FitInputRanges(), blocks)
-    moved = []
     for name, layer in quantized_layers(after.denoiser).items():
         old = quantized_layers(before.denoiser)[name]
-        moved.append(not torch.equal(layer.weight, old.weight))
+        assert not torch.equal(layer.weight, old.weight)
         # The convolution reads the sample: its range is not learnt.
         assert torch.equal(layer.input_quantizer.scale, old.input_quantizer.scale) == (name == "conv")
         assert layer.on_grid
         assert torch.equal(layer.weight_quantizer.restore(layer.weight_quantizer.levels(layer.weight)), layer.weight)
-    assert any(moved)  # of the last layer's eight weights, the nearest level may be the best
     fixed = run(FitInputRanges(), replace(blocks, qdrop=QDrop(lr_scales=0.0)))
     for name, layer in quantized_layers(fixed.denoiser).items():
         old = quantized_layers(before.denoiser)[name]

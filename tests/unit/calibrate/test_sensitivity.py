@@ -30,7 +30,6 @@ from stepquant.model.layer import Matmul
 from stepquant.model.pipeline import DenoiserPipeline
 from stepquant.model.quantizer import WeightQuantizer
 from stepquant.numerics.affine import fake_quantize
-from stepquant.numerics.spec import weight_at
 from stepquant.recipe import Job
 from stepquant.run import Run
 
@@ -99,7 +98,7 @@ def layer_errors(tested: Case, item: Item, bits: int) -> list[Tensor]:
 
     def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
         if item.operand == "weights":
-            spec = weight_at(scheme.weight, bits)
+            spec = replace(scheme.weight, bits=bits)
             other.weight.data = WeightQuantizer(spec, probe.weight_params(item.layer, spec))(module.weight.data)
             errors.append(other(*args) - output)
         elif len(args) == 1:
