@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=64, help="images of each side")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--engine", default="auto", help="what runs the quantized model")
+    parser.add_argument("--engine", default="simulated", help="what runs the quantized model")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     tune_allocator()

@@ -51,7 +51,7 @@ def main() -> None:
     quantized = quantize(pipe, _recipe(arguments), steps=arguments.steps, run=Run(seed=arguments.seed))
     calibration_seconds = time.perf_counter() - began
     quantized.save(arguments.output / "checkpoint", overwrite=True)
-    candidate = load(arguments.output / "checkpoint", denoiser=Faces64())
+    candidate = load(arguments.output / "checkpoint", denoiser=Faces64(), engine="simulated")
 
     seeds = list(arguments.seeds)
     reference, drift = _reference_and_drift(pipe, candidate.denoiser, seeds, arguments.steps)

@@ -2,6 +2,7 @@
 
     python benchmarks/results.py run --json runs/results.jsonl [--bits W4A8,W4A4] [--methods "rtn;rtn+cec"] [--part 1/2]
     python benchmarks/results.py table --json runs/results.jsonl --into docs/results.md
+    python benchmarks/results.py pages --json runs/results.jsonl --folder docs/methods
     python benchmarks/results.py memory [--methods "rtn;rtn+cec"]
 
 `run` appends one line per (bits, method, calibration seed) and skips what is there, so it can be killed and started
@@ -312,18 +313,43 @@ def done(args: argparse.Namespace, reference: Reference, bits: str, variant: str
 
 
 def table(args: argparse.Namespace) -> None:
-    """Mean and half range over calibration seeds, as Markdown between the markers of a page."""
-    rows = rows_of(args.json)
-    rows = [row for row in rows if row["model"] == args.model]
+    """All rows of a model, between the markers of a page."""
+    rows = current(args.json, args.model)
     if not rows:
         raise SystemExit(f"{args.json} has no rows of {args.model}: run `results.py run --model {args.model}` first.")
-    rows = [row for row in rows if all(row[name] == rows[-1][name] for name in ("weights", "revision", "budget", "n"))]
+    first = rows[0]
+    note = f"{conditions(first)}, {first['date']}."
+    body = "\n".join((note, "", *lines_of(rows, variants())))
+    put(args.into, body, f"<!-- table {args.model} -->", f"<!-- /table {args.model} -->")
+
+
+def current(path: Path, model: str) -> list[dict[str, Any]]:
+    """The rows of a model that agree with the last of them in weights, revision, budget and number of images."""
+    rows = [row for row in rows_of(path) if row["model"] == model]
+    return [row for row in rows if all(row[name] == rows[-1][name] for name in ("weights", "revision", "budget", "n"))]
+
+
+def conditions(row: Mapping[str, Any]) -> str:
+    return (
+        f"Model {row['model']} (weights {row['weights']}), DDIM {row['steps']} steps, "
+        + "".join(f"{name} {value}, " for name, value in row.get("arguments", {}).items())
+        + f"n = {row['n']} images of seeds {row['evaluation_seeds'][0]}-{row['evaluation_seeds'][1]}, "
+        f"{row['machine']}, torch {row['torch']}"
+    )
+
+
+def variants() -> list[str]:
+    return [name + extra for name in VARIANTS for extra in ("", "+cec")]
+
+
+def lines_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """A Markdown table of these variants: mean and half range over calibration seeds."""
     lines = [
         "| bits | method | seeds | PSNR dB | SSIM | Fréchet to full precision | final drift | evaluations |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for bits in BITS:
-        for variant in (name + extra for name in VARIANTS for extra in ("", "+cec")):
+        for variant in names:
             group = [row for row in rows if row["bits"] == bits and row["method"] == variant]
             if group:
                 cells = [
@@ -331,18 +357,47 @@ def table(args: argparse.Namespace) -> None:
                 ]
                 cost = round(statistics.mean(row["evaluations"] for row in group))
                 lines.append(f"| {bits} | {variant} | {len(group)} | {' | '.join(cells)} | {cost} |")
-    first = rows[0]
-    note = (
-        f"Model {first['model']} (weights {first['weights']}), DDIM {first['steps']} steps, "
-        + "".join(f"{name} {value}, " for name, value in first.get("arguments", {}).items())
-        + f"n = {first['n']} images of seeds {first['evaluation_seeds'][0]}-{first['evaluation_seeds'][1]}, "
-        f"{first['machine']}, torch {first['torch']}, {first['date']}."
-    )
-    page = args.into.read_text()
-    begin, end = f"<!-- table {args.model} -->", f"<!-- /table {args.model} -->"
-    head, rest = page.split(begin)
+    return lines
+
+
+def put(page: Path, body: str, begin: str, end: str) -> None:
+    """Replace what is between two markers of a page."""
+    head, rest = page.read_text().split(begin)
     _, tail = rest.split(end)
-    args.into.write_text(head + begin + "\n" + note + "\n\n" + "\n".join(lines) + "\n" + end + tail)
+    page.write_text(head + begin + "\n" + body + "\n" + end + tail)
+
+
+def pages(args: argparse.Namespace) -> None:
+    """The rows of each method on its page, at the bits at which it was measured, beside those of its baselines."""
+    known = set(variants())
+    rows = {
+        model: [row for row in current(args.json, model) if row["method"] in known]
+        for model in ("digits-unet", "digits-dit")
+    }
+    for page in sorted(args.folder.glob("*.md")):
+        if "<!-- figures -->" not in page.read_text():
+            continue
+        parts = []
+        for found in rows.values():
+            own = {row["method"] for row in found if page.stem in methods_of(row["method"])}
+            bits = {row["bits"] for row in found if row["method"] in own}
+            shown = [row for row in found if row["bits"] in bits and row["method"] in own | baselines(own)]
+            if shown:
+                parts.append(
+                    "\n".join((f"{conditions(shown[0])}, {shown[0]['date']}.", "", *lines_of(shown, variants())))
+                )
+        put(page, "\n\n".join(parts) or "Not measured yet.", "<!-- figures -->", "<!-- /figures -->")
+
+
+def methods_of(variant: str) -> set[str]:
+    """The method and the add-ons of a variant."""
+    base = variant.removesuffix("+cec")
+    return {*VARIANTS[base][0].split("+"), *(("cec",) if base != variant else ())}
+
+
+def baselines(names: set[str]) -> set[str]:
+    """Round to nearest, layers alone, and each variant without its correction."""
+    return {"rtn", "layerwise", *(name.removesuffix("+cec") for name in names)}
 
 
 def memory(args: argparse.Namespace) -> None:
@@ -393,12 +448,15 @@ def main() -> None:
     second.add_argument("--model", default="digits-unet")
     second.add_argument("--json", type=Path, default=Path("runs/results.jsonl"))
     second.add_argument("--into", type=Path, default=Path("docs/results.md"))
+    fourth = commands.add_parser("pages")
+    fourth.add_argument("--json", type=Path, default=Path("runs/results.jsonl"))
+    fourth.add_argument("--folder", type=Path, default=Path("docs/methods"))
     for name in ("memory", "memory-of"):
         third = commands.add_parser(name)
         third.add_argument("--model", default="digits-unet")
         third.add_argument("--methods", default=";".join(DEFAULT))
     args = parser.parse_args()
-    {"run": run, "table": table, "memory": memory, "memory-of": memory_of}[args.command](args)
+    {"run": run, "table": table, "pages": pages, "memory": memory, "memory-of": memory_of}[args.command](args)
 
 
 if __name__ == "__main__":

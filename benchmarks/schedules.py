@@ -84,7 +84,7 @@ def candidates(
         quantize(
             open_model(args.model), resolved.recipe, steps=CALIBRATED_STEPS, run=Run(), base_model=args.model
         ).save(folder)
-    pipe = load(folder, schedule="nearest")
+    pipe = load(folder, engine="simulated", schedule="nearest")
     correction = correction_of(pipe.scheduler)
     if correction is None:
         yield name, lambda schedule, seeds: images_of(pipe, schedule, seeds)

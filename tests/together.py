@@ -49,7 +49,7 @@ def main(folder: Path) -> None:
     for count in COUNTS:
         evaluation = ("out1", "--seeds", "1000-1010", "--batch-size", "4", "--json", f"evaluation{count}.json")
         results[f"evaluate {count}"] = run(folder, count, command("evaluate", *evaluation))
-        images = ("out1", "-o", f"images{count}", "--seeds", "0-6", "--batch-size", "2", "--grid")
+        images = ("out1", "-o", f"images{count}", "--seeds", "0-6", "--batch-size", "2", "--grid", *EXACT)
         results[f"sample {count}"] = run(folder, count, command("sample", *images))
         results[f"library {count}"] = run(folder, count, lambda: library())
     for count in COUNTS[1:]:
@@ -59,6 +59,7 @@ def main(folder: Path) -> None:
 
 
 QUANTIZE = ("--config", "run.yaml", "--quiet")
+EXACT = ("--engine", "simulated")
 
 
 def failures(folder: Path) -> dict[str, Any]:
@@ -205,7 +206,7 @@ def library() -> None:
     from stepquant.processes import joined, leave
 
     processes = joined()
-    images = sample(load("out1"), seeds=range(7), steps=2, batch_size=3, processes=processes)
+    images = sample(load("out1", engine="simulated"), seeds=range(7), steps=2, batch_size=3, processes=processes)
     processes.check_same("images", images.numpy().tobytes())
     tensors, figures = calibrated()
     if processes.first:

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed
 from diffusers.models.attention_processor import Attention, AttnProcessor
 
 TRAIN_TIMESTEPS = 1000
 
 
-def parser_of(description: str | None, *, work: str, steps: int, batch: int, ema: float) -> argparse.ArgumentParser:
+def parser_of(
+    description: str | None, *, work: str, steps: int, batch: int, ema: float, lr: float = 1e-3
+) -> argparse.ArgumentParser:
     """The options that every script has; the rest are its defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/mnist.npz"))
@@ -24,7 +27,7 @@ def parser_of(description: str | None, *, work: str, steps: int, batch: int, ema
     parser.add_argument("--export", type=Path, help="write the pipeline here instead of training")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch", type=int, default=batch)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--ema", type=float, default=ema)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250)
@@ -47,6 +50,35 @@ def scaled(images: torch.Tensor) -> torch.Tensor:
 def stratified(count: int, generator: torch.Generator) -> torch.Tensor:
     """A number from each of `count` equal parts of [0, 1]. For timesteps: the same mean loss, with less variance."""
     return (torch.arange(count) + torch.rand(count, generator=generator)) / count
+
+
+def own_part(drawn: torch.Tensor) -> torch.Tensor:
+    """This process's part of what every process drew alike for the whole batch; all of it where there is one process.
+
+    So the batch and the random numbers are the same whatever the number of processes.
+    """
+    if not torch.distributed.is_initialized():
+        return drawn
+    return drawn[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+
+
+def join_processes() -> None:
+    """Be one of the processes that `torchrun` started, if it did."""
+    if torch.distributed.is_torchelastic_launched():
+        torch.distributed.init_process_group("gloo")
+
+
+@torch.no_grad()
+def average_gradients(model: torch.nn.Module) -> None:
+    """The mean over all processes, as one message."""
+    if not torch.distributed.is_initialized():
+        return
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    together = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    torch.distributed.all_reduce(together)
+    together /= torch.distributed.get_world_size()
+    for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def use_plain_attention(model: torch.nn.Module) -> None:
@@ -114,7 +146,8 @@ def fit(
 ) -> None:
     """Minimise a loss for `steps` iterations, or for those that are left: the state is in `path`.
 
-    losses_of: what to minimise and what to log, which draws from the generator that it is given.
+    losses_of: what to minimise and what to log, which draws from the generator that it is given; of several processes,
+        each takes `own_part` of what it draws, and gradients are averaged.
     ema: decay of an average of the weights, kept in the state; None keeps none.
     named: what the iteration and the logged value are called in `log.jsonl`, which is beside the state.
     """
@@ -131,6 +164,7 @@ def fit(
         averaged, start = state.get("ema"), state["step"]
         generator.set_state(state["generator"].cpu())
         print(f"resumed at {named[0]} {start}", flush=True)
+    writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     began, logged = time.time(), []
     for step in range(start, steps):
         for optimizer in optimizers:
@@ -139,17 +173,18 @@ def fit(
         loss, value = losses_of(generator)
         model.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         if averaged is not None:
             average_(averaged, model, min(ema, (step + 1) / (step + 10)))
         logged.append(value.item())
-        if (step + 1) % 50 == 0:
+        if writes and (step + 1) % 50 == 0:
             mean, spent = float(np.mean(logged[-50:])), round(time.time() - began, 1)
             with (path.parent / "log.jsonl").open("a") as log:
                 log.write(json.dumps({named[0]: step + 1, named[1]: mean, "seconds": spent}) + "\n")
-        if (step + 1) % save_every == 0 or step + 1 == steps:
+        if writes and ((step + 1) % save_every == 0 or step + 1 == steps):
             state = {
                 "model": model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],

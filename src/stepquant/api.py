@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import functools
 import hashlib
 import importlib.resources
 import inspect
@@ -39,7 +40,7 @@ from stepquant.calibrate.trajectory import Trajectory, quiet
 from stepquant.calibrate.walked_correction import CorrectProgressively
 from stepquant.checkpoint import load_checkpoint, save_checkpoint
 from stepquant.engines.base import GraphEngine, place
-from stepquant.errors import CheckpointError, ModelError, SpecError, UnsupportedPipeline, nearest
+from stepquant.errors import CheckpointError, EngineError, ModelError, SpecError, UnsupportedPipeline, nearest
 from stepquant.manifest import MANIFEST_NAME, Manifest, read_manifest
 from stepquant.model.correction import CorrectedScheduler, StepCorrection
 from stepquant.model.families import (
@@ -72,6 +73,8 @@ __all__ = [
     "sample",
     "with_denoiser",
 ]
+
+logger = logging.getLogger(__name__)
 
 SHIPPED_MODELS = ("digits-unet", "digits-dit")
 """Models inside the package: they open with no network."""
@@ -507,8 +510,12 @@ def load(
 ) -> Any:
     """Open a checkpoint as an ordinary pipeline whose denoiser is quantized.
 
-    engine: what runs the layers; "auto" chooses. "openvino" runs the whole denoiser as one int8 graph, and so does an
-        OpenVINOEngine with other settings.
+    engine: what runs the layers. "simulated" is the arithmetic of the calibration: the same bits as before saving, with
+        gradients, on any device, and the only one whose pipeline takes adapters and `save_pretrained`. "openvino" runs
+        the whole denoiser as one int8 graph, and so does an OpenVINOEngine with other settings. "auto" is "openvino"
+        where that runs every layer with quantized weight and input on integers, as on a CPU with VNNI, and "simulated"
+        elsewhere, also if the first call shows that there is no graph of the denoiser (a warning says why). Pipelines
+        that switch between two denoisers are simulated. The log says what was chosen.
     denoiser: the float module, for a checkpoint of a plain torch denoiser.
     schedule: "strict" refuses to sample with other timesteps than those of the calibration; "nearest" lets every
         timestep use the parameters of the nearest calibrated one.
@@ -522,11 +529,26 @@ def load(
     pipe, manifest = load_checkpoint(folder, denoiser=denoiser, components=given)
     if device is not None:
         pipe.to(device)
-    placed, _ = place(getattr(pipe, manifest.denoiser.name), engine)
+    if engine == "auto" and several_denoisers(pipe):
+        # The two are told from the rest of the pipeline by their class, which is another one for a graph.
+        logger.info("Engine 'simulated': the pipeline switches between %s.", " and ".join(several_denoisers(pipe)))
+        engine = "simulated"
+    simulated = getattr(pipe, manifest.denoiser.name)
+    placed, _ = place(simulated, engine)
     setattr(pipe, manifest.denoiser.name, placed)
+    if placed is not simulated and hasattr(pipe, "save_pretrained"):
+        pipe.save_pretrained = functools.partial(_refuse_to_save, manifest.denoiser.name)
     if schedule == "strict" and manifest.schedule is not None:
         guard_schedule(pipe.scheduler, ScheduleFingerprint.from_dict(manifest.schedule))
     return pipe
+
+
+def _refuse_to_save(name: str, *_: Any, **__: Any) -> None:
+    """In the place of a pipeline's `save_pretrained`, which would leave out a module that is none of diffusers'."""
+    raise EngineError(
+        f"{name} runs as a graph, or may, and diffusers would save the pipeline without it. Load the checkpoint with "
+        "engine='simulated' to save it, or copy its folder."
+    )
 
 
 def _parts_for(folder: Path, onto: Any) -> dict[str, Any]:

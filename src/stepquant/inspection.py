@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from stepquant.checkpoint import CORRECTION_PREFIX, TENSORS_NAME, check_folder, skeleton
-from stepquant.engines.base import choose
+from stepquant.engines.base import automatic, choose
 from stepquant.errors import CheckpointError
 from stepquant.manifest import MANIFEST_NAME, LayerGroup, Manifest, manifest_json, read_manifest
 from stepquant.model.clock import CLOCK_NAME
@@ -34,8 +34,9 @@ def inspect_checkpoint(folder: Path | str) -> dict[str, Any]:
         `input_bits`, `second_bits`; where they change over time the most), row_bits (operand -> bits of each parameter
         set, where they do), rows (the most parameter sets of an activation quantizer), additions (transform,
         branch and other things that format version 1 does not know, in words), bytes in the file,
-        engine that runs it on the CPU, refusals (engine -> reason). engine is None for a denoiser that diffusers does
-        not know.
+        engine that runs it on this machine's CPU if the checkpoint is loaded with "auto", refusals (engine -> reason).
+        Where that is "openvino", a layer that it refuses runs inside the same graph, as simulated arithmetic, and has
+        "simulated" here. engine is None for a denoiser that diffusers does not know.
     bytes: of all files. bytes_by_kind: levels, weight_scales, activation_tables, transforms, branches, first_tokens,
         corrections, unquantized, tensor_header, manifest and other_files, which add up to bytes.
     float32_bytes: of the full-precision denoiser's tensors in float32. ratio: bytes of manifest and denoiser folder to
@@ -73,15 +74,25 @@ def inspect_checkpoint(folder: Path | str) -> dict[str, Any]:
 def _layers(manifest: Manifest, entries: Mapping[str, Entry]) -> list[dict[str, Any]]:
     model = skeleton(manifest, tensors=len(entries))
     modules = {} if model is None else quantized_layers(model)
+    for layer in modules.values():
+        if isinstance(layer, QuantizedLayer):
+            layer.on_grid = layer.weight_quantizer is not None  # as it will be once it is loaded
+    default = "simulated" if _switches(manifest) else automatic(modules)[0]
     sizes: dict[str, int] = {}
     for tensor, entry in entries.items():
         owner = _owner(tensor)
         sizes[owner] = sizes.get(owner, 0) + entry.bytes
     return [
-        {**_layer(name, shape, group), "bytes": sizes.get(name, 0), **_engine(modules.get(name))}
+        {**_layer(name, shape, group), "bytes": sizes.get(name, 0), **_engine(modules.get(name), default)}
         for group in manifest.layers
         for name, shape in group.layers.items()
     ]
+
+
+def _switches(manifest: Manifest) -> bool:
+    """Whether the pipeline has another denoiser, which takes turns with this one: such pipelines are simulated."""
+    kind = manifest.denoiser.class_name
+    return any(part is not None and part.class_name == kind for part in manifest.pipeline.components.values())
 
 
 def _owner(tensor: str) -> str:
@@ -108,12 +119,10 @@ def _layer(name: str, shape: tuple[int, ...], group: LayerGroup) -> dict[str, An
     }
 
 
-def _engine(layer: QuantizedLayer | QuantizedMatmul | None) -> dict[str, Any]:
+def _engine(layer: QuantizedLayer | QuantizedMatmul | None, default: str) -> dict[str, Any]:
     if layer is None:
         return {"engine": None, "refusals": {}}
-    if isinstance(layer, QuantizedLayer):
-        layer.on_grid = layer.weight_quantizer is not None  # as it will be once it is loaded
-    placement = choose(layer, torch.device("cpu"))
+    placement = choose(layer, torch.device("cpu"), default)
     return {"engine": placement.engine, "refusals": dict(placement.refusals)}
 
 

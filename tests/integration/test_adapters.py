@@ -16,7 +16,8 @@ import tiny
 import tiny_pipelines
 from stepquant.api import Quantized, load, quantize, sample
 from stepquant.engines.base import pack_
-from stepquant.errors import CheckpointError, ModelError, UnsupportedPipeline
+from stepquant.engines.openvino import has_vnni
+from stepquant.errors import CheckpointError, EngineError, ModelError, UnsupportedPipeline
 from stepquant.methods import METHODS
 from stepquant.model.layer import Geometry, QuantizedLayer
 from stepquant.model.quantizer import WeightQuantizer
@@ -133,7 +134,7 @@ def test_adapter_files_are_loaded_and_saved_again(prompted: tuple[Quantized, dic
     layers = get_peft_model_state_dict(donor.unet)
     type(donor).save_lora_weights(tmp_path / "donor", unet_lora_layers=layers)
     made.save(tmp_path / "q")
-    pipe = load(tmp_path / "q")
+    pipe = load(tmp_path / "q", engine="simulated")
     without = images_of(pipe, arguments)
     pipe.load_lora_weights(tmp_path / "donor", adapter_name="style", weight_name="pytorch_lora_weights.safetensors")
     found, expected = adapted(pipe.unet), adapted(donor.unet)
@@ -249,7 +250,7 @@ def test_fused_and_unloaded_models_are_saved(prompted: tuple[Quantized, dict[str
     fused = images_of(pipe, arguments)
     assert not torch.equal(fused, without)
     quantized.save(tmp_path / "q")
-    assert torch.equal(images_of(load(tmp_path / "q"), arguments), fused)
+    assert torch.equal(images_of(load(tmp_path / "q", engine="simulated"), arguments), fused)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
@@ -322,6 +323,27 @@ def test_adapters_on_layers_packed_by_an_engine_are_refused() -> None:
     with pytest.raises(ValueError, match=r"(?s)Target module .* is not supported"):
         unet.add_adapter(lora_config(target_modules=["to_q"]))
     assert torch.equal(prediction(unet), before)
+
+
+def test_adapters_on_a_pipeline_that_runs_as_a_graph_are_refused(
+    prompted: tuple[Quantized, dict[str, Any]], tmp_path: Path
+) -> None:
+    """As `load` makes it where it can. diffusers would load them, and then not switch or fuse them, without a word."""
+    from peft.utils import get_peft_model_state_dict
+
+    if not has_vnni():
+        pytest.skip("the processor has no VNNI, so pipelines run as simulated arithmetic, which takes adapters")
+    made, _ = prompted
+    donor = FAMILIES["sd15"].build()
+    donor.unet.add_adapter(lora_config())
+    layers = get_peft_model_state_dict(donor.unet)
+    type(donor).save_lora_weights(tmp_path / "donor", unet_lora_layers=layers)
+    made.save(tmp_path / "q")
+    pipe = load(tmp_path / "q")
+    with pytest.raises(EngineError, match=r"Adapters do not go .* engine='simulated'"):
+        pipe.load_lora_weights(tmp_path / "donor", weight_name="pytorch_lora_weights.safetensors")
+    with pytest.raises(EngineError, match=r"Adapters do not go .* engine='simulated'"):
+        pipe.unet.add_adapter(lora_config())
 
 
 def test_adapters_without_peft_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

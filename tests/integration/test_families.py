@@ -47,7 +47,7 @@ def assert_round_trip(quantized: Quantized, arguments: dict[str, Any], folder: P
     """The images of the checkpoint, after comparing them with those before it was saved."""
     before = images_of(quantized.pipe, arguments)
     quantized.save(folder)
-    loaded = load(folder)
+    loaded = load(folder, engine="simulated")
     assert torch.equal(images_of(loaded, arguments), before)
     assert describe(find_denoiser(loaded)[1]) == describe(find_denoiser(quantized.pipe)[1])
     return before
@@ -97,7 +97,7 @@ def test_plain_module(tmp_path: Path) -> None:
     # Two channels are no image of PIL, and none is made: arrays are compared.
     before = sample(quantized.pipe, seeds=SEEDS, steps=STEPS)
     quantized.save(tmp_path / "q")
-    loaded = load(tmp_path / "q", denoiser=tiny.TinyNet())
+    loaded = load(tmp_path / "q", denoiser=tiny.TinyNet(), engine="simulated")
     assert torch.equal(sample(loaded, seeds=SEEDS, steps=STEPS), before)
 
 

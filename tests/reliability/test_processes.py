@@ -205,7 +205,7 @@ def test_a_launcher(runs: Path, launcher: str) -> None:
     out = launcher.replace(".", "-")
     options += ["--main_process_port", "0"] if launcher.startswith("accelerate") else []
     command = [sys.executable, "-m", launcher, *options, "-m", "stepquant"]
-    arguments = ["sample", "out1", "-o", out, "--seeds", "0-6", "--batch-size", "2"]
+    arguments = ["sample", "out1", "-o", out, "--seeds", "0-6", "--batch-size", "2", "--engine", "simulated"]
     done = subprocess.run(
         [*command, *arguments], cwd=runs, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False
     )

@@ -414,6 +414,7 @@ def test_sample_names_images_by_seed(run: Run, library: Library, tmp_path: Path)
     assert run("sample", "digits-unet", "-o", folder)[0] == 1
     assert run("sample", "digits-unet", "-o", folder, "--overwrite", "--steps", "5")[0] == 0
     assert library.asked("sample")[-1]["steps"] == 5
+    assert library.asked("open_any")[0]["engine"] == "auto"
 
 
 def test_evaluate_shows_and_keeps(run: Run, library: Library, tmp_path: Path) -> None:
@@ -426,6 +427,8 @@ def test_evaluate_shows_and_keeps(run: Run, library: Library, tmp_path: Path) ->
     assert (kept["candidate"], kept["against"]) == (str(checkpoint), "digits-unet")
     assert kept["command"] == f"stepquant evaluate {checkpoint} --seeds 1000-1003"
     assert library.asked("evaluate")[0]["steps"] == 20
+    assert run("evaluate", checkpoint, "--seeds", "1000-1003", "--engine", "openvino")[0] == 0
+    assert [asked["engine"] for asked in library.asked("load")] == ["simulated", "openvino"]
 
 
 def test_evaluate_for_machines_prints_nothing_but_json(run: Run, library: Library, tmp_path: Path) -> None:
@@ -444,6 +447,7 @@ def test_report_evaluates_only_what_is_missing(run: Run, library: Library, tmp_p
     assert status == 0
     assert len(library.asked("evaluate")) == 2
     assert "31.5 dB" in (tmp_path / "r.html").read_text()
+    assert {asked["engine"] for asked in library.asked("load")} == {"simulated"}
     status, _, err = run("report", one, "-o", tmp_path / "r.html")
     assert status == 1
     assert "--overwrite" in err

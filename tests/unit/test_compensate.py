@@ -50,7 +50,7 @@ def images(pipe: Any, steps: int = STEPS) -> Tensor:
 
 
 def opened(folder: Path, **options: Any) -> Any:
-    return load(folder, denoiser=net_of(), **options)
+    return load(folder, denoiser=net_of(), engine="simulated", **options)
 
 
 @pytest.fixture(scope="module")

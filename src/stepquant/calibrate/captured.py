@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stepquant.storage import errors_name
 
-__all__ = ["Column", "Rows", "RowsOnDisk"]
+__all__ = ["Column", "Rows", "RowsOnDisk", "taken"]
 
 
 class RowsOnDisk:
@@ -52,6 +52,13 @@ class RowsOnDisk:
 
 Rows = Tensor | RowsOnDisk
 """`[N, ...]`, wherever it lies."""
+
+
+def taken(rows: Rows, chosen: Tensor) -> Tensor:
+    """Some rows, by positions `[n]` int64."""
+    if isinstance(rows, RowsOnDisk):
+        return rows[chosen]
+    return rows.index_select(0, chosen.to(rows.device))  # copies whole rows, which indexing does not
 
 
 class Column:

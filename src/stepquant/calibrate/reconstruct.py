@@ -21,16 +21,19 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from stepquant.calibrate.captured import Column, Rows, RowsOnDisk
+from stepquant.calibrate.captured import Column, Rows, RowsOnDisk, taken
 from stepquant.calibrate.offload import brought
 from stepquant.calibrate.qdrop import QDrop, dropping, mixed
 from stepquant.calibrate.ranges import sample_readers
 from stepquant.calibrate.rounding import (
     SoftRounding,
+    adam,
     annealed_beta,
+    candidates_kept,
     cosine,
     harden_soft_,
     input_scales,
@@ -83,7 +86,10 @@ def reconstruction_loss(found: Tensor, wanted: Tensor, norm: float = 2.0, weight
 
     weights: `[B]`, of each sample in the average; with mean 1 over the calibration set they keep the loss's scale.
     """
-    distance = (found - wanted).abs().pow(norm).sum(1)
+    if norm == 2 and weights is None:
+        return F.mse_loss(found, wanted) * found.shape[1]  # the same in fewer passes
+    difference = found - wanted
+    distance = (difference.square() if norm == 2 else difference.abs().pow(norm)).sum(1)
     if weights is not None:
         distance = distance * weights.to(distance).reshape(-1, *(1,) * (distance.ndim - 1))
     return distance.mean()
@@ -208,7 +214,7 @@ class _Cache:
 
     def batch(self, chosen: Tensor) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Tensor, ...], Tensor]:
         args, kwargs = self._taken((self.args, self.kwargs), chosen)
-        return args, kwargs, tuple(output[chosen] for output in self.outputs), self.bins[chosen]
+        return args, kwargs, tuple(taken(output, chosen) for output in self.outputs), self.bins[chosen]
 
     def powers(self, norm: float, size: int) -> list[float]:
         """What the reconstruction loss of each output would be if it were zero; `size` samples are read at a time."""
@@ -233,7 +239,7 @@ class _Cache:
 
         def take(value: Any) -> Any:
             if isinstance(value, Rows) and len(value.shape) and value.shape[0] == count:
-                return value[chosen]
+                return taken(value, chosen)
             return value
 
         return tuple(take(value) for value in call[0]), {key: take(value) for key, value in call[1].items()}
@@ -895,7 +901,7 @@ def fit_unit(
         parameters.append({"params": [rounding.alpha for rounding in roundings], "lr": fit.lr, **decay})
     if quantizers:
         parameters += relative_groups(quantizers, fit.lr if fit.qdrop is None else fit.qdrop.lr_scales)
-    optimizer = torch.optim.Adam(parameters)
+    optimizer = adam(parameters)
     least = {name: quantizer.scale.detach() / 10 for name, quantizer in quantizers.items()}
     generator = job.run.generator("blocks", *stream)
     processes = job.run.processes if fit.qdrop is None else ALONE
@@ -935,7 +941,10 @@ def fit_unit(
     probe = torch.arange(min(count, fit.batch))
     with torch.no_grad():
         before = float(loss_of(probe))
-    with dropping(layers if fit.qdrop else {}, fit.qdrop.activations if fit.qdrop else 0.0, drops):
+    with (
+        dropping(layers if fit.qdrop else {}, fit.qdrop.activations if fit.qdrop else 0.0, drops),
+        candidates_kept(roundings),
+    ):
         following = torch.randint(count, (min(fit.batch, count),), generator=generator)
         for iteration in range(fit.iterations):
             progress = iteration / fit.iterations

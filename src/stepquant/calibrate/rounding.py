@@ -11,17 +11,28 @@ BRECQ and Q-Diffusion:
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
 from stepquant.numerics.affine import grouped
 
-__all__ = ["SoftRounding", "annealed_beta", "input_scales", "materialised", "relative_groups", "soften_"]
+__all__ = [
+    "SoftRounding",
+    "adam",
+    "annealed_beta",
+    "candidates_kept",
+    "input_scales",
+    "materialised",
+    "relative_groups",
+    "soften_",
+]
 
 ZETA, GAMMA = 1.1, -0.1
 """Stretch of the rectified sigmoid (Louizos et al. 2018; AdaRound eq. 23)."""
@@ -47,10 +58,12 @@ class SoftRounding(nn.Module):
         # Inverse of h, kept off its flat ends so that every weight still has a gradient.
         fraction = fraction.clamp(0.01, 0.99)
         self.alpha = nn.Parameter(-torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1))
+        self.kept: tuple[Tensor, Tensor] | None = None
 
     def h(self) -> Tensor:
         """How far each weight is rounded up, in [0, 1]."""
-        return torch.clamp(torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA, 0, 1)
+        # hardtanh is clamp with a gradient of one pass instead of four.
+        return F.hardtanh(torch.sigmoid(self.alpha).mul(ZETA - GAMMA).add_(GAMMA), 0.0, 1.0, inplace=True)
 
     def _values(self, up: Tensor) -> Tensor:
         spec, (scale, zero_point) = self.quantizer.spec, self.quantizer.params
@@ -58,7 +71,9 @@ class SoftRounding(nn.Module):
         return (levels - zero_point) * scale
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self._values(self.h()).reshape(weight.shape).to(weight.dtype)
+        # What is clamped to one level whichever way it is rounded has two equal candidates, and so no gradient.
+        low, high = self.candidates() if self.kept is None else self.kept
+        return torch.lerp(low, high, self.h()).reshape(weight.shape).to(weight.dtype)
 
     def rounded(self, weight: Tensor) -> Tensor:
         """The weight after hard rounding: up where alpha >= 0."""
@@ -70,7 +85,54 @@ class SoftRounding(nn.Module):
 
     def regulariser(self, beta: float) -> Tensor:
         """R(alpha): 0 when every h is 0 or 1."""
-        return (1 - (2 * self.h() - 1).abs().pow(beta)).sum()
+        apply: Any = _Regulariser.apply
+        result: Tensor = apply(self.alpha, beta)
+        return result
+
+
+class _Regulariser(torch.autograd.Function):
+    """R(alpha) together with its gradient, which shares most of the work with it.
+
+        dR/dalpha = -2 beta |2 h - 1|^(beta - 1) sign(2 h - 1) (ZETA - GAMMA) s (1 - s),   s = sigmoid(alpha)
+
+    and 0 where h is 0 or 1.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, beta: float) -> Tensor:
+        rising = torch.sigmoid(alpha)
+        side = rising.mul(ZETA - GAMMA).add_(GAMMA).clamp_(0, 1).mul_(2).sub_(1)
+        size = side.abs()
+        power = size.pow(beta - 1)
+        value = torch.addcmul(size.new_ones(()), power, size, value=-1).sum()
+        ctx.factor = -2 * beta * (ZETA - GAMMA)
+        ctx.save_for_backward(rising, power.copysign_(side))
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        rising, signed = ctx.saved_tensors
+        ends = -GAMMA / (ZETA - GAMMA), (1 - GAMMA) / (ZETA - GAMMA)
+        inside = torch.ops.aten.hardtanh_backward(signed * (ctx.factor * grad), rising, *ends)
+        return torch.ops.aten.sigmoid_backward(inside, rising), None
+
+
+@contextmanager
+def candidates_kept(roundings: Iterable[SoftRounding]) -> Iterator[None]:
+    """Inside, both candidates of every weight stay in memory, instead of being computed in each forward call."""
+    kept = list(roundings)
+    for rounding in kept:
+        rounding.kept = rounding.candidates()
+    try:
+        yield
+    finally:
+        for rounding in kept:
+            rounding.kept = None
+
+
+def adam(parameters: Any, lr: float = 1e-3) -> torch.optim.Adam:
+    """Adam over parameters or groups of them, in one pass over each."""
+    return torch.optim.Adam(parameters, lr=lr, fused=True)
 
 
 def soften_(layer: QuantizedLayer, full_precision: Tensor, keep: float) -> SoftRounding:

@@ -39,7 +39,7 @@ from stepquant.calibrate.reconstruct import (
     soft_roundings,
     without_input_quantizers,
 )
-from stepquant.calibrate.rounding import annealed_beta, harden_soft_, soften_
+from stepquant.calibrate.rounding import adam, annealed_beta, candidates_kept, harden_soft_, soften_
 from stepquant.calibrate.select import at_steps, inputs
 from stepquant.calibrate.trajectory import Trajectory
 from stepquant.errors import CalibrationError, SpecError, nearest
@@ -333,10 +333,11 @@ class RoundTemporalBlock:
             assert isinstance(layer, QuantizedLayer)
             soften_(layer, weights[name], self.keep_rounding)
         soft = list(soft_roundings(own).values())
-        optimizer = torch.optim.Adam([rounding.alpha for rounding in soft], lr=self.lr)
+        optimizer = adam([rounding.alpha for rounding in soft], self.lr)
         generator = job.run.generator("temporal")
         with (
             without_input_quantizers(job.denoiser),
+            candidates_kept(soft),
             job.run.progress.track("Rounding the temporal block", self.iterations) as advance,
         ):
             for iteration in range(self.iterations):

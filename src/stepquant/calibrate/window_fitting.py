@@ -22,6 +22,7 @@ from stepquant.calibrate.reconstruct import (
 )
 from stepquant.calibrate.rounding import (
     SoftRounding,
+    adam,
     annealed_beta,
     cosine,
     harden_soft_,
@@ -182,8 +183,8 @@ class _Fitting:
             soft=soft,
             scales=scales,
             least={name: quantizer.scale.detach() / 10 for name, quantizer in scales.items()},
-            weight_optimizer=torch.optim.Adam([s.alpha for s in soft.values()], lr=stage.lr_weights) if soft else None,
-            scale_optimizer=torch.optim.Adam(relative_groups(scales, stage.lr_scales)) if scales else None,
+            weight_optimizer=adam([s.alpha for s in soft.values()], stage.lr_weights) if soft else None,
+            scale_optimizer=adam(relative_groups(scales, stage.lr_scales)) if scales else None,
             history=[],
         )
 

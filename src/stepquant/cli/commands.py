@@ -33,8 +33,16 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a 
 Engine = Annotated[
     str,
     typer.Option(
-        help="What computes the quantized layers. auto: simulated, the arithmetic of the calibration; openvino: the "
-        "whole denoiser as one int8 graph; onednn: int8 layers."
+        help="What computes the quantized layers. simulated: the arithmetic of the calibration, bit for bit; openvino: "
+        "the whole denoiser as one int8 graph, for CPUs; onednn: int8 layers; auto: openvino where processor and "
+        "checkpoint fit it, else simulated. `stepquant inspect` says which."
+    ),
+]
+MeasuredEngine = Annotated[
+    str,
+    typer.Option(
+        help="What computes the quantized layers. Figures are those of simulated, the definition of the result; name "
+        "openvino, onednn, ... to measure what another engine makes of it."
     ),
 ]
 Arguments = Annotated[
@@ -386,7 +394,7 @@ def evaluate(
         list[str] | None,
         typer.Option("--fail-if", metavar="GATE", help="Exit status 3 if so, e.g. 'psnr<28'. May be repeated."),
     ] = None,
-    engine: Engine = "auto",
+    engine: MeasuredEngine = "simulated",
     device: Device = "auto",
     batch_size: Batch = 16,
     prompts: Prompts = None,
@@ -485,7 +493,8 @@ def report(
 ) -> None:
     """Write one HTML page about one or several checkpoints: figures, drift curves, images, layers.
 
-    Uses the evaluations that `stepquant evaluate` kept; a checkpoint without one is evaluated first.
+    Uses the evaluations that `stepquant evaluate` kept; a checkpoint without one is evaluated first, in simulated
+    arithmetic, which also makes the images of the page. Measure another engine with `stepquant evaluate --engine`.
     """
     from stepquant.cli import report as page
 
@@ -519,7 +528,7 @@ def doctor(
         Path | None,
         typer.Option(metavar="FILE", help="Write settings for `quantize --config` that mend what was found."),
     ] = None,
-    engine: Engine = "auto",
+    engine: MeasuredEngine = "simulated",
     device: Device = "auto",
     batch_size: Batch = 4,
     argument: Arguments = None,

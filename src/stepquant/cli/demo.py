@@ -76,7 +76,7 @@ def _evaluated(checkpoint: Path, settings: Settings) -> dict[str, Any]:
     found = read_evaluation(checkpoint)
     if found is not None:
         return found
-    return evaluate_and_keep(checkpoint, work.Sampling(_EVALUATED, steps=_STEPS), settings)
+    return evaluate_and_keep(checkpoint, work.Sampling(_EVALUATED, steps=_STEPS, engine="simulated"), settings)
 
 
 def _pages(folder: Path, checkpoints: list[Path], results: list[dict[str, Any]], settings: Settings) -> None:

@@ -43,7 +43,8 @@ def report(
     for checkpoint in checkpoints:
         found = read_evaluation(checkpoint)
         if found is None:
-            found = evaluate_and_keep(checkpoint, Sampling(seeds, batch_size=batch_size, device=device), settings)
+            sampling = Sampling(seeds, batch_size=batch_size, device=device, engine="simulated")
+            found = evaluate_and_keep(checkpoint, sampling, settings)
         results.append(found)
     write_page(checkpoints, results, out, settings, (device, batch_size))
     if not settings.quiet:
@@ -91,7 +92,7 @@ def _images_for(
     common: dict[str, Any] = {"seeds": seeds, "steps": int(first["steps"]), "batch_size": batch_size}
     common["arguments"] = arguments
     progress = progress_for(settings)
-    reference = open_source(str(first["against"]), device=device, schedule="nearest")
+    reference = open_source(str(first["against"]), device=device, engine="simulated", schedule="nearest")
     found: dict[str, Any] = {"seeds": seeds, "candidates": [], "rows": []}
     with interruptible("The report was not written; evaluations that were finished are kept."):
         walks = None
@@ -104,7 +105,7 @@ def _images_for(
             found["reference"] = reference.images(seeds, steps=None, arguments={})
             found["notes"] = ["No films and no errors of layers: the reference is a folder of images."]
         for checkpoint in checkpoints:
-            pipe = api.load(checkpoint, device=device, schedule="nearest")
+            pipe = api.load(checkpoint, device=device, engine="simulated", schedule="nearest")
             found["candidates"].append(api.sample(pipe, progress=progress, **common))
             found["rows"].append(rows_over_time(pipe))
             if walks is not None:

@@ -2,7 +2,8 @@
 
 from stepquant.doctor import examine
 
-diagnosis = examine(stepquant.load("digits-w4a8"), stepquant.open_model("digits-unet"), steps=20)
+candidate = stepquant.load("digits-w4a8", engine="simulated")
+diagnosis = examine(candidate, stepquant.open_model("digits-unet"), steps=20)
 for finding in diagnosis.findings:
     print(finding.kind, finding.layer, finding.step, finding.what)
 print(diagnosis.yaml())

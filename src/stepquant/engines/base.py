@@ -2,7 +2,7 @@
 
 Engines are chosen per layer, so a model may run on several. `simulated` refuses nothing and is what remains where every
 other engine has refused. Graph engines take the whole denoiser instead; layers that they refuse run as simulated
-arithmetic inside the graph.
+arithmetic inside the graph. `auto` chooses once for the whole denoiser (`automatic`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from stepquant.engines.automatic import AutomaticDenoiser
 from stepquant.engines.int_mm import IntMmEngine
 from stepquant.engines.onednn import OneDnnEngine
 from stepquant.engines.openvino import OpenVINOEngine
 from stepquant.engines.reference import ReferenceEngine
+from stepquant.engines.weight_only import WeightOnlyEngine
 from stepquant.errors import EngineError, nearest
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.surgery import quantized_layers
 
-__all__ = ["Engine", "GraphEngine", "Placement", "SimulatedEngine", "choose", "engines", "pack_", "place"]
+__all__ = ["Engine", "GraphEngine", "Placement", "SimulatedEngine", "automatic", "choose", "engines", "pack_", "place"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,39 +93,60 @@ def engines() -> dict[str, Engine | GraphEngine]:
         OpenVINOEngine(),
         OneDnnEngine(),
         IntMmEngine(),
+        WeightOnlyEngine(),
     )
     return {engine.name: engine for engine in known}
 
 
-# The engines that `auto` asks, in order: the fastest that does not refuse. `reference` trades time for memory and is
-# only used by name: it unpacks every weight on every call. So is `int_mm`, until it has been run on a GPU.
-AUTO_ORDER = ("simulated",)
+def automatic(layers: Mapping[str, Layer]) -> tuple[str, str]:
+    """The engine that `auto` takes for a denoiser with these quantized layers, and why, as a clause.
+
+    "openvino" if OpenVINO runs every layer whose weight and input are both quantized on integers, and there is such a
+    layer; so never without VNNI or elsewhere than on the CPU. "simulated" in every other case. Layers with a
+    floating-point weight or input, and the matmuls of attention, are not asked about: they run in floating point in
+    both. The other engines are used by name only: `reference` trades time for memory, `onednn` is for denoisers that
+    have no graph, and `int_mm` and `weight_only` have not been run on a GPU.
+    """
+    engine = OpenVINOEngine()
+    wanted = {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, QuantizedLayer) and None not in (layer.weight_quantizer, layer.input_quantizer)
+    }
+    if not wanted:
+        return "simulated", "there is no layer whose weight and input are both quantized"
+    refusals = {name: engine.refuses(layer, _device_of(layer)) for name, layer in wanted.items()}
+    refused = {name: reason for name, reason in refusals.items() if reason is not None}
+    if refused:
+        name, reason = next(iter(refused.items()))
+        return (
+            "simulated",
+            f"OpenVINO does not run {len(refused)} of the {len(wanted)} layers with quantized weights and inputs on "
+            f"integers. {name}, for one: {reason}",
+        )
+    return engine.name, f"it runs all {len(wanted)} layers with quantized weights and inputs on integers"
 
 
-def choose(layer: Layer, device: torch.device, engine: str = "auto") -> Placement:
-    """The engine that runs a layer. Whoever is asked for by name and refuses, hands over to `simulated`.
+def choose(layer: Layer, device: torch.device, engine: str = "simulated") -> Placement:
+    """Where a layer runs if this engine is taken. One that refuses hands over to `simulated`.
 
     Raises EngineError for an unknown engine.
     """
-    if engine != "auto":
-        _known(engine)
+    _known(engine)
     answers = {name: known.refuses(layer, device) for name, known in engines().items()}
     refusals = {name: reason for name, reason in answers.items() if reason is not None}
-    order = AUTO_ORDER if engine == "auto" else (engine, "simulated")
-    return Placement(next(name for name in order if name not in refusals), refusals)
+    return Placement("simulated" if engine in refusals else engine, refusals)
 
 
-def pack_(denoiser: nn.Module, engine: str = "auto") -> dict[str, Placement]:
+def pack_(denoiser: nn.Module, engine: str = "simulated") -> dict[str, Placement]:
     """Put packed layers in the place of the denoiser's quantized ones. Returns where each layer runs.
 
-    engine: a name of `engines()`, or "auto". Layers that it refuses stay simulated.
+    engine: a name of `engines()`. Layers that it refuses stay simulated.
     A packed model runs but cannot be saved or calibrated: keep the checkpoint.
     Where it refuses every layer, a warning says why and what that costs.
     """
-    if engine != "auto":
-        _known(engine)
-    layers = quantized_layers(denoiser)
-    placed = {name: choose(layer, _device_of(layer), engine) for name, layer in layers.items()}
+    _known(engine)
+    layers, placed = quantized_layers(denoiser), _placements(denoiser, engine)
     found = engines()
     packed: dict[int, nn.Module] = {}
     for name, layer in layers.items():
@@ -142,21 +165,35 @@ def pack_(denoiser: nn.Module, engine: str = "auto") -> dict[str, Placement]:
 def place(denoiser: nn.Module, engine: str | GraphEngine = "auto") -> tuple[nn.Module, dict[str, Placement]]:
     """The module that runs the denoiser, and where each of its layers runs.
 
-    engine: as for `pack_`, which changes the denoiser itself; or a graph engine, by name or with its settings, which
-        returns another module.
+    engine: a name as for `pack_`, which changes the denoiser itself; a graph engine, by name or with its settings,
+        which returns another module; or "auto", which is the one that `automatic` says. Its graph is tried at the first
+        call, and the denoiser stays simulated if there is none (`AutomaticDenoiser`).
     """
-    runs = _known(engine) if isinstance(engine, str) and engine != "auto" else engine
+    if engine == "auto":
+        return _placed_automatically(denoiser)
+    runs = _known(engine, "auto") if isinstance(engine, str) else engine
     if not isinstance(runs, GraphEngine):
-        return denoiser, pack_(denoiser, runs if isinstance(runs, str) else runs.name)
-    placed = {name: choose(layer, _device_of(layer), runs.name) for name, layer in quantized_layers(denoiser).items()}
+        return denoiser, pack_(denoiser, runs.name)
+    placed = _placements(denoiser, runs.name)
     compiled = runs.compile(denoiser)
     _warn_of_none(runs.name, placed)
     return compiled, placed
 
 
+def _placed_automatically(denoiser: nn.Module) -> tuple[nn.Module, dict[str, Placement]]:
+    chosen, reason = automatic(quantized_layers(denoiser))
+    logger.info("Engine %r: %s.", chosen, reason.removesuffix("."))
+    placed = _placements(denoiser, chosen)
+    return denoiser if chosen == "simulated" else AutomaticDenoiser(denoiser, OpenVINOEngine()), placed
+
+
+def _placements(denoiser: nn.Module, engine: str) -> dict[str, Placement]:
+    return {name: choose(layer, _device_of(layer), engine) for name, layer in quantized_layers(denoiser).items()}
+
+
 def _warn_of_none(engine: str, placed: Mapping[str, Placement]) -> None:
     """Say so if the engine that was asked for takes no layer at all: nothing runs faster then."""
-    if engine == "auto" or not placed or any(placement.engine == engine for placement in placed.values()):
+    if not placed or any(placement.engine == engine for placement in placed.values()):
         return
     reasons = Counter(placement.refusals[engine] for placement in placed.values())
     text = " ".join(f"({count}) {reason}" for reason, count in reasons.most_common())
@@ -169,10 +206,11 @@ def _warn_of_none(engine: str, placed: Mapping[str, Placement]) -> None:
     )
 
 
-def _known(name: str) -> Engine | GraphEngine:
+def _known(name: str, *others: str) -> Engine | GraphEngine:
+    """others: further names that the caller takes, for the message."""
     found = engines()
     if name not in found:
-        names = ("auto", *found)
+        names = (*others, *found)
         raise EngineError(f"There is no engine {name!r}, only {', '.join(names)}.{nearest(name, names)}")
     return found[name]
 

@@ -237,6 +237,10 @@ class GraphDenoiser(nn.Module):
         other._temporary, other._compiled = None, OrderedDict()
         return other
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As for copies."""
+        return {**self.__dict__, "_temporary": None, "_compiled": OrderedDict()}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self._arguments(args, kwargs)
         clock = self._lowered.clock
@@ -244,7 +248,10 @@ class GraphDenoiser(nn.Module):
         bins = torch.bucketize(timestep.detach().reshape(-1).float(), clock.edges)
         tensors, form = tensors_of(arguments)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
-            raise EngineError("A graph has no gradients: call it under torch.no_grad(), or use engine='simulated'.")
+            raise EngineError(
+                "A graph has no gradients: call it under torch.no_grad(), or load the checkpoint with "
+                "engine='simulated'."
+            )
         compiled = self._compiled_for(tensors, form)
         distinct = torch.unique(bins).tolist() if self._switches else [0]
         results = [_infer(compiled, tensors, number) for number in distinct]
@@ -276,7 +283,10 @@ class GraphDenoiser(nn.Module):
     def _compiled_for(self, tensors: Mapping[str, Tensor], form: Any) -> _Compiled:
         for name, tensor in tensors.items():
             if tensor.device.type != "cpu":
-                raise EngineError(f"OpenVINO runs on the CPU, and argument {name} is on {tensor.device}.")
+                raise EngineError(
+                    f"OpenVINO runs on the CPU, and argument {name} is on {tensor.device}: load the checkpoint with "
+                    "engine='simulated' to run it there."
+                )
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         threads = torch.get_num_threads()
         key = json.dumps([form, shapes, [str(tensor.dtype) for tensor in tensors.values()], threads])

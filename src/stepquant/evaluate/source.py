@@ -176,10 +176,12 @@ def open_source(
 ) -> PipelineSource | ImageFolder:
     """A checkpoint of stepquant, a diffusers folder, a folder of images, a shipped model or a hub id.
 
-    onto: the checkpoint of the pipeline's other denoiser, for a checkpoint. options: of `api.load`, for a checkpoint.
+    onto: the checkpoint of the pipeline's other denoiser, for a checkpoint. options: of `api.load`, for a checkpoint;
+        the engine is "simulated" unless one is named.
     Raises EvaluationError for a folder that is none of these, ModelError or CheckpointError for one that is damaged.
     """
     path = Path(text)
+    options = {"engine": "simulated"} | options
     if (path / MANIFEST_NAME).is_file():
         other = None if onto is None else api.load(onto, **options)
         folders = (path,) if onto is None else (path, onto)

@@ -60,7 +60,7 @@ def export_torchao(source: Any, folder: Path | str, *, dtype: torch.dtype = torc
     if target.exists():
         raise SpecError(f"{target} exists: choose another name.")
     torchao = _torchao()
-    pipe = load(source, schedule="nearest") if isinstance(source, str | Path) else source
+    pipe = load(source, engine="simulated", schedule="nearest") if isinstance(source, str | Path) else source
     name, quantized = find_denoiser(pipe)
     layers = quantized_layers(quantized)
     if class_identity(quantized)[0] != "diffusers" or not layers:

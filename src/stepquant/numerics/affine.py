@@ -134,8 +134,8 @@ def fake_quantize(x: Tensor, params: QParams, spec: QuantSpec | Levels) -> Tenso
 class _FakeQuantize(torch.autograd.Function):
     """Saves x and the result only, which the layers on both sides keep anyway.
 
-    Which elements are inside the range is computed again for the gradient, as floats: on CPUs, comparing into a bool
-    mask and multiplying by one take several times as long as the same with floats.
+    Which elements are inside the range is computed again for the gradient, without a bool mask: on CPUs, comparing into
+    one and multiplying by it take several times as long.
     """
 
     @staticmethod
@@ -149,18 +149,28 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, scale, zero_point, y = ctx.saved_tensors
         shifted = _shifted(x, scale, zero_point)
-        clipped = shifted.clamp(*ctx.ends)
-        inside = torch.eq(clipped, shifted, out=clipped).to(grad.dtype)
-        grad_x = inside.mul_(grad)
+        wide = grad.to(shifted.dtype)
+        grad_x = _inside(wide, shifted, *ctx.ends)
         grad_scale = None
         if ctx.needs_input_grad[1]:
             # (q - z) is y / scale everywhere, and x / scale only counts inside the range.
-            terms = (grad * y).sub_(grad_x * x)
-            grad_scale = terms.div_(scale).sum_to_size(scale.shape).to(scale.dtype)
-        return (grad_x if ctx.needs_input_grad[0] else None), grad_scale, None, None
+            terms = (wide * y).addcmul_(grad_x, x.to(wide.dtype), value=-1)
+            grad_scale = terms.sum_to_size(scale.shape).div_(scale).to(scale.dtype)
+        return (grad_x.to(x.dtype) if ctx.needs_input_grad[0] else None), grad_scale, None, None
+
+
+def _inside(grad: Tensor, levels: Tensor, qmin: int | Tensor, qmax: int | Tensor) -> Tensor:
+    """The gradient where levels, whole numbers, are in the range, and 0 elsewhere."""
+    if isinstance(qmin, Tensor) or isinstance(qmax, Tensor):
+        ends: Any = qmin, qmax
+        clipped = levels.clamp(*ends)
+        return torch.eq(clipped, levels, out=clipped).mul_(grad)
+    # The gradient of a clamp whose ends lie between levels: one pass.
+    result: Tensor = torch.ops.aten.hardtanh_backward(grad, levels, qmin - 0.5, qmax + 0.5)
+    return result
 
 
 def _shifted(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """round(x / scale) + zero_point before it is clipped, in float32 or wider."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    return torch.round(wide / scale).add_(zero_point)
+    return torch.div(wide, scale).round_().add_(zero_point)

@@ -180,7 +180,10 @@ def _remarks(description: Mapping[str, Any], license: str | None) -> str:
         )
     if description["manifest"].get("correction") is not None:
         lines.append("It has a correction of the sampling steps, which `from_pretrained` would drop and so refuses.")
-    lines.append("Layers run in simulated arithmetic unless an engine is chosen: see stepquant's docs/engines.md.")
+    lines.append(
+        "`stepquant.load` runs it as one int8 graph where processor and checkpoint allow that, else in simulated "
+        "arithmetic, as `from_pretrained` does: see stepquant's docs/engines.md."
+    )
     if license is None:
         lines.append("License: that of the full-precision model.")
     return "\n".join(f"- {line}" for line in lines)

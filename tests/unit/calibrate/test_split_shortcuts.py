@@ -244,7 +244,7 @@ def test_a_checkpoint_keeps_them_and_engines_say_no(tmp_path: Path) -> None:
         assert layer.split == SHORTCUTS[name][0]
         refusals = choose(layer, torch.device("cpu")).refusals
         assert "one for each part of a concatenation" in refusals["reference"]
-        assert {"int_mm", "onednn", "openvino", "reference"} <= set(refusals)
+        assert {"int_mm", "onednn", "openvino", "reference", "weight_only"} <= set(refusals)
         assert told[name]["bits"] == {"weight": 4, "input": 8, "second": 8}
         assert told[name]["additions"] == ["an input in two parts"]
         # The activation alone is reason enough.

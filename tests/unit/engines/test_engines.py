@@ -79,7 +79,7 @@ def test_state_dict_of_a_packed_model_loads() -> None:
     assert torch.equal(one(sample, 0), other(sample, 0))
 
 
-def test_auto_leaves_layers_simulated_and_says_what_else_could_run_them() -> None:
+def test_layers_stay_simulated_and_it_says_what_else_could_run_them() -> None:
     denoiser = quantize_(tiny_unet())
     before = dict(quantized_layers(denoiser))
     placed = pack_(denoiser)
@@ -92,9 +92,11 @@ def test_auto_leaves_layers_simulated_and_says_what_else_could_run_them() -> Non
 
 
 def test_unknown_engines_are_refused_with_the_nearest_name() -> None:
-    assert {"simulated", "reference", "onednn", "int_mm"} <= set(engines())
+    assert {"simulated", "reference", "onednn", "int_mm", "weight_only"} <= set(engines())
     with pytest.raises(EngineError, match=r"no engine 'referense', only auto, simulated, reference,.* Did you mean 'r"):
-        pack_(nn.Linear(2, 2), "referense")
+        place(nn.Linear(2, 2), "referense")
+    with pytest.raises(EngineError, match=r"no engine 'auto', only simulated, reference"):
+        pack_(nn.Linear(2, 2), "auto")  # it may take a graph, which takes the place of the whole denoiser
 
 
 def test_layers_that_are_not_hardened_are_refused() -> None:
@@ -125,7 +127,7 @@ def test_an_engine_that_takes_nothing_says_what_that_costs(caplog: pytest.LogCap
     """A scheme that no engine has: the checkpoint runs, as slowly as the simulation does."""
     denoiser = quantize_(TinyNet(), LayerScheme(QuantSpec(4, "channel"), QuantSpec(8, dynamic=True)), ends="same")
     expected = denoiser(torch.ones(1, 2, 4, 4), 0)
-    for engine in ("onednn", "int_mm", "openvino"):
+    for engine in ("onednn", "int_mm", "openvino", "weight_only"):
         caplog.clear()
         ran, placed = place(copy.deepcopy(denoiser), engine)
         assert {placement.engine for placement in placed.values()} == {"simulated"}

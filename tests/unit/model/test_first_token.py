@@ -166,7 +166,7 @@ def test_convolutions_and_matmuls_have_none() -> None:
 def test_engines_refuse_it_and_graphs_simulate_it(tmp_path: Path) -> None:
     net = quantized()
     refusals = choose(net.layer, torch.device("cpu")).refusals
-    for engine in ("reference", "onednn", "int_mm", "openvino"):
+    for engine in ("reference", "onednn", "int_mm", "openvino", "weight_only"):
         assert "first token passes by the input quantizer" in refusals[engine], engine
     x = torch.randn(2, 2, 3, 3)
     wanted = net(x, 5)

@@ -1,0 +1,169 @@
+"""What `auto` puts in a denoiser's place where it has chosen a graph: a graph if one can be made, else the simulation.
+
+Graphs are made at the first call, from what the denoiser is called with, and that may fail: an operation that has no
+graph, an argument that is no tensor, no memory, no space on the disk. By name (`engine="openvino"`) that is an error;
+nobody has asked for `auto`, so it must not break a pipeline that runs without it.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.engines.openvino import GraphDenoiser, OpenVINOEngine
+from stepquant.errors import EngineError
+from stepquant.model.clock import keep_float32
+
+__all__ = ["AutomaticDenoiser"]
+
+logger = logging.getLogger(__name__)
+
+
+class AutomaticDenoiser(nn.Module):
+    """A simulated denoiser that becomes a graph at its first call: same call, same `config`, `dtype` and the rest.
+
+    The first call on the CPU makes the graph and lets go of the simulated denoiser; until then both are in memory, and
+    from then on there are no gradients and no other devices (EngineError says so). If that call fails as a graph and
+    not as a simulation, a warning names the reason and the denoiser stays simulated: so does one whose first call asks
+    for gradients. Before, it can be moved and cast; calls on another device, and those that torch.compile traces, are
+    simulated and decide nothing.
+
+    It has no parameters and cannot be saved. Adapters are refused in every state: diffusers switches them on and off by
+    the denoiser's class, which is another one here.
+    """
+
+    def __init__(self, simulated: nn.Module, engine: OpenVINOEngine) -> None:
+        super().__init__()
+        # Neither is registered: whoever looks for layers must find none, in either state, instead of other names.
+        self._hold(simulated, None)
+        self._engine = engine
+        self._stays_simulated = False
+        self._told_of_device = False
+        dtype = next((p.dtype for p in simulated.parameters() if p.is_floating_point()), torch.float32)
+        self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
+        self.train(False)
+
+    _simulated: nn.Module | None
+    _graph: GraphDenoiser | None
+    _like: Tensor
+
+    def _hold(self, simulated: nn.Module | None, graph: GraphDenoiser | None) -> None:
+        object.__setattr__(self, "_simulated", simulated)
+        object.__setattr__(self, "_graph", graph)
+
+    @property
+    def _present(self) -> nn.Module:
+        present = self._simulated if self._graph is None else self._graph
+        assert present is not None
+        return present
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._like.device
+
+    def __getattr__(self, name: str) -> Any:
+        """What pipelines read of their denoiser: its configuration, its embeddings' sizes."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Not before there is anything to ask, as while a copy is made, and nothing that Python asks for itself.
+            if "_graph" not in self.__dict__ or name.startswith("__"):
+                raise
+            return getattr(self._present, name)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Of the simulated denoiser; nothing once there is a graph."""
+        return self._present.state_dict(*args, **kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Moves the simulated denoiser. A graph stays where and what it is, and its next call says so."""
+        if self._simulated is not None:
+            self._simulated.to(*args, **kwargs)
+        return super().to(*args, **kwargs)
+
+    def half(self) -> Self:
+        """As the simulated denoiser: diffusers refuses to cast quantized models."""
+        if self._simulated is not None:
+            self._simulated.half()
+        return super().half()
+
+    def float(self) -> Self:
+        """As the simulated denoiser: diffusers refuses to cast quantized models."""
+        if self._simulated is not None:
+            self._simulated.float()
+        return super().float()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self._simulated is None:
+            keep_float32(self, fn)
+            return self
+        # torch has not annotated it.
+        simulated, own = cast(Any, self._simulated), cast(Any, super())
+        simulated._apply(fn, recurse)
+        own._apply(fn, recurse)
+        return self
+
+    def add_adapter(self, *_: Any, **__: Any) -> None:
+        """Raises EngineError."""
+        raise _no_adapters()
+
+    def load_lora_adapter(self, *_: Any, **__: Any) -> None:
+        """Raises EngineError."""
+        raise _no_adapters()
+
+    def load_attn_procs(self, *_: Any, **__: Any) -> None:
+        """Raises EngineError."""
+        raise _no_adapters()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        simulated = self._simulated
+        if simulated is None:
+            return self._present(*args, **kwargs)
+        if self._stays_simulated or torch.compiler.is_compiling() or self._elsewhere():
+            return simulated(*args, **kwargs)
+        try:
+            graph = self._engine.compile(simulated)
+            found = graph(*args, **kwargs)
+        except Exception as error:  # the denoiser's own code runs while a graph is made, and can raise anything
+            # If this raises as well it is the call that is wrong, and the next one may be right.
+            found = simulated(*args, **kwargs)
+            self._stays_simulated = True
+            logger.warning(
+                "Engine 'openvino' could not take the denoiser, which runs as simulated arithmetic instead, in the "
+                "time of full precision or more: %s",
+                str(error) or type(error).__name__,
+            )
+            return found
+        self._hold(None, graph)
+        del simulated
+        # A diffusers model refers to itself, so it would stay in memory until somebody collects.
+        gc.collect()
+        return found
+
+    def _elsewhere(self) -> bool:
+        """Whether the denoiser has been moved from the CPU; says so once."""
+        device = self.device
+        if device.type == "cpu":
+            return False
+        if not self._told_of_device:
+            logger.info("Engine 'simulated': the denoiser has been moved to %s, and OpenVINO runs on the CPU.", device)
+            self._told_of_device = True
+        return True
+
+    def extra_repr(self) -> str:
+        return f"runs={type(self._present).__name__}"
+
+
+def _no_adapters() -> EngineError:
+    return EngineError(
+        "Adapters do not go onto a denoiser that may run as a graph: load the checkpoint with engine='simulated'."
+    )

@@ -1,0 +1,347 @@
+"""The engine that `auto` takes: a graph where the processor and the checkpoint fit it, and never an error for it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import logging
+import pickle
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from torch import nn
+
+from stepquant.api import load
+from stepquant.checkpoint import save_checkpoint
+from stepquant.cli.main import main
+from stepquant.engines import openvino as engine_module
+from stepquant.engines.automatic import AutomaticDenoiser
+from stepquant.engines.base import automatic, place
+from stepquant.engines.openvino import OpenVINOEngine
+from stepquant.errors import EngineError, ModelError
+from stepquant.inspection import inspect_checkpoint
+from stepquant.model.layer import QuantizedLayer
+from stepquant.model.surgery import quantized_layers
+from stepquant.numerics.spec import LayerScheme, QuantSpec, scheme_for
+from tiny import TinyNet, quantize_, sampled, tiny_pipe
+
+needs_vnni = pytest.mark.skipif(not engine_module.has_vnni(), reason="elsewhere auto is simulated")
+
+SAMPLE = (2, 2, 4, 4)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _seen(caplog: pytest.LogCaptureFixture, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    caplog.set_level(logging.INFO, logger="stepquant")
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+
+
+def net(scheme: LayerScheme | None = None) -> Any:
+    return quantize_(TinyNet(), scheme, ends="same")
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def automatic_of(simulated: nn.Module) -> AutomaticDenoiser:
+    placed, _ = place(simulated, "auto")
+    assert isinstance(placed, AutomaticDenoiser)
+    return placed
+
+
+@needs_vnni
+def test_a_supported_denoiser_becomes_the_graph_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    simulated = net()
+    by_name = OpenVINOEngine().compile(copy.deepcopy(simulated))
+    gone = weakref.ref(simulated)
+    placed: Any
+    ran: Any
+    ran, placed = place(simulated)
+    del simulated
+    assert {placement.engine for placement in placed.values()} == {"openvino"}
+    assert "Engine 'openvino': it runs all 2 layers with quantized weights and inputs on integers." in caplog.text
+    assert gone() is not None
+    x = torch.randn(SAMPLE)
+    with torch.no_grad():
+        for timestep in (0, 600):
+            assert torch.equal(ran(x, timestep), by_name(x, timestep))
+    assert gone() is None, "the simulated denoiser is still in memory"
+    assert ran.runtime_precisions() == by_name.runtime_precisions() != {}
+    assert warnings_of(caplog) == []
+
+
+FLOAT_INPUTS = "there is no layer whose weight and input are both quantized"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        (scheme_for(4, None), FLOAT_INPUTS),
+        (scheme_for(None, 8), FLOAT_INPUTS),
+        (LayerScheme(QuantSpec(4, "channel"), QuantSpec(8, "token", dynamic=True)), "found at run time"),
+        (LayerScheme(QuantSpec(4, "group", group_size=2), QuantSpec(8)), "several scales in an output channel"),
+    ],
+)
+def test_other_schemes_are_simulated_and_the_log_says_why(
+    scheme: LayerScheme, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    simulated = net(scheme)
+    ran, placed = place(simulated)
+    assert ran is simulated
+    assert {placement.engine for placement in placed.values()} == {"simulated"}
+    if engine_module.has_vnni() or reason == FLOAT_INPUTS:
+        assert f"Engine 'simulated': {reason if reason == FLOAT_INPUTS else 'OpenVINO does not run'}" in caplog.text
+        assert reason in caplog.text
+    assert warnings_of(caplog) == []
+
+
+@needs_vnni
+def test_one_refused_layer_of_several_decides_and_float_layers_do_not() -> None:
+    mixed = net()
+    mixed.conv.input_quantizer = net(scheme_for(4, None)).conv.input_quantizer
+    assert mixed.conv.input_quantizer is None
+    assert automatic(quantized_layers(mixed))[0] == "openvino"
+    dynamic = net(LayerScheme(QuantSpec(4, "channel"), QuantSpec(8, "token", dynamic=True)))
+    mixed.conv.input_quantizer = dynamic.conv.input_quantizer
+    chosen, reason = automatic(quantized_layers(mixed))
+    assert chosen == "simulated"
+    assert "does not run 1 of the 2 layers with quantized weights and inputs on integers. conv, for one:" in reason
+    assert automatic({}) == ("simulated", FLOAT_INPUTS)
+
+
+def test_a_processor_without_vnni(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(engine_module, "has_vnni", lambda: False)
+    simulated = net()
+    assert place(simulated)[0] is simulated
+    assert "Engine 'simulated': OpenVINO does not run 2 of the 2 layers" in caplog.text
+    assert "no VNNI" in caplog.text
+
+
+def no_such_operation(*_: Any, **__: Any) -> Any:
+    raise EngineError("TinyNet cannot be exported as a graph: no such operation.")
+
+
+def out_of_memory(*_: Any, **__: Any) -> Any:
+    raise MemoryError
+
+
+@needs_vnni
+@pytest.mark.parametrize("where", ["export", "lower"])
+@pytest.mark.parametrize(
+    ("failure", "told"), [(no_such_operation, "no such operation"), (out_of_memory, "MemoryError")]
+)
+def test_without_a_graph_it_is_simulated_after_one_warning(
+    where: str, failure: Any, told: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    simulated = net()
+    ran = automatic_of(copy.deepcopy(simulated))
+    asked: list[int] = []
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        asked.append(1)
+        return failure(*args, **kwargs)
+
+    monkeypatch.setattr(engine_module, where, fails)
+    x = torch.randn(SAMPLE)
+    with torch.no_grad():
+        for timestep in (0, 600, 600):
+            assert torch.equal(ran(x, timestep), simulated(x, timestep))
+    assert len(asked) == 1
+    (warning,) = warnings_of(caplog)
+    assert told in warning
+    assert "runs as simulated arithmetic instead" in warning
+    with pytest.raises((EngineError, MemoryError)), torch.no_grad():  # by name there is nothing to fall back on
+        place(copy.deepcopy(simulated), "openvino")[0](x, 0)
+
+
+@needs_vnni
+def test_a_wrong_call_decides_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    ran = automatic_of(net())
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="channels"):
+            ran(torch.randn(2, 5, 4, 4), 0)
+        with pytest.raises(ModelError, match="without its timestep"):
+            ran(no_such_argument=1)
+        ran(torch.randn(SAMPLE), 0)
+    assert ran.runtime_precisions() != {}, "it is a graph"
+    assert warnings_of(caplog) == []
+
+
+@needs_vnni
+def test_gradients(caplog: pytest.LogCaptureFixture) -> None:
+    """The simulation's if they are asked for first, and an error once there is a graph."""
+    simulated, x = net(), torch.randn(SAMPLE, requires_grad=True)
+    (expected,) = torch.autograd.grad(simulated(x, 0).square().sum(), x)
+    asked, ran = automatic_of(copy.deepcopy(simulated)), automatic_of(copy.deepcopy(simulated))
+    (found,) = torch.autograd.grad(asked(x, 0).square().sum(), x)
+    assert torch.equal(found, expected)
+    assert ["no gradients" in warning for warning in warnings_of(caplog)] == [True]
+    with torch.no_grad():
+        ran(x, 0)
+    with pytest.raises(EngineError, match=r"no gradients.*engine='simulated'"):
+        ran(x, 0)
+
+
+@needs_vnni
+def test_other_devices(caplog: pytest.LogCaptureFixture) -> None:
+    """Before the first call on the CPU it moves as the simulated one; afterwards the message says what to do."""
+    ran = automatic_of(net())
+    assert ran.to("meta") is ran
+    assert (ran.device.type, ran.conv.weight.device.type) == ("meta", "meta")
+    for _ in range(2):
+        assert ran(torch.empty(SAMPLE, device="meta"), torch.tensor(0, device="meta")).device.type == "meta"
+    assert caplog.text.count("has been moved to meta, and OpenVINO runs on the CPU") == 1
+    ran = automatic_of(net())
+    with torch.no_grad():
+        ran(torch.randn(SAMPLE), 0)
+        with pytest.raises(EngineError, match=r"argument sample is on meta: load the checkpoint with engine='simul"):
+            ran.to("meta")(torch.empty(SAMPLE, device="meta"), 0)
+    assert warnings_of(caplog) == []
+
+
+@needs_vnni
+def test_the_dtype_is_that_of_the_simulated_denoiser_before_and_after() -> None:
+    ran = automatic_of(net().half())
+    assert ran.dtype == torch.float16
+    cast = automatic_of(net()).half()
+    assert cast.dtype == cast.conv.weight.dtype == torch.float16
+    assert cast.float().dtype == torch.float32
+    x = torch.randn(SAMPLE).half()
+    with torch.no_grad():
+        assert ran(x, 0).dtype == ran.dtype == torch.float16
+        assert ran.float()(x, 0).dtype == ran.dtype == torch.float16, "a graph cannot be cast"
+
+
+@needs_vnni
+def test_copies_and_pickles_in_both_states() -> None:
+    ran, x = automatic_of(net()), torch.randn(SAMPLE)
+    before = [copy.deepcopy(ran), pickle.loads(pickle.dumps(ran))]
+    with torch.no_grad():
+        expected = ran(x, 600)
+        for other in (*before, copy.deepcopy(ran), pickle.loads(pickle.dumps(ran))):
+            assert isinstance(other, AutomaticDenoiser)
+            assert torch.equal(other(x, 600), expected)
+
+
+@needs_vnni
+def test_what_torch_compile_traces_is_simulated() -> None:
+    simulated = net()
+    ran, x = automatic_of(copy.deepcopy(simulated)), torch.randn(SAMPLE)
+    with torch.no_grad():
+        compiled: Any = torch.compile(ran, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x, torch.tensor(600)), simulated(x, torch.tensor(600)))
+    torch._dynamo.reset()
+
+
+def small_pipe() -> tuple[DDIMPipeline, UNet2DModel]:
+    """A pipeline with a quantized denoiser of two blocks, whose graph is made quickly; and that denoiser."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        add_attention=False,
+    )
+    quantized = quantize_(unet.eval())
+    return quiet(DDIMPipeline(quantized, DDIMScheduler())), quantized
+
+
+def saved(made: Path, pipe: DDIMPipeline, denoiser: UNet2DModel) -> Path:
+    save_checkpoint(made, pipe=pipe, denoiser_name="unet", denoiser=denoiser, base_model="", created="2026-01-01")
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return saved(tmp_path_factory.mktemp("auto") / "q", *small_pipe())
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@needs_vnni
+def test_load_takes_it_and_simulated_gives_the_bits_of_before(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipe, _ = small_pipe()
+    found = {engine: quiet(load(folder, engine=engine)) for engine in ("simulated", "openvino", "auto")}
+    assert isinstance(found["auto"].unet, AutomaticDenoiser)
+    assert "Engine 'openvino': it runs all" in caplog.text
+    images = {engine: sampled(loaded) for engine, loaded in found.items()}
+    assert (images["simulated"] == sampled(pipe)).all()
+    assert (images["auto"] == images["openvino"]).all()
+    assert images["auto"].shape == images["simulated"].shape
+    unet = found["auto"].unet
+    assert (unet.config.sample_size, unet.dtype, unet.device) == (8, torch.float32, torch.device("cpu"))
+    assert found["auto"].to("cpu").unet is unet
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = unet.no_such_thing
+
+
+@needs_vnni
+def test_what_only_the_simulated_pipeline_does_is_refused(folder: Path, tmp_path: Path) -> None:
+    pipe = load(folder)
+    for _ in range(2):
+        for call in ("add_adapter", "load_lora_adapter", "load_attn_procs"):
+            with pytest.raises(EngineError, match=r"Adapters.*engine='simulated'"):
+                getattr(pipe.unet, call)({})
+        for held in (pipe, load(folder, engine="openvino")):
+            with pytest.raises(EngineError, match=r"save the pipeline without it.*engine='simulated'"):
+                held.save_pretrained(tmp_path / "again")
+        with pytest.raises(ValueError, match="quantized model"):
+            load(folder).unet.half()
+        sampled(quiet(pipe), steps=1)
+    assert not (tmp_path / "again").exists()
+    load(folder, engine="simulated").save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "unet").is_dir()
+
+
+def test_inspect_says_what_auto_would_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, quantized = tiny_pipe()
+    folder, layers = saved(tmp_path / "q", pipe, quantized), quantized_layers(quantized)
+
+    def engines_of() -> dict[str, str]:
+        return {layer["name"]: layer["engine"] for layer in inspect_checkpoint(folder)["layers"]}
+
+    assert set(engines_of()) == set(layers)
+    monkeypatch.setattr(engine_module, "has_vnni", lambda: True)
+    expected = {
+        name: "openvino" if isinstance(layer, QuantizedLayer) else "simulated" for name, layer in layers.items()
+    }
+    assert engines_of() == expected
+    assert {*expected.values()} == {"openvino", "simulated"}
+    monkeypatch.setattr(engine_module, "has_vnni", lambda: False)
+    assert set(engines_of().values()) == {"simulated"}
+
+
+@needs_vnni
+def test_the_command_sample_takes_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepquant.cli.work.tune_allocator", lambda: True)
+    log = tmp_path / "log.jsonl"
+    for options, told in ((("--engine", "simulated"), []), ((), ["Engine 'openvino'"])):
+        log.unlink(missing_ok=True)
+        words = ["sample", folder, "-o", tmp_path / "images", "--seeds", "1", "--steps", "1", "-q", "--overwrite"]
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in (*words, "--log-file", log, *options)])
+        assert stop.value.code == 0
+        messages = [json.loads(line)["message"] for line in log.read_text().splitlines()]
+        assert [message[: message.index(":")] for message in messages if message.startswith("Engine")] == told
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["000001.png"]
+    gc.collect()
