@@ -1,12 +1,12 @@
 """What engines gain: one call of a denoiser, every candidate in turn, in one process.
 
     python benchmarks/engines.py [--networks digits-unet,ddpm-cifar10,dit,sd,faces64] [--batch 1,16] [--threads 1]
-                                 [--rows 1] [--weights 8] [--symmetric] [--attention] [--candidates ...] [--peers ...]
+                                 [--rows 1] [--weights 8] [--asymmetric] [--attention] [--candidates ...] [--peers ...]
                                  [--steps 0] [--repeats 10] [--json FILE]
 
 Networks have random weights (digits-unet: the shipped ones; faces64: those of `../shared`), weights rounded to the
 nearest, ranges by minimum and maximum over one batch. With `--rows 8` every activation quantizer has eight parameter
-sets, of slightly different scales and zero points. `--symmetric` takes weights without zero points: asymmetric ones of
+sets, of slightly different scales and zero points. `--asymmetric` takes weights with zero points: those of
 8 bits need nine in a graph. `--attention` quantizes the matmuls of attention, too. Candidates run one after another in
 every round, in an order that is rotated; the figures are medians, and ratios are medians of the ratios within a round,
 to torch's float32. With one thread the time is the process's CPU time, which other processes do not disturb much; with
@@ -98,7 +98,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--weights", type=int, default=8)
-    parser.add_argument("--symmetric", action="store_true")
+    parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--attention", action="store_true")
     parser.add_argument("--peers", default=[], **words)
     parser.add_argument("--steps", type=int, default=0)
@@ -170,7 +170,7 @@ def quantized(
     weights: int,
     rows: int,
     *,
-    symmetric: bool = False,
+    asymmetric: bool = False,
     attention: bool = False,
 ) -> nn.Module:
     """The network in simulated form, ranges from one call. The matmuls of attention only with `attention`."""
@@ -192,8 +192,8 @@ def quantized(
     if attention:
         make_attention_explicit_(net)
     scheme = scheme_for(weights, 8)
-    if symmetric:
-        scheme = replace(scheme, weight=replace(scheme.weight, symmetric=True))
+    if asymmetric:
+        scheme = replace(scheme, weight=replace(scheme.weight, symmetric=False))
     plan = make_plan(net, standard_rules(scheme, list(quantizable(net))))
     if not attention:
         plan = {name: layer for name, layer in plan.items() if layer.weight is not None}
@@ -389,7 +389,7 @@ def measure(name: str, batch: int, arguments: argparse.Namespace) -> dict[str, A
     tune_allocator()
     net, call = network(name, batch)
     simulated = quantized(
-        net, call, arguments.weights, arguments.rows, symmetric=arguments.symmetric, attention=arguments.attention
+        net, call, arguments.weights, arguments.rows, asymmetric=arguments.asymmetric, attention=arguments.attention
     )
     modules = candidates(net, simulated, call, [*arguments.candidates, *arguments.peers])
     clock: Callable[[], float] = time.process_time if arguments.threads == 1 else time.perf_counter
@@ -440,7 +440,7 @@ def measure(name: str, batch: int, arguments: argparse.Namespace) -> dict[str, A
         print(name, batch, key, entry, file=sys.stderr)
     return {
         "network": name, "batch": batch, "rows": arguments.rows, "weights": arguments.weights,
-        "symmetric": arguments.symmetric, "attention": arguments.attention, "steps": arguments.steps,
+        "asymmetric": arguments.asymmetric, "attention": arguments.attention, "steps": arguments.steps,
         "int8_peak": round(statistics.median(peak) / 1e9), "candidates": found,
     }  # fmt: skip
 

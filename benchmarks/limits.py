@@ -1,6 +1,6 @@
 """How near the int8 graph is to what the machine can do: peaks, floors of networks, achieved fractions, the gap.
 
-    python benchmarks/limits.py [--networks ddpm-cifar10,dit] [--batch 1] [--threads 1] [--weights 8] [--symmetric]
+    python benchmarks/limits.py [--networks ddpm-cifar10,dit] [--batch 1] [--threads 1] [--weights 8] [--asymmetric]
                                 [--precision f32] [--rounds 9] [--json FILE]
 
     peaks      operations (2 for each multiplication) per second of the fastest matrix product that torch has for int8,
@@ -91,7 +91,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", default=[1], type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--weights", type=int, default=8)
-    parser.add_argument("--symmetric", action="store_true", help="weights without a zero point")
+    parser.add_argument("--asymmetric", action="store_true", help="weights with zero points")
     parser.add_argument("--precision", choices=("f32", "bf16"), default="f32", help="of what is not int8")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
@@ -185,7 +185,7 @@ def measure(
 
     tune_allocator()
     net, call = network(name, batch)
-    simulated = quantized(net, call, arguments.weights, 1, symmetric=arguments.symmetric)
+    simulated = quantized(net, call, arguments.weights, 1, asymmetric=arguments.asymmetric)
     counted = work(net, call, arguments.precision)
     request = _compiled(simulated, call, arguments)
     fractions, times, floors, shares = [], [], [], []
@@ -206,7 +206,7 @@ def measure(
         "network": name,
         "batch": batch,
         "weights": arguments.weights,
-        "symmetric": arguments.symmetric,
+        "asymmetric": arguments.asymmetric,
         "precision": arguments.precision,
         "gigaoperations": {kind: round(counted[kind] / 1e9, 2) for kind in ("layers", "attention")},
         "megabytes": round(counted["bytes"] / 1e6, 1),

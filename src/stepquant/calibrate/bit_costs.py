@@ -13,7 +13,7 @@ from stepquant.calibrate.step_groups import BitsUntil, TimedScheme, Timeline, ti
 from stepquant.model.surgery import Plan, operand_specs
 from stepquant.numerics.affine import grouped
 from stepquant.numerics.packing import packed_bytes
-from stepquant.numerics.spec import LayerScheme, QuantSpec
+from stepquant.numerics.spec import LayerScheme, QuantSpec, weight_at
 from stepquant.slots import Slot, encoded
 
 __all__ = ["Choice", "Costs", "Problem", "costs_of"]
@@ -76,7 +76,7 @@ class Problem:
         for item, bits in choice.items():
             own, full = schemes[item.layer], self.full[item.layer]
             if item.operand == "weights":
-                schemes[item.layer] = replace(own, weight=_at(full.weight, bits))
+                schemes[item.layer] = replace(own, weight=_weight_at(full.weight, bits))
             elif item.group is None:
                 schemes[item.layer] = replace(own, input=_at(full.input, bits), second=_at(full.second, bits))
         for name, over_time in self.over_time(choice).items():
@@ -106,6 +106,10 @@ class Problem:
 
 def _at(spec: QuantSpec | None, bits: int | None) -> QuantSpec | None:
     return None if spec is None or bits is None else replace(spec, bits=bits)
+
+
+def _weight_at(spec: QuantSpec | None, bits: int | None) -> QuantSpec | None:
+    return None if spec is None or bits is None else weight_at(spec, bits)
 
 
 def costs_of(
@@ -163,7 +167,7 @@ def costs_of(
         fixed_bytes += 0 if module.bias is None else _plain_bytes(module, "bias")
         if ("weights", name) in items:
             (item,) = items["weights", name]
-            of_weight = {bits: _at(full.weight, bits) for bits in (*item.bits, None)}
+            of_weight = {bits: _weight_at(full.weight, bits) for bits in (*item.bits, None)}
             of_item[item] = {bits: _weight_bytes(module, weight, spec) for bits, spec in of_weight.items()}
         else:
             fixed_bytes += _weight_bytes(module, weight, base.weight)

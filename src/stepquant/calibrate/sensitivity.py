@@ -53,7 +53,7 @@ from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
 from stepquant.model.surgery import Plan, operand_specs, quantized_layers
 from stepquant.numerics.affine import QParams
-from stepquant.numerics.spec import QuantSpec
+from stepquant.numerics.spec import QuantSpec, weight_at
 from stepquant.recipe import Keeper
 from stepquant.run import Run
 
@@ -341,7 +341,7 @@ def _operand_errors(probe: Probe, item: Item, bits: int, tap: _Tap) -> list[Tens
 def _weight_spec(probe: Probe, item: Item, bits: int) -> QuantSpec:
     spec = probe.plan[item.layer].weight
     assert spec is not None
-    return replace(spec, bits=bits)
+    return weight_at(spec, bits)
 
 
 def _per_image(products: Tensor, rows: int, images: int) -> Tensor:

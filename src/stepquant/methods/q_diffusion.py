@@ -26,6 +26,8 @@ Differs from the paper:
   activations (docs/results.md).
 - `softmax_bits=16`, the code's setting for Stable Diffusion, leaves the softmax output in floating point: levels have 8
   bits at most here.
+- Weights of 8 bits with a scale per channel are symmetric but for the first and last layer: int8 kernels have no ninth
+  bit for a zero point.
 - Activations are asymmetric; the code has symmetric ones for CIFAR-10 and LSUN-Bedroom.
 - Without `calibration_steps` every recorded step calibrates (every `every`-th one). The preset full sets S and n.
 - Where a shortcut is split, the two quantizers of its weight are scales for groups of as many channels as divide both

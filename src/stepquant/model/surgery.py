@@ -14,7 +14,7 @@ from stepquant.errors import ModelError, SpecError, nearest
 from stepquant.model.families import block_classes, end_layers
 from stepquant.model.layer import Matmul, QuantizedLayer, QuantizedMatmul, geometry_of
 from stepquant.numerics.affine import grouped
-from stepquant.numerics.spec import LayerScheme, QuantSpec
+from stepquant.numerics.spec import LayerScheme, QuantSpec, finer_at_8
 
 __all__ = [
     "Ends",
@@ -117,7 +117,7 @@ def standard_rules(
     if ends == "same":
         return rules
     eight = LayerScheme(
-        weight=None if scheme.weight is None else replace(scheme.weight, bits=max(8, scheme.weight.bits)),
+        weight=None if scheme.weight is None else finer_at_8(scheme.weight),
         input=None if scheme.input is None else replace(scheme.input, bits=max(8, scheme.input.bits)),
     )
     kept = (*sensitive, *end_layers(layers))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 from stepquant.errors import SpecError
@@ -13,9 +13,11 @@ __all__ = [
     "LayerScheme",
     "QuantSpec",
     "RowSpec",
+    "finer_at_8",
     "parse_bits",
     "row_spec",
     "scheme_for",
+    "weight_at",
     "weight_spec",
 ]
 
@@ -133,8 +135,28 @@ def parse_bits(text: str) -> tuple[int | None, int | None]:
 
 
 def weight_spec(bits: int, group_size: int | None = None) -> QuantSpec:
-    """The usual levels of a weight: asymmetric, a scale per output channel or for every `group_size` inputs."""
-    return QuantSpec(bits, "channel" if group_size is None else "group", group_size=group_size)
+    """The usual levels of a weight: asymmetric, a scale per output channel or for every `group_size` inputs.
+
+    Symmetric at 8 bits with a scale per channel: with a zero point they would take nine bits, which int8 kernels lack.
+    """
+    if group_size is not None:
+        return QuantSpec(bits, "group", group_size=group_size)
+    return QuantSpec(bits, "channel", symmetric=bits == QuantSpec.most_bits)
+
+
+def finer_at_8(spec: QuantSpec) -> QuantSpec:
+    """A weight's levels at 8 bits for the few layers where more matters than speed: the usual ones get a zero point.
+
+    The last layer's weights make the prediction itself: an error of them is in every step, and leans the same way.
+    """
+    usual = spec == weight_spec(spec.bits, spec.group_size)
+    return replace(spec, bits=QuantSpec.most_bits, symmetric=spec.symmetric and not usual)
+
+
+def weight_at(spec: QuantSpec, bits: int) -> QuantSpec:
+    """The levels of a weight at other bits: again the usual ones if they were, otherwise the same but for the bits."""
+    usual = spec == weight_spec(spec.bits, spec.group_size)
+    return weight_spec(bits, spec.group_size) if usual else replace(spec, bits=bits)
 
 
 def scheme_for(weight_bits: int | None, activation_bits: int | None, group_size: int | None = None) -> LayerScheme:

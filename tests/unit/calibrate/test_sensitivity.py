@@ -30,6 +30,7 @@ from stepquant.model.layer import Matmul
 from stepquant.model.pipeline import DenoiserPipeline
 from stepquant.model.quantizer import WeightQuantizer
 from stepquant.numerics.affine import fake_quantize
+from stepquant.numerics.spec import weight_at
 from stepquant.recipe import Job
 from stepquant.run import Run
 
@@ -98,7 +99,7 @@ def layer_errors(tested: Case, item: Item, bits: int) -> list[Tensor]:
 
     def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
         if item.operand == "weights":
-            spec = replace(scheme.weight, bits=bits)
+            spec = weight_at(scheme.weight, bits)
             other.weight.data = WeightQuantizer(spec, probe.weight_params(item.layer, spec))(module.weight.data)
             errors.append(other(*args) - output)
         elif len(args) == 1:
