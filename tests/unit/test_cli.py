@@ -427,7 +427,9 @@ def test_evaluate_shows_and_keeps(run: Run, library: Library, tmp_path: Path) ->
     assert (kept["candidate"], kept["against"]) == (str(checkpoint), "digits-unet")
     assert kept["command"] == f"stepquant evaluate {checkpoint} --seeds 1000-1003"
     assert library.asked("evaluate")[0]["steps"] == 20
-    assert run("evaluate", checkpoint, "--seeds", "1000-1003", "--engine", "openvino")[0] == 0
+    assert kept["engine"] == "simulated"
+    assert run("evaluate", checkpoint, "--seeds", "1000-1003", "--engine", "openvino", "--overwrite")[0] == 0
+    assert json.loads((tmp_path / "c.evaluation.json").read_text())["engine"] == "openvino"
     assert [asked["engine"] for asked in library.asked("load")] == ["simulated", "openvino"]
 
 

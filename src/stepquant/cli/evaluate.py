@@ -137,7 +137,9 @@ def measure(
             resume=measuring.resume,
             remarks=remarks,
         )
-    named = {"candidate": str(Path(candidate)), "against": base, "command": settings.command}
+    # What ran checkpoints; models and folders of images have no engine.
+    engine = sampling.engine if any(_description(name) for name in (candidate, base)) else None
+    named = {"candidate": str(Path(candidate)), "against": base, "engine": engine, "command": settings.command}
     return {**results, **named, **({} if sampling.onto is None else {"onto": str(sampling.onto)})}
 
 
