@@ -173,7 +173,7 @@ def compare(args: argparse.Namespace, count: int = 256) -> None:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, work="runs/digits-unet", steps=6000, batch=96, ema=0.999, lr=6e-3)
+    parser = parser_of(__doc__, work="runs/digits-unet", steps=6000, batch=96, ema=0.999)
     parser.add_argument("--init", type=Path, help="begin with the weights of this pipeline folder (an earlier export)")
     parser.add_argument("--compare", type=Path, help="only measure the pipeline in this folder on test images")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")

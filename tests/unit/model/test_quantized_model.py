@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -220,9 +221,29 @@ def test_rules_last_one_wins_and_each_must_match() -> None:
 def test_standard_rules_keep_the_ends_at_eight_bits() -> None:
     unet = tiny_unet()
     names = list(quantizable(unet))
-    for ends, wanted in (("8bit", scheme_for(8, 8)), ("same", scheme_for(4, 4)), ("full", None)):
+    eight = LayerScheme(QuantSpec(8, "channel"), QuantSpec(8))
+    for ends, wanted in (("8bit", eight), ("same", scheme_for(4, 4)), ("full", None)):
         plan = make_plan(unet, standard_rules(scheme_for(4, 4), names, ends=ends))  # type: ignore[arg-type]
         assert plan.get("conv_in") == plan.get("conv_out") == wanted
+
+
+def test_weights_of_eight_bits_have_a_zero_point_at_the_ends_only() -> None:
+    unet = tiny_unet()
+    names = list(quantizable(unet))
+    plan = make_plan(unet, standard_rules(scheme_for(8, 8), names))
+    found = {name for name, scheme in plan.items() if scheme.weight is not None and not scheme.weight.symmetric}
+    assert found == {"conv_in", "conv_out"}
+    # What was asked for otherwise stays so, at the ends too.
+    for weight in (QuantSpec(4, "channel", symmetric=True), QuantSpec(8, "tensor", symmetric=True)):
+        plan = make_plan(unet, standard_rules(LayerScheme(weight, QuantSpec(8)), names))
+        assert plan["conv_out"].weight == replace(weight, bits=8)
+    grouped = standard_rules(scheme_for(4, 8, 3), names)[-1].scheme
+    assert grouped.weight == QuantSpec(8, "group", group_size=3)
+
+
+def test_standard_rules_say_what_they_know() -> None:
+    unet = tiny_unet()
+    names = list(quantizable(unet))
     with pytest.raises(SpecError, match=r"ends must be .* found '8bits'.*Did you mean '8bit'"):
         standard_rules(scheme_for(4, 4), names, ends="8bits")  # type: ignore[arg-type]
 
