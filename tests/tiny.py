@@ -53,6 +53,23 @@ class TinyNet(nn.Module):
         return self.out(hidden).movedim(-1, 1)
 
 
+def small_unet() -> UNet2DModel:
+    """Two blocks and no attention, with random weights: its graph is made quickly."""
+    torch.manual_seed(0)
+    net = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        add_attention=False,
+    )
+    return net.eval()
+
+
 def quantize_(
     denoiser: Any, scheme: LayerScheme | None = None, *, rows: int = 3, steps: int = 5, **options: Any
 ) -> Any:

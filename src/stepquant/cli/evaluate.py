@@ -138,7 +138,8 @@ def measure(
             remarks=remarks,
         )
     # What ran checkpoints; models and folders of images have no engine.
-    engine = sampling.engine if any(_description(name) for name in (candidate, base)) else None
+    checkpoints = [name for name in (candidate, base) if (Path(name) / MANIFEST_NAME).is_file()]
+    engine = sampling.engine if checkpoints else None
     named = {"candidate": str(Path(candidate)), "against": base, "engine": engine, "command": settings.command}
     return {**results, **named, **({} if sampling.onto is None else {"onto": str(sampling.onto)})}
 

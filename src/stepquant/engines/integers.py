@@ -13,10 +13,11 @@ of 8 bits the levels are kept as q - 128 and the rest is a term of its own, exac
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from stepquant.engines.levels import LevelsLayer
 from stepquant.errors import EngineError
-from stepquant.model.layer import Geometry, QuantizedLayer, QuantizedMatmul
+from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
 from stepquant.numerics.spec import QuantSpec
 
@@ -69,7 +70,7 @@ def refuse_integers(layer: QuantizedLayer | QuantizedMatmul) -> str | None:
     return None
 
 
-class IntegerLayer(nn.Module):
+class IntegerLayer(LevelsLayer):
     """A hardened layer whose weight is kept as int8 levels. Abstract: subclasses say how it runs.
 
     levels: int8, in the weight's shape. shift `[O]`: int16; the weight is `(levels - shift) * scale`. Zero unless
@@ -90,7 +91,8 @@ class IntegerLayer(nn.Module):
         quantizer, given = layer.weight_quantizer, layer.input_quantizer
         assert isinstance(quantizer, WeightQuantizer)
         assert isinstance(given, InputQuantizer)
-        self.geometry: Geometry = layer.geometry
+        self.geometry = layer.geometry
+        self.shape = layer.weight.shape
         self.weight_quantizer = quantizer
         self.input_quantizer = given
         self.bias = layer.bias
@@ -126,21 +128,6 @@ class IntegerLayer(nn.Module):
                 f"{type(self).__name__} computes on integers and has no gradient, but its input asks for one: sample "
                 'under torch.no_grad(), or load with engine="simulated".'
             )
-
-    @property
-    def in_features(self) -> int:
-        return self.levels.shape[1] * self.geometry.groups
-
-    @property
-    def out_features(self) -> int:
-        return self.levels.shape[0]
-
-    in_channels = in_features
-    out_channels = out_features
-
-    def extra_repr(self) -> str:
-        spec = self.weight_quantizer.spec
-        return f"{self.geometry.kind}, {list(self.levels.shape)}, {spec.bits} bits, bias={self.bias is not None}"
 
 
 def _along_outputs(values: Tensor, weight: Tensor) -> Tensor:

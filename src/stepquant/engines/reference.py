@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from stepquant.engines.levels import LevelsLayer
 from stepquant.errors import EngineError
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.quantizer import WeightQuantizer
@@ -15,7 +16,7 @@ from stepquant.numerics.packing import pack, unpack
 __all__ = ["PackedLayer", "ReferenceEngine"]
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(LevelsLayer):
     """A quantized layer whose weight is kept as bit-packed levels and restored on every call.
 
     packed: uint8, `numerics.packing` of `level - qmin`. The quantizers are the simulated layer's own modules.
@@ -60,21 +61,6 @@ class PackedLayer(nn.Module):
             x = self.input_quantizer(x)
         y = self.geometry.apply(x, self.weight, self.bias)
         return y if beside is None else y + beside
-
-    @property
-    def in_features(self) -> int:
-        return self.shape[1] * self.geometry.groups
-
-    @property
-    def out_features(self) -> int:
-        return self.shape[0]
-
-    in_channels = in_features
-    out_channels = out_features
-
-    def extra_repr(self) -> str:
-        spec = self.weight_quantizer.spec
-        return f"{self.geometry.kind}, {list(self.shape)}, {spec.bits} bits, bias={self.bias is not None}"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ has many rows, as of tokens or pixels. Nothing depends on the timestep.
 Why not torch's own operators `_weight_int8pack_mm` and `_weight_int4pack_mm`? They go through the whole weight again
 for every few rows, which suits a language model that writes one token. They have no convolutions. They want scales of
 the input's dtype, or round the sum to it before a zero point can be taken out. Int4 levels are packed for one kind of
-device. And the CPU's int8 operator reads beyond its operands in bfloat16 where 16 does not divide the inputs.
+device.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.engines.integers import CENTRE, needs_shift
+from stepquant.engines.levels import LevelsLayer
 from stepquant.engines.reference import ReferenceEngine
 from stepquant.errors import EngineError
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
@@ -45,7 +46,7 @@ POWERS = (2.0**-24, 2.0**15)
 """Powers of two that float16 holds, and to which those below scales are clamped."""
 
 
-class WeightOnlyLayer(nn.Module):
+class WeightOnlyLayer(LevelsLayer):
     """A hardened Linear, Conv1d or Conv2d whose weight is kept as levels. Not yet run on a GPU.
 
     levels: int8 in the weight's shape; of at most 4 bits uint8, `numerics.packing` of the levels less qmin.
@@ -125,21 +126,6 @@ class WeightOnlyLayer(nn.Module):
     def _along_outputs(self, values: Tensor) -> Tensor:
         """`[O]` in a shape that broadcasts against the weight."""
         return values.reshape(-1, *(1,) * (len(self.shape) - 1))
-
-    @property
-    def in_features(self) -> int:
-        return self.shape[1] * self.geometry.groups
-
-    @property
-    def out_features(self) -> int:
-        return self.shape[0]
-
-    in_channels = in_features
-    out_channels = out_features
-
-    def extra_repr(self) -> str:
-        spec = self.weight_quantizer.spec
-        return f"{self.geometry.kind}, {list(self.shape)}, {spec.bits} bits, bias={self.bias is not None}"
 
 
 def _refusal(layer: QuantizedLayer | QuantizedMatmul) -> str | None:

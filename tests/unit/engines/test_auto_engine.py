@@ -28,7 +28,7 @@ from stepquant.inspection import inspect_checkpoint
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.surgery import quantized_layers
 from stepquant.numerics.spec import LayerScheme, QuantSpec, scheme_for
-from tiny import TinyNet, quantize_, sampled, tiny_pipe
+from tiny import TinyNet, quantize_, sampled, small_unet, tiny_pipe
 
 needs_vnni = pytest.mark.skipif(not engine_module.has_vnni(), reason="elsewhere auto is simulated")
 
@@ -246,19 +246,7 @@ def test_what_torch_compile_traces_is_simulated() -> None:
 
 def small_pipe() -> tuple[DDIMPipeline, UNet2DModel]:
     """A pipeline with a quantized denoiser of two blocks, whose graph is made quickly; and that denoiser."""
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-        add_attention=False,
-    )
-    quantized = quantize_(unet.eval())
+    quantized = quantize_(small_unet())
     return quiet(DDIMPipeline(quantized, DDIMScheduler())), quantized
 
 

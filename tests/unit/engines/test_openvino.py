@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler
 from torch import Tensor, nn
 
 from stepquant.checkpoint import save_checkpoint
@@ -26,7 +26,7 @@ from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
 from stepquant.model.surgery import quantized_layers, swap_layers_
 from stepquant.numerics.affine import QParams, choose_qparams, range_of
 from stepquant.numerics.spec import LayerScheme, QuantSpec, scheme_for
-from tiny import quantize_, sampled, tiny_unet
+from tiny import quantize_, sampled, small_unet, tiny_unet
 
 pytestmark = pytest.mark.skipif(not engine_module.has_vnni(), reason="int8 layers need a processor with VNNI")
 
@@ -247,18 +247,7 @@ def test_the_module_looks_like_the_denoiser(whole: Any) -> None:
 
 def test_graphs_are_kept_and_damaged_ones_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path
-    net = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-        add_attention=False,
-    )
-    simulated = quantize_(net.eval())
+    simulated = quantize_(small_unet())
     compiled = OpenVINOEngine(cache=cache).compile(simulated)
     sample = torch.randn(2, 1, 8, 8)
     with torch.no_grad():
