@@ -7,8 +7,8 @@
 
 `run` appends one line per (bits, method, calibration seed) and skips what is there, so it can be killed and started
 again, and several parts can run side by side. Lines of other weights, revisions, budgets or numbers of images stay in
-the file; `table` shows those that agree with the last line. Every learning method gets the same number of network
-evaluations (`--evaluations`, forward passes of one image; a backward pass counts as two).
+the file; `table` shows those of the present revision that agree with the last line. Every learning method gets the same
+number of network evaluations (`--evaluations`, forward passes of one image; a backward pass counts as two).
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ from stepquant.numerics.spec import parse_bits
 from stepquant.recipe import Recipe
 from stepquant.run import Run
 
-REVISION = 1
-"""Goes up with every entry under "Numbers changed" of CHANGELOG.md that these rows would show: older rows differ."""
+REVISIONS = {"W8A8": 2}
+"""By bits, 1 if not named. Goes up with every entry under "Numbers changed" of CHANGELOG.md that these rows would show:
+older rows differ. W8A8: 1 had zero points in all weights."""
 
 MOST_BITS = 8
 STEPS = 20
@@ -284,7 +285,7 @@ def _keep(args: argparse.Namespace, reference: Reference, row: dict[str, Any], p
     row = row | {
         "model": args.model,
         "weights": reference.weights,
-        "revision": REVISION,
+        "revision": revision_of(row["bits"]),
         "steps": STEPS,
         "arguments": reference.arguments,
         "n": args.images,
@@ -307,7 +308,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def done(args: argparse.Namespace, reference: Reference, bits: str, variant: str, seed: int) -> bool:
-    key = (bits, variant, seed, args.evaluations, args.images, reference.weights, REVISION)
+    key = (bits, variant, seed, args.evaluations, args.images, reference.weights, revision_of(bits))
     names = ("bits", "method", "seed", "budget", "n", "weights", "revision")
     return any(tuple(row[name] for name in names) == key for row in rows_of(args.json))
 
@@ -324,9 +325,13 @@ def table(args: argparse.Namespace) -> None:
 
 
 def current(path: Path, model: str) -> list[dict[str, Any]]:
-    """The rows of a model that agree with the last of them in weights, revision, budget and number of images."""
-    rows = [row for row in rows_of(path) if row["model"] == model]
-    return [row for row in rows if all(row[name] == rows[-1][name] for name in ("weights", "revision", "budget", "n"))]
+    """A model's rows of the present revision that agree with the last in weights, budget and number of images."""
+    rows = [row for row in rows_of(path) if row["model"] == model and row["revision"] == revision_of(row["bits"])]
+    return [row for row in rows if all(row[name] == rows[-1][name] for name in ("weights", "budget", "n"))]
+
+
+def revision_of(bits: str) -> int:
+    return REVISIONS.get(bits, 1)
 
 
 def conditions(row: Mapping[str, Any]) -> str:
