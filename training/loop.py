@@ -17,7 +17,9 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 TRAIN_TIMESTEPS = 1000
 
 
-def parser_of(description: str | None, *, work: str, steps: int, batch: int, ema: float) -> argparse.ArgumentParser:
+def parser_of(
+    description: str | None, *, work: str, steps: int, batch: int, ema: float, lr: float = 1e-3
+) -> argparse.ArgumentParser:
     """The options that every script has; the rest are its defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/mnist.npz"))
@@ -25,7 +27,7 @@ def parser_of(description: str | None, *, work: str, steps: int, batch: int, ema
     parser.add_argument("--export", type=Path, help="write the pipeline here instead of training")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch", type=int, default=batch)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--ema", type=float, default=ema)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250)

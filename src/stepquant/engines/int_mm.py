@@ -8,8 +8,8 @@ With levels as int8, a (zero point z_a) of the input `[M, K]` and q (zero point 
     y = s_a * s_o * (a @ q^T - z_o * sum_k a - z_a * sum_k q + K * z_a * z_o) + b
 
 Everything in the bracket is exact in int32. Unsigned levels are kept less 128, and so are their zero points. Scales and
-zero points stay tensors that are gathered by the clock's bin, one for each sample if timesteps are mixed: no value
-travels to the host, so one graph serves all timesteps.
+zero points stay tensors: gathered by the clock's bin, one for each sample if timesteps are mixed, or found from the
+input where that has a scale for each token. No value travels to the host, so one graph serves all timesteps.
 
 A convolution's row k runs over kernel positions and channels: the int8 levels that each output position looks at are
 copied side by side. What pads it is the level that means 0. A kernel of k positions needs k bytes for every input
@@ -69,8 +69,7 @@ class IntMmLayer(IntegerLayer):
             self.levels = self.levels.contiguous(memory_format=torch.channels_last)
         self.register_buffer("sums", self.levels.flatten(1).sum(1).to(torch.int32))
 
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_no_gradient(x)
+    def _on_integers(self, x: Tensor) -> Tensor:
         convolution = self.geometry.kind != "linear"
         centre = 0 if self.input_quantizer.spec.symmetric else CENTRE
         sides = _sides(self.geometry, self._kernel) if convolution else []

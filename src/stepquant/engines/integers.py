@@ -8,6 +8,9 @@ q - z_o lies in -(2^b - 1) .. 2^b - 1, which int8 holds up to 7 bits and for sym
 of 8 bits the levels are kept as q - 128 and the rest is a term of its own, exact in integers:
 
     sum (a - z_a) * (q - z_o) = sum (a - z_a) * (q - 128) - (z_o - 128) * sum (a - z_a)
+
+Where s_a and z_a are a token's or a sample's own, the sum is the same and only what follows it differs. Inputs that are
+scaled or rotated first, and low-rank branches beside the layer, are in floating point, around these sums.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ from torch import Tensor
 
 from stepquant.engines.levels import LevelsLayer
 from stepquant.errors import EngineError
-from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
-from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
+from stepquant.model.layer import LowRankBranch, QuantizedLayer, QuantizedMatmul
+from stepquant.model.quantizer import DynamicQuantizer, InputQuantizer, WeightQuantizer
+from stepquant.model.transform import InputTransform
 from stepquant.numerics.spec import QuantSpec
 
 __all__ = ["IntegerLayer", "needs_shift", "refuse_integers"]
@@ -36,7 +40,7 @@ def needs_shift(spec: QuantSpec) -> bool:
 
 
 def refuse_integers(layer: QuantizedLayer | QuantizedMatmul) -> str | None:
-    """Why a layer cannot run on int8 weights and static 8-bit inputs, or None. Reads no tensor: it may be on meta."""
+    """Why a layer cannot run on int8 weights and 8-bit inputs, or None. Reads no tensor: it may be on meta."""
     if isinstance(layer, QuantizedMatmul):
         return "It is a matmul of two activations; this engine needs a weight."
     weight, given = layer.weight_quantizer, layer.input_quantizer
@@ -48,21 +52,19 @@ def refuse_integers(layer: QuantizedLayer | QuantizedMatmul) -> str | None:
         return "Its weight has not been hardened."
     if weight.spec.granularity == "group":
         return "Its weight has a scale for each group of inputs; integer sums need one for each output."
-    if layer.input_transform is not None:
-        return "Its input is scaled or rotated in floating point first; this engine quantizes it as it comes."
-    if layer.branch is not None:
-        return "It has a low-rank branch in floating point, which this engine does not run."
     if layer.first_token is not None:
         return "Its first token passes by the input quantizer; this engine quantizes all tokens alike."
     if given is None:
         return "Its input is not quantized."
-    if not isinstance(given, InputQuantizer):
-        return f"Its input is quantized by a {type(given).__name__}; this engine needs a static InputQuantizer."
-    if given.spec.granularity != "tensor":
-        return "Its input has a scale for each channel; integer sums need one for the whole tensor."
+    if not isinstance(given, InputQuantizer | DynamicQuantizer):
+        return f"Its input is quantized by a {type(given).__name__}; this engine needs evenly spaced levels."
+    if given.spec.granularity not in ("tensor", "token"):
+        return "Its input has a scale for each channel; integer sums need one for all channels."
+    if given.spec.granularity == "token" and layer.geometry.kind != "linear":
+        return "Its input has a scale for each of its lines; the sums of a convolution need one for all positions."
     if layer.split is not None:
         return "Its input has two quantizers, one for each part of a concatenation; integer sums need one."
-    if max(given.bits) > 8:
+    if isinstance(given, InputQuantizer) and max(given.bits) > 8:
         return f"Its input has {max(given.bits)} bits at some timesteps; this engine has at most 8."
     terms = layer.weight[0].numel()
     if terms > MOST_TERMS:
@@ -75,13 +77,15 @@ class IntegerLayer(LevelsLayer):
 
     levels: int8, in the weight's shape. shift `[O]`: int16; the weight is `(levels - shift) * scale`. Zero unless
         `needs_shift`, so that levels are q - z.
-    The quantizers are the simulated layer's own modules. There are no gradients.
+    The quantizers, the transform and the branch are the simulated layer's own modules. There are no gradients.
     """
 
     levels: Tensor
     shift: Tensor
     like: Tensor
-    input_quantizer: InputQuantizer
+    input_quantizer: InputQuantizer | DynamicQuantizer
+    input_transform: InputTransform | None
+    branch: LowRankBranch | None
 
     def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__()
@@ -90,11 +94,13 @@ class IntegerLayer(LevelsLayer):
             raise EngineError(f"A layer cannot be packed for integer arithmetic. {reason}")
         quantizer, given = layer.weight_quantizer, layer.input_quantizer
         assert isinstance(quantizer, WeightQuantizer)
-        assert isinstance(given, InputQuantizer)
+        assert isinstance(given, InputQuantizer | DynamicQuantizer)
         self.geometry = layer.geometry
         self.shape = layer.weight.shape
         self.weight_quantizer = quantizer
         self.input_quantizer = given
+        self.input_transform = layer.input_transform
+        self.branch = layer.branch
         self.bias = layer.bias
         weight = layer.weight.detach()
         found = quantizer.levels(weight)
@@ -121,6 +127,17 @@ class IntegerLayer(LevelsLayer):
     def weight_scale(self) -> Tensor:
         """Scale of each output, float32 `[O]`."""
         return self.weight_quantizer.scale.reshape(-1).expand(len(self.levels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_no_gradient(x)
+        if self.input_transform is not None:
+            x = self.input_transform(x)
+        y = self._on_integers(x)
+        return y if self.branch is None else y + self.branch(x)
+
+    def _on_integers(self, x: Tensor) -> Tensor:
+        """The layer without its branch, for an input behind its transform."""
+        raise NotImplementedError
 
     def _check_no_gradient(self, x: Tensor) -> None:
         if torch.is_grad_enabled() and x.requires_grad:

@@ -4,6 +4,9 @@ Inputs become uint8 levels by the arithmetic of the simulation, so the integers 
 operator sums them in int32 and scales once. Scale and zero point of the present timestep's row are arguments of the
 operator: switching rows costs nothing and compiles nothing. Symmetric levels are shifted by 128 to uint8.
 
+Where each token has a scale of its own (linear layers), the operator scales by the weight's alone, and the token's
+scale and zero point follow in floating point.
+
 For asymmetric weights of 8 bits (`engines.integers`) one output channel of ones is added to every group; it gives
 S = s_a * sum (a - z_a), and `y_o - (z_o - 128) * s_o * S` is the layer's output.
 
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 
 from stepquant.engines.integers import CENTRE, IntegerLayer, needs_shift, refuse_integers
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
+from stepquant.model.quantizer import DynamicQuantizer, InputQuantizer
 from stepquant.numerics.affine import QParams, quantize
 from stepquant.numerics.spec import QuantSpec
 
@@ -57,6 +61,12 @@ def _linear(x: Tensor, scale: float, zero_point: int, weight: _Packed, dtype: to
         1.0, 0, dtype, "none", [], "",
     )  # fmt: skip
     return found
+
+
+def _bytes(levels: Tensor, up: int) -> Tensor:
+    """Levels as uint8, `up` higher. Overwrites its argument."""
+    # By way of int32: the direct conversion is not vectorised.
+    return (levels.add_(up) if up else levels).to(torch.int32).to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -174,11 +184,12 @@ class OneDnnLayer(IntegerLayer):
         self._place = _Place() if self._is_linear else _Place.of(self.geometry, tuple(self.levels.shape[2:]))
         self._shifted = needs_shift(self.weight_quantizer.spec)
 
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_no_gradient(x)
+    def _on_integers(self, x: Tensor) -> Tensor:
         if self._is_linear and self._too_small(x):
             return self._in_float(x)
-        rows = self._rows()
+        if isinstance(self.input_quantizer, DynamicQuantizer):
+            return self._by_token(x, self.input_quantizer)
+        rows = self._rows(self.input_quantizer)
         if len(rows) == 1:
             return self._run(x, rows[0])
         # One call for each row that occurs. Heads or frames may have been folded into the batch.
@@ -196,17 +207,34 @@ class OneDnnLayer(IntegerLayer):
         assert result is not None
         return result
 
-    def _rows(self) -> list[int]:
+    def _by_token(self, x: Tensor, given: DynamicQuantizer) -> Tensor:
+        """A linear layer where each token or sample has a scale and a zero point: they follow the sums."""
+        params, up = given.current(x), CENTRE if given.spec.symmetric else 0
+        levels = _bytes(quantize(x, params, given.spec), up).reshape(-1, x.shape[-1])
+        packed = self._packed(())
+        y = _linear(levels, 1.0, up, packed, torch.float32).reshape(*x.shape[:-1], -1)
+        if not given.spec.symmetric:
+            if "sums" not in self._cache:
+                summed = (self._with_ones()[0] if self._shifted else self.levels).sum(1, dtype=torch.float32)
+                self._cache["sums"] = -summed * packed.scale
+            y = torch.addcmul(y, params.zero_point, self._cache["sums"])
+        if self._shifted:
+            y = self._unshifted(y.reshape(-1, y.shape[-1])).reshape(*x.shape[:-1], -1)
+        y = y * params.scale
+        return (y if self.bias is None else y + self.bias.float()).to(self.like.dtype)
+
+    def _rows(self, given: InputQuantizer) -> list[int]:
         """The row of every sample, or the one row that all of them share."""
-        if self.input_quantizer.rows == 1:
+        if given.rows == 1:
             return [0]
         table = self._constants()[2]
-        return [table[number] for number in self.input_quantizer.clock.bin.tolist()]
+        return [table[number] for number in given.clock.bin.tolist()]
 
     def _constants(self) -> tuple[list[float], list[int], list[int], list[tuple[QParams, QuantSpec]]]:
         """Scale and zero point of every row as uint8 levels have them; row of every bin; arithmetic of every row."""
         if "constants" not in self._cache:
             table = self.input_quantizer
+            assert isinstance(table, InputQuantizer)
             up = CENTRE if table.spec.symmetric else 0
             rows = [
                 (QParams(table.scale[row], table.zero_point[row]), spec) for row, spec in enumerate(table.row_specs)
@@ -219,11 +247,7 @@ class OneDnnLayer(IntegerLayer):
     def _levels_of(self, x: Tensor, row: int) -> Tensor:
         """The input's levels as uint8, symmetric ones shifted by 128."""
         params, spec = self._constants()[3][row]
-        found = quantize(x, params, spec)
-        if spec.symmetric:
-            found.add_(CENTRE)
-        # By way of int32: the direct conversion is not vectorised.
-        return found.to(torch.int32).to(torch.uint8)
+        return _bytes(quantize(x, params, spec), CENTRE if spec.symmetric else 0)
 
     def _run(self, x: Tensor, row: int) -> Tensor:
         """The layer on one row of activation parameters."""
@@ -252,6 +276,8 @@ class OneDnnLayer(IntegerLayer):
             if len(known) >= MOST_SHAPES:
                 known.pop(next(iter(known)))
             levels, scale, bias = self._with_ones() if self._shifted else (self.levels, self.weight_scale, self.bias)
+            if isinstance(self.input_quantizer, DynamicQuantizer):
+                bias = None  # a token's scale comes after the operator, and the bias after that
             scale, bias = scale.contiguous(), None if bias is None else bias.detach().float()
             if self._is_linear:
                 known[shape] = _pack_linear(levels, scale, bias)
@@ -318,6 +344,8 @@ class OneDnnEngine:
         if reason is not None:
             return reason
         assert isinstance(layer, QuantizedLayer)
+        if isinstance(layer.input_quantizer, DynamicQuantizer) and layer.geometry.kind != "linear":
+            return "Each sample has a zero point of its own; oneDNN's convolutions have one for all."
         weights = layer.weight.numel()
         least = LEAST_LINEAR_WEIGHTS if layer.geometry.kind == "linear" else LEAST_CONV_WEIGHTS
         if weights < least:

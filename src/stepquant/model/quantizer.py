@@ -266,13 +266,24 @@ class DynamicQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.spec.granularity == "channel_token":
             return self._by_channel_and_token(x)
+        return fake_quantize(x, self.current(x), self.spec)
+
+    def current(self, x: Tensor) -> QParams:
+        """Parameters of x itself, broadcastable against it: `[..., 1]` per token, `[B, 1, ...]` per tensor.
+
+        Per channel and token there are two factors, and none of these.
+        """
         if self.spec.granularity == "token":
             low, high = range_of(x.detach(), self.spec)
         else:
             flat = x.detach().reshape(x.shape[0], -1)
             shape = (x.shape[0],) + (1,) * (x.ndim - 1)
             low, high = flat.amin(1).reshape(shape), flat.amax(1).reshape(shape)
-        return fake_quantize(x, choose_qparams(low, high, self.spec), self.spec)
+        return choose_qparams(low, high, self.spec)
+
+    def levels(self, x: Tensor) -> QuantSpec:  # noqa: ARG002
+        """Lowest and highest level, as `InputQuantizer.levels` tells them."""
+        return self.spec
 
     def _by_channel_and_token(self, x: Tensor) -> Tensor:
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from stepquant.model.clock import StepClock
 from stepquant.model.layer import QuantizedLayer, geometry_of
-from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
+from stepquant.model.quantizer import DynamicQuantizer, InputQuantizer, WeightQuantizer
 from stepquant.numerics.affine import choose_qparams, quantize, range_of
 from stepquant.numerics.spec import QuantSpec
 
@@ -48,11 +48,12 @@ def exact(layer: QuantizedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
     """The layer's output from its integers, in float64, and the size of what was added up to it, both `[B, ...]`.
 
     size = s_a s_o sum |a - z_a| |q - z_o| + |b| + 2 |z_o - 128| s_o s_a sum |a - z_a|, the last term only where levels
-    are shifted. An engine that sums exactly in integers, scales (three roundings), scales and adds the shift (four
-    more) and adds the bias is at most `8 * EPSILON * size` away.
+    are shifted. Zero points found at run time may be taken out after the sum: |a - z_a| + 2 z_a in its place. An engine
+    that sums exactly in integers, scales (three roundings), scales and adds the shift (four more) and adds the bias is
+    at most `8 * EPSILON * size` away.
     """
     given, quantizer = layer.input_quantizer, layer.weight_quantizer
-    assert isinstance(given, InputQuantizer)
+    assert isinstance(given, InputQuantizer | DynamicQuantizer)
     assert isinstance(quantizer, WeightQuantizer)
     params = given.current(x)
     values = (quantize(x, params, given.spec).double() - params.zero_point.double()) * params.scale.double()
@@ -63,7 +64,10 @@ def exact(layer: QuantizedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
     y = layer.geometry.apply(values, weight, bias)
     shifted = quantizer.spec.bits == 8 and not quantizer.spec.symmetric
     sizes = weight.abs() + (2 * (zero_point - 128).abs() * scale if shifted else 0)
-    return y, layer.geometry.apply(values.abs(), sizes, None if bias is None else bias.abs())
+    reach = values.abs()
+    if isinstance(given, DynamicQuantizer):
+        reach = reach + 2 * params.zero_point.double() * params.scale.double()
+    return y, layer.geometry.apply(reach, sizes, None if bias is None else bias.abs())
 
 
 def assert_exact(layer: QuantizedLayer, packed: nn.Module, x: Tensor) -> None:

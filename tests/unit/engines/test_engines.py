@@ -125,7 +125,8 @@ def test_a_scheme_for_one_layer_only() -> None:
 
 def test_an_engine_that_takes_nothing_says_what_that_costs(caplog: pytest.LogCaptureFixture) -> None:
     """A scheme that no engine has: the checkpoint runs, as slowly as the simulation does."""
-    denoiser = quantize_(TinyNet(), LayerScheme(QuantSpec(4, "channel"), QuantSpec(8, dynamic=True)), ends="same")
+    given = QuantSpec(8, "channel_token", symmetric=True, dynamic=True)
+    denoiser = quantize_(TinyNet(), LayerScheme(QuantSpec(4, "channel"), given), ends="same")
     expected = denoiser(torch.ones(1, 2, 4, 4), 0)
     for engine in ("onednn", "int_mm", "openvino", "weight_only"):
         caplog.clear()

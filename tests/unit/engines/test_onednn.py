@@ -250,8 +250,8 @@ GROUPED = WeightQuantizer(QuantSpec(4, "group", group_size=2), QParams(torch.one
         (not_hardened, "has not been hardened"),
         (lambda: with_input(None), "Its input is not quantized."),
         (
-            lambda: with_input(DynamicQuantizer(QuantSpec(8, dynamic=True))),
-            "a DynamicQuantizer; this engine needs a st",
+            lambda: with_input(DynamicQuantizer(QuantSpec(8, "channel_token", symmetric=True, dynamic=True))),
+            "a scale for each channel",
         ),
         (by_channel, "a scale for each channel"),
         (long, f"It sums {MOST_TERMS + 1} products"),
