@@ -15,7 +15,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from stepquant.engines.openvino import GraphDenoiser, OpenVINOEngine
+from stepquant.engines.openvino import GraphDenoiser, OpenVINOEngine, content_of
 from stepquant.errors import EngineError
 from stepquant.model.clock import keep_float32
 
@@ -61,6 +61,16 @@ class AutomaticDenoiser(nn.Module):
         present = self._simulated if self._graph is None else self._graph
         assert present is not None
         return present
+
+    @property
+    def content(self) -> str:
+        """`content_of` the denoiser that it was made from: the same before and after there is a graph."""
+        present = self._present
+        return present.content if isinstance(present, GraphDenoiser) else content_of(present)
+
+    @property
+    def precision(self) -> str:
+        return self._engine.precision
 
     @property
     def dtype(self) -> torch.dtype:

@@ -31,7 +31,7 @@ from stepquant.errors import EngineError, SpecError
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.surgery import quantized_layers
 
-__all__ = ["GraphDenoiser", "OpenVINOEngine", "cache_folder"]
+__all__ = ["GraphDenoiser", "OpenVINOEngine", "cache_folder", "content_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,13 +96,15 @@ class OpenVINOEngine:
         lowered = lower(denoiser, graph.refusal if has_vnni() else _simulated_layer)
         if not has_vnni():
             logger.warning("%s Expect no gain over engine='simulated'.", NO_VNNI)
-        digest = _digest(denoiser)
+        content = content_of(denoiser)
+        digest = _digest(denoiser, content)
         return GraphDenoiser(
             denoiser,
             lowered,
             {name: reason for name, reason in reasons.items() if reason is not None},
             self.precision,
             None if digest is None else (self.cache or cache_folder()) / self.name / digest,
+            content,
         )
 
 
@@ -133,25 +135,30 @@ def _openvino() -> Any:
     return openvino
 
 
-def _digest(denoiser: nn.Module) -> str | None:
+def content_of(denoiser: nn.Module) -> str:
+    """SHA-256 (hex) of a denoiser's tensors and of how its layers are quantized: what a graph no longer shows."""
+    layers = [(name, repr(layer), _specs(layer)) for name, layer in quantized_layers(denoiser).items()]
+    digest = hashlib.sha256(json.dumps(layers).encode())
+    for name, tensor in sorted(denoiser.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _digest(denoiser: nn.Module, content: str) -> str | None:
     """Hash of everything that decides the graph, or None for a denoiser whose code has no version."""
     config = getattr(denoiser, "config", None)
     if not type(denoiser).__module__.startswith("diffusers.") or config is None:
         return None
     import openvino
 
-    digest = hashlib.sha256()
     processors = [type(getattr(module, "processor", None)).__qualname__ for module in denoiser.modules()]
     facts = [
         [__version__, torch.__version__, openvino.__version__, _version_of("diffusers"), has_vnni()],
         [type(denoiser).__qualname__, json.loads(json.dumps(dict(config), default=repr)), processors],
-        [(name, repr(layer), _specs(layer)) for name, layer in quantized_layers(denoiser).items()],
+        [content],
     ]
-    digest.update(json.dumps(facts, sort_keys=True).encode())
-    for name, tensor in sorted(denoiser.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()[:32]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _specs(layer: nn.Module) -> list[str]:
@@ -180,6 +187,7 @@ class GraphDenoiser(nn.Module):
     """A denoiser that runs as a compiled graph: same call, same `config`, `dtype` and other attributes.
 
     refusals: why layers do not run on integers, by name; the others do.
+    content: `content_of` the denoiser that it was made from.
 
     A call with other shapes compiles another graph; the last four are kept. The batch may change without a new export.
     Threads are those that torch is set to when a shape is first called. Images of one batch may be at different
@@ -188,11 +196,18 @@ class GraphDenoiser(nn.Module):
     """
 
     def __init__(
-        self, denoiser: nn.Module, lowered: Lowered, refusals: Mapping[str, str], precision: str, cache: Path | None
+        self,
+        denoiser: nn.Module,
+        lowered: Lowered,
+        refusals: Mapping[str, str],
+        precision: str,
+        cache: Path | None,
+        content: str,
     ) -> None:
         super().__init__()
         self.refusals = dict(refusals)
         self.precision = precision
+        self.content = content
         # Not registered: casting or moving the pipeline must not reach the graph's source.
         object.__setattr__(self, "_lowered", lowered)
         self._cache = cache

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from stepquant import api
+from stepquant.engines.automatic import AutomaticDenoiser
+from stepquant.engines.openvino import GraphDenoiser
 from stepquant.errors import EvaluationError, SpecError
 from stepquant.evaluate.features import weights_identity
 from stepquant.evaluate.images import paths_by_seed, read_png
@@ -74,7 +76,7 @@ class PipelineSource:
             digest.update(json.dumps(read_manifest(folder).checksums, sort_keys=True).encode())
         if not self._checkpoints:
             for name, module in modules:
-                digest.update(f"{name}:{weights_identity(module)}".encode())
+                digest.update(f"{name}:{_content(module)}".encode())
         for _, module in modules:
             digest.update("|".join(type(layer).__qualname__ for layer in module.modules()).encode())
         scheduler = ScheduleFingerprint.of(self.pipe.scheduler, steps=0, guidance="")
@@ -113,6 +115,13 @@ class PipelineSource:
             # Schedulers that shift by the image's size take more arguments from the pipeline: compare settings only.
             scheduler = self.pipe.scheduler
         return ScheduleFingerprint.of(scheduler, steps=steps, guidance="")
+
+
+def _content(module: nn.Module) -> str:
+    """What a network computes with. Of a graph, which has no state, what it was made from."""
+    if isinstance(module, AutomaticDenoiser | GraphDenoiser):
+        return f"{module.content}:{module.precision}"
+    return weights_identity(module)
 
 
 def _modules(pipe: Any) -> dict[str, nn.Module]:

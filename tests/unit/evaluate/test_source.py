@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,14 @@ from PIL import Image
 
 import tiny
 from stepquant.api import sample
+from stepquant.engines.automatic import AutomaticDenoiser
+from stepquant.engines.base import place
+from stepquant.engines.openvino import OpenVINOEngine
 from stepquant.errors import EvaluationError, ModelError
 from stepquant.evaluate.images import save_png
 from stepquant.evaluate.source import ImageFolder, PipelineSource, as_source, check_same_schedule, open_source
 from stepquant.model.pipeline import DenoiserPipeline
+from stepquant.numerics.spec import scheme_for
 
 
 def a_pipe(seed: int = 0) -> DenoiserPipeline:
@@ -30,6 +35,23 @@ def test_a_pipeline_gives_the_images_of_sample() -> None:
     assert not torch.equal(found, sample(pipe, seeds=[3, 5], steps=4))
     with pytest.raises(EvaluationError, match="how many steps"):
         source.images([3], steps=None, arguments={})
+
+
+def test_identity_of_a_graph_follows_what_it_was_made_from() -> None:
+    """A graph has no state of its own; by its class alone, figures of two checkpoints would be mixed on resuming."""
+    pytest.importorskip("openvino")
+    found = {}
+    for seed in (0, 1):
+        unet = tiny.quantize_(tiny.tiny_unet(seed), scheme_for(8, 8))
+        by_name, _ = place(copy.deepcopy(unet), "openvino")
+        for name, network in (("openvino", by_name), ("auto", AutomaticDenoiser(unet, OpenVINOEngine()))):
+            pipe = SimpleNamespace(unet=network, scheduler=DDIMScheduler())
+            found[seed, name] = PipelineSource(pipe).identity
+            # The same in the middle of a run, when there is a graph: the run that goes on has to know it again.
+            with torch.no_grad():
+                network(torch.randn(1, 1, 8, 8), 500)
+            assert PipelineSource(pipe).identity == found[seed, name]
+    assert len(set(found.values())) == 4
 
 
 def test_identity_follows_weights_scheduler_and_layers() -> None:

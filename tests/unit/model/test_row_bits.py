@@ -237,21 +237,21 @@ def test_graphs_clamp_to_the_levels_of_the_row(moving: bool) -> None:
 
 def test_kept_graphs_are_told_apart_by_bits_and_splits() -> None:
     """Neither is a tensor, so the key of the cache of compiled graphs has to have them."""
-    from stepquant.engines.openvino import _digest
+    from stepquant.engines.openvino import content_of
 
     pytest.importorskip("openvino")
     unet = mixed_(quantize_(tiny_unet()))
-    first = _digest(unet)
-    assert _digest(copy.deepcopy(unet)) == first
+    first = content_of(unet)
+    assert content_of(copy.deepcopy(unet)) == first
     other = copy.deepcopy(unet)
     quantizer = other.conv_in.input_quantizer
     params = QParams(quantizer.scale, quantizer.zero_point)
     other.conv_in.input_quantizer = InputQuantizer(quantizer.spec, quantizer.clock, params, ROWS, bits=(5, 8, 3))
-    assert _digest(other) != first
+    assert content_of(other) != first
     split = copy.deepcopy(unet)
     name = "up_blocks.0.resnets.0.conv_shortcut"
     split.get_submodule(name).split_input_(16)
-    assert _digest(split) != first
+    assert content_of(split) != first
 
 
 def test_a_graph_engine_runs_rows_of_different_bits() -> None:
