@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler
 
 from stepquant import checkpoint, work_folder
 from stepquant.api import open_model, quantize
@@ -26,24 +26,9 @@ from stepquant.methods import METHODS
 from stepquant.recipe import Job, Recipe
 from stepquant.run import Run
 from stepquant.work_folder import hold
+from tiny import small_unet
 
 QUICK = ("--method", "rtn", "--steps", "2", "--calibration-samples", "2", "--set", "batch=2", "--quiet")
-
-
-def small_unet() -> UNet2DModel:
-    """A UNet of a dozen layers for samples [B, 1, 8, 8]: most of the time of these tests would go by layers."""
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        add_attention=False,
-        norm_num_groups=4,
-    ).eval()
 
 
 @pytest.fixture(scope="module")

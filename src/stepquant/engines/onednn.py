@@ -340,12 +340,15 @@ class OneDnnEngine:
     def refuses(self, layer: QuantizedLayer | QuantizedMatmul, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"The layer is on {device.type}; oneDNN runs on the CPU."
-        reason = refuse_integers(layer) or unavailable()
+        reason = refuse_integers(layer)
         if reason is not None:
             return reason
         assert isinstance(layer, QuantizedLayer)
         if isinstance(layer.input_quantizer, DynamicQuantizer) and layer.geometry.kind != "linear":
             return "Each sample has a zero point of its own; oneDNN's convolutions have one for all."
+        reason = unavailable()
+        if reason is not None:
+            return reason
         weights = layer.weight.numel()
         least = LEAST_LINEAR_WEIGHTS if layer.geometry.kind == "linear" else LEAST_CONV_WEIGHTS
         if weights < least:

@@ -67,9 +67,7 @@ def test_scales_of_samples_of_a_convolution() -> None:
     layer = at_run_time(nn.Conv2d(8, 16, 3, padding=1), QuantSpec(8, "channel"), given)
     x = torch.randn(3, 8, 5, 4) * torch.tensor([0.01, 1.0, 100.0]).reshape(3, 1, 1, 1)
     assert_exact(layer, IntMmLayer(layer), x)
-    assert "Each sample has a zero point of its own" in (
-        OneDnnEngine().refuses(layer, CPU) or onednn.unavailable() or ""
-    )
+    assert "Each sample has a zero point of its own" in (OneDnnEngine().refuses(layer, CPU) or "")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
