@@ -120,6 +120,7 @@ def network(name: str, batch: int) -> tuple[Any, dict[str, Tensor]]:
         return net, {
             "sample": torch.randn(batch, 1, net.config.sample_size, net.config.sample_size),
             "timestep": timestep,
+            "class_labels": torch.arange(batch) % net.config.num_class_embeds,
         }
     if name == "ddpm-cifar10":
         net = UNet2DModel(

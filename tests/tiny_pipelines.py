@@ -117,6 +117,11 @@ def ddpm() -> Any:
     return _quiet(diffusers.DDPMPipeline(plain_unet(), diffusers.DDPMScheduler()))
 
 
+def consistency() -> Any:
+    unet = plain_unet(num_class_embeds=4)
+    return _quiet(diffusers.ConsistencyModelPipeline(unet, diffusers.CMStochasticIterativeScheduler()))
+
+
 def ldm() -> Any:
     vq = seeded(
         diffusers.VQModel,
@@ -424,6 +429,7 @@ def _mask() -> Tensor:
 FAMILIES: dict[str, Family] = {
     "ddim": Family(ddim, needs_transformers=False),
     "ddpm": Family(ddpm, needs_transformers=False),
+    "consistency": Family(consistency, needs_transformers=False),
     "ldm": Family(ldm, needs_transformers=False),
     "dit": Family(dit, lambda: {"class_labels": [1, 2], "guidance_scale": 3.0}, needs_transformers=False),
     "sd15": Family(sd15, lambda: {**_prompt(), "height": 16, "width": 16}),

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from loop import (
@@ -24,6 +23,7 @@ from loop import (
     build_optimizers,
     fit,
     load_images,
+    load_labels,
     parser_of,
     save_state,
     scaled,
@@ -172,7 +172,7 @@ def train_transformer(
 def train(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     data = scaled(load_images(args.data))
-    labels = torch.from_numpy(np.load(args.data)["train_y"]).long()
+    labels = load_labels(args.data)
     autoencoder = train_autoencoder(args, data)
     mean, std = encoded(args, autoencoder, data)
     train_transformer(args, (mean, std), labels, _scale(mean, std))

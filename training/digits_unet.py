@@ -1,13 +1,21 @@
 """Train `digits-unet`, the diffusion model that stepquant ships.
 
-A `UNet2DModel` of diffusers (32x32x1, epsilon prediction, 1000 training steps, linear betas) on MNIST, padded from
-28 to 32 pixels and scaled to [-1, 1]. Cosine decay, and an exponential moving average of the weights, which is
-what gets exported. The state is written every `--save-every` iterations, so a killed run continues where it stopped:
-run the same command again. On a CPU a process for each core is faster than one with a thread for each:
+A class-conditional `UNet2DModel` of diffusers (32x32x1, epsilon prediction, 1000 training steps, linear betas) on
+MNIST, padded from 28 to 32 pixels and scaled to [-1, 1]. Cosine decay, and an exponential moving average of the
+weights, which is what gets exported. Three runs, each from what the one before exported:
 
-    python training/digits_unet.py --data ../shared/data/mnist.npz --work runs/digits-unet --compile
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 training/digits_unet.py --work runs/digits-unet --compile
-    python training/digits_unet.py --work runs/digits-unet --export src/stepquant/assets/digits-unet
+    T=training/digits_unet.py
+    python $T --work runs/any --unconditional --compile
+    python $T --work runs/any --unconditional --export runs/any/model
+    python $T --work runs/told --init runs/any/model --steps 1900 --lr 7e-3 --ema 0.997 --compile
+    python $T --work runs/told --export runs/told/model
+    python $T --work runs/guided --init runs/told/model --guide runs/any/model --steps 800 --lr 3e-3 --ema 0.99
+    python $T --work runs/guided --export src/stepquant/assets/digits-unet
+
+The last teaches one network what two give with classifier-free guidance (distillation: Meng et al., CVPR 2023, stage
+one, with one weight). The state is written every `--save-every` iterations, so a killed run continues where it
+stopped: run the same command again. On a CPU a process for each core is faster than one with a thread for each:
+`OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 $T ...`.
 """
 
 from __future__ import annotations
@@ -17,19 +25,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import ConsistencyModelPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
 from loop import (
     TRAIN_TIMESTEPS,
     build_optimizers,
     fit,
     join_processes,
     load_images,
+    load_labels,
     own_part,
     parser_of,
     scaled,
     stratified,
     use_plain_attention,
 )
+
+CLASSES, SHAPE = 10, (1, 32, 32)
 
 # Weight of the squared error of the predicted image: the signal-to-noise ratio between these bounds, which are ours.
 # Errors at low noise count less than under Min-SNR (Hang et al. 2023, upper bound 5), those at high noise more (it has
@@ -48,8 +59,8 @@ DRAWN_SHARE, DRAWN_BELOW = (0.0, 0.15, 0.85, 1.0), (0.0, 200.0, 700.0, 1000.0)
 MEAN_FROM = 300
 
 
-def build_unet() -> UNet2DModel:
-    return UNet2DModel(
+def build_unet(*, conditional: bool = True) -> UNet2DModel:
+    model = UNet2DModel(
         sample_size=32,
         in_channels=1,
         out_channels=1,
@@ -59,12 +70,19 @@ def build_unet() -> UNet2DModel:
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         attention_head_dim=32,
         norm_num_groups=8,
+        num_class_embeds=CLASSES if conditional else None,
     )
+    if conditional:
+        # So that labels begin as a small part of the embedding that they are added to.
+        torch.nn.init.normal_(model.class_embedding.weight, std=0.02)
+    return model
 
 
 # The layers that carry the sample past the network at the start, which AdamW moves: Muon's steps are of the same size
 # whatever the gradient, and would lose what is carried before the rest has learnt anything.
 CARRYING = ("conv_in", "conv_out", "up_blocks.3.resnets.1.conv_shortcut")
+# Nor is a table of labels a matrix whose rows mean anything together.
+NOT_MATRICES = (*CARRYING, "class_embedding")
 
 
 @torch.no_grad()
@@ -98,57 +116,116 @@ def build_scheduler() -> DDIMScheduler:
     return DDIMScheduler(num_train_timesteps=TRAIN_TIMESTEPS, clip_sample=False, timestep_spacing="trailing")
 
 
-def posterior_mean(noisy: torch.Tensor, level: torch.Tensor, data: torch.Tensor, halved: torch.Tensor) -> torch.Tensor:
-    """E[image | noisy] under the uniform distribution over `data`.
+class TrainingSet:
+    """All images, by label, for the posterior over them. Where labels are not told, all have the same."""
 
-    Args:
-        noisy: `[n, 1, h, w]`; `level` is its cumulative product of alphas, `[n, 1, 1, 1]`.
-        data: all images, `[N, h * w]`; `halved` is half of their squared norms, `[N]`.
+    def __init__(self, path: Path, *, conditional: bool) -> None:
+        self.images = scaled(load_images(path).flatten(1))  # [N, h * w]
+        self.labels = load_labels(path)
+        if not conditional:
+            self.labels.zero_()
+        self._images = [self.images[self.labels == label] for label in range(CLASSES)]
+        self._halved = [images.square().sum(1) / 2 for images in self._images]
+
+    def posterior_mean(self, noisy: torch.Tensor, level: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """E[image | noisy, label] under the uniform distribution over the images of each label.
+
+        Args:
+            noisy: `[n, 1, h, w]`; `level` is its cumulative product of alphas, `[n, 1, 1, 1]`; labels: `[n]`.
+        """
+        flat, level, mean = noisy.flatten(1), level.flatten(1), torch.empty_like(noisy).flatten(1)
+        for label in labels.unique().tolist():
+            own = labels == label
+            images, share = self._images[label], level[own]
+            logits = (share.sqrt() * (flat[own] @ images.T) - share * self._halved[label]) / (1 - share)
+            mean[own] = logits.softmax(1) @ images
+        return mean.view_as(noisy)
+
+
+@torch.no_grad()
+def begin_from(model: UNet2DModel, folder: Path) -> None:
+    """Take the weights of an exported network over; a table of labels that it lacks stays as it is."""
+    found = UNet2DModel.from_pretrained(folder / "unet", dtype=torch.float32).state_dict()
+    left = [name for name in model.load_state_dict(found, strict=False).missing_keys if "class_embedding" not in name]
+    if left:
+        raise ValueError(f"{folder} holds another network: it has no {', '.join(left[:3])}")
+
+
+def told(labels: torch.Tensor, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """What the network is called with beside sample and timestep."""
+    return {} if args.unconditional else {"class_labels": labels.to(args.device)}
+
+
+class Guided:
+    """The prediction under classifier-free guidance of two frozen networks (Ho and Salimans 2022, equation 6).
+
+    e = e_c + w (e_c - e_u): `--init` with the label, `--guide` without; w is `--guidance`.
     """
-    flat, level = noisy.flatten(1), level.flatten(1)
-    logits = (level.sqrt() * (flat @ data.T) - level * halved) / (1 - level)
-    return (logits.softmax(1) @ data).view_as(noisy)
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.weight, self._nets = args.guidance, []
+        for folder in (args.init, args.guide):
+            net = UNet2DModel.from_pretrained(folder / "unet", dtype=torch.float32).eval().requires_grad_(False)
+            net.to(args.device, memory_format=torch.channels_last)
+            if args.device == "cpu":
+                use_plain_attention(net)
+            self._nets.append(torch.compile(net) if args.compile else net)
+
+    @torch.no_grad()
+    def __call__(self, noisy: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(noisy.device.type, torch.bfloat16):
+            with_label = self._nets[0](noisy, timestep, class_labels=labels).sample.float()
+            without = self._nets[1](noisy, timestep).sample.float()
+        return with_label + self.weight * (with_label - without)
 
 
 def train(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     join_processes()
     device = torch.device(args.device)
-    images = load_images(args.data)
-    data = scaled(images.flatten(1))
-    halved = data.square().sum(1) / 2
+    data = TrainingSet(args.data, conditional=not args.unconditional)
     torch.manual_seed(args.seed)
-    model = build_unet()
-    if not args.plain_start:
+    model = build_unet(conditional=not args.unconditional)
+    if args.init:
+        begin_from(model, args.init)
+    elif not args.plain_start:
         carry_sample(model)
     if device.type == "cpu":
         use_plain_attention(model)
     model.to(device, memory_format=torch.channels_last)
     alpha_bar = build_scheduler().alphas_cumprod
     forward = torch.compile(model) if args.compile else model
+    guided = Guided(args) if args.guide else None
 
     def losses_of(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        chosen = torch.randint(len(images), (args.batch,), generator=generator)
+        chosen = torch.randint(len(data.images), (args.batch,), generator=generator)
         drawn = np.interp(stratified(args.batch, generator), DRAWN_SHARE, DRAWN_BELOW)
-        noise = torch.randn(args.batch, *images.shape[1:], generator=generator)
-        clean, noise = data[own_part(chosen)].view(-1, *images.shape[1:]), own_part(noise)
+        noise = own_part(torch.randn(args.batch, *SHAPE, generator=generator))
+        chosen = own_part(chosen)
+        clean, labels = data.images[chosen].view(-1, *SHAPE), data.labels[chosen]
         timestep = own_part(torch.from_numpy(drawn)).long().clamp(max=TRAIN_TIMESTEPS - 1)
         level = alpha_bar[timestep].view(-1, 1, 1, 1)
         noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
-        target, far = noise.clone(), timestep >= MEAN_FROM
-        mean = posterior_mean(noisy[far], level[far], data, halved)
-        target[far] = (noisy[far] - level[far].sqrt() * mean) / (1 - level[far]).sqrt()
-        noisy = noisy.to(device, memory_format=torch.channels_last)
+        far = timestep >= MEAN_FROM
+        inputs = noisy.to(device, memory_format=torch.channels_last), timestep.to(device)
+        if guided is None:
+            mean = data.posterior_mean(noisy[far], level[far], labels[far])
+            noise[far] = (noisy[far] - level[far].sqrt() * mean) / (1 - level[far]).sqrt()
+            target = noise.to(device)
+        else:
+            # Nearer to the image the label is plain to see, and the drawn noise is the better teacher. The whole
+            # batch goes through both networks: its size is fixed, and so compiled once.
+            target = torch.where(far.view(-1, 1, 1, 1).to(device), guided(*inputs, labels.to(device)), noise.to(device))
         with torch.autocast(device.type, torch.bfloat16):
-            prediction = forward(noisy, timestep.to(device)).sample
+            prediction = forward(*inputs, **told(labels, args)).sample
         ratio = level / (1 - level)
         weight = (ratio.clamp(LOWEST_RATIO, HIGHEST_RATIO) / ratio).clamp(max=HIGHEST_WEIGHT).to(device)
-        loss = (weight * (prediction.float() - target.to(device)).square()).mean()
+        loss = (weight * (prediction.float() - target).square()).mean()
         return loss, loss
 
     fit(
         model,
-        build_optimizers(model, args.optimizer, args.lr, CARRYING),
+        build_optimizers(model, args.optimizer, args.lr, NOT_MATRICES),
         losses_of,
         args.work / "state.pt",
         steps=args.steps,
@@ -162,9 +239,10 @@ def train(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """Write the averaged weights as a diffusers pipeline in float16."""
     state = torch.load(args.work / "state.pt", map_location="cpu", weights_only=True)
-    model = build_unet()
+    model = build_unet(conditional=not args.unconditional)
     model.load_state_dict(state["ema"])
-    pipeline = DDIMPipeline(unet=model.half(), scheduler=build_scheduler())
+    # diffusers' only pipeline that hands labels to a `UNet2DModel`; it takes any scheduler.
+    pipeline = ConsistencyModelPipeline(unet=model.half(), scheduler=build_scheduler())
     pipeline.save_pretrained(args.export)
     print(f"exported step {state['step']} to {args.export}")
 
@@ -176,30 +254,59 @@ def compare(args: argparse.Namespace, count: int = 256) -> None:
     The second is the best that copying training images can do: a network above it has not learnt what there is.
     """
     model = UNet2DModel.from_pretrained(args.compare / "unet", dtype=torch.float32).eval()
-    data = scaled(load_images(args.data).flatten(1))
-    halved = data.square().sum(1) / 2
-    test = load_images(args.data, "test")
+    data = TrainingSet(args.data, conditional=not args.unconditional)
     generator = torch.Generator().manual_seed(args.seed)
-    clean = scaled(test[torch.randperm(len(test), generator=generator)[:count]])
+    chosen = torch.randperm(len(load_labels(args.data, "test")), generator=generator)[:count]
+    clean, labels = scaled(load_images(args.data, "test")[chosen]), load_labels(args.data, "test")[chosen]
+    if args.unconditional:
+        labels.zero_()
     for timestep in range(100, TRAIN_TIMESTEPS, 100):
         level = build_scheduler().alphas_cumprod[timestep].view(1, 1, 1, 1)
         noise = torch.randn(clean.shape, generator=generator)
         noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
-        predicted = (noisy - (1 - level).sqrt() * model(noisy, timestep).sample) / level.sqrt()
-        errors = [
-            (found - clean).square().mean().item() for found in (predicted, posterior_mean(noisy, level, data, halved))
-        ]
+        predicted = (noisy - (1 - level).sqrt() * model(noisy, timestep, **told(labels, args)).sample) / level.sqrt()
+        mean = data.posterior_mean(noisy, level.expand(count, 1, 1, 1), labels)
+        errors = [(found - clean).square().mean().item() for found in (predicted, mean)]
         print(f"t = {timestep}: network {errors[0]:.4f}, training set {errors[1]:.4f}")
+
+
+def judge(args: argparse.Namespace) -> None:
+    """Fréchet distance of samples to the training images, and how many the classifier reads as what they should be."""
+    from stepquant.api import sample
+    from stepquant.evaluate.features import DigitFeatures
+    from stepquant.evaluate.frechet import FeatureStatistics, frechet_distance
+
+    pipe = DiffusionPipeline.from_pretrained(args.judge, local_files_only=True, dtype=torch.float32)
+    seeds = range(1000, 1000 + args.count)
+    images = sample(pipe, seeds=seeds, steps=20, batch_size=32)
+    features = DigitFeatures()
+    found = FeatureStatistics(features.dim)
+    found.update(features(images))
+    distance = frechet_distance(found, FeatureStatistics.from_moments(*features.data_statistics()))
+    right = (features.logits(images).argmax(1) == torch.tensor(seeds) % CLASSES).float().mean().item()
+    print(f"n = {args.count}, 20 steps: Frechet distance to the training images {distance:.1f}, read right {right:.4f}")
 
 
 def main() -> None:
     parser = parser_of(__doc__, work="runs/digits-unet", steps=4400, batch=96, ema=0.999, lr=1e-2)
     parser.add_argument("--plain-start", action="store_true", help="begin with torch's own weights: see `carry_sample`")
+    parser.add_argument("--unconditional", action="store_true", help="tell the network no labels")
+    parser.add_argument(
+        "--guide", type=Path, help="learn what --init gives when guided by this pipeline without labels"
+    )
+    parser.add_argument("--guidance", type=float, default=3.0, help="weight of the difference of --init and --guide")
+    parser.add_argument("--init", type=Path, help="begin with the weights of the pipeline in this folder")
     parser.add_argument("--compare", type=Path, help="only measure the pipeline in this folder on test images")
+    parser.add_argument("--judge", type=Path, help="only measure samples of the pipeline in this folder")
+    parser.add_argument("--count", type=int, default=1024, help="how many samples --judge draws")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
     args = parser.parse_args()
+    if args.guide and (args.unconditional or not args.init):
+        parser.error("--guide needs --init, a network with labels, and goes without --unconditional")
     if args.compare:
         compare(args)
+    elif args.judge:
+        judge(args)
     elif args.export:
         export(args)
     else:

@@ -42,6 +42,11 @@ def load_images(path: Path, split: str = "train") -> torch.Tensor:
     return torch.nn.functional.pad(torch.from_numpy(images), (2, 2, 2, 2))[:, None]
 
 
+def load_labels(path: Path, split: str = "train") -> torch.Tensor:
+    """Which digit each image is, int64 `[N]`."""
+    return torch.from_numpy(np.load(path)[f"{split}_y"]).long()
+
+
 def scaled(images: torch.Tensor) -> torch.Tensor:
     """Bytes as numbers in [-1, 1]."""
     return images.float() / 127.5 - 1

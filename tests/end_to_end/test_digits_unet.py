@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stepquant.api import Quantized, load, open_model, quantize, sample
+from stepquant.evaluate.features import DigitFeatures
 from stepquant.inspection import inspect_checkpoint
 from stepquant.methods.baseline import rtn
 
@@ -44,6 +45,10 @@ def quantized() -> Quantized:
     return quantize(open_model("digits-unet"), recipe, steps=STEPS, base_model="digits-unet")
 
 
+def read(images: Tensor) -> list[int]:
+    return DigitFeatures().logits(images).argmax(1).tolist()
+
+
 def assert_images(images: Tensor, count: int) -> None:
     assert images.shape == (count, 1, 32, 32)
     assert images.dtype == torch.float32
@@ -59,6 +64,14 @@ def test_opens_without_a_network_and_seeds_give_images() -> None:
     assert not torch.equal(images[0], images[1])
     # An image depends on its seed only; another batch may round differently in the last bits.
     torch.testing.assert_close(sample(pipe, seeds=[4], steps=STEPS), images[1:], rtol=0, atol=1e-4)
+
+
+def test_samples_are_the_digits_that_the_seeds_or_the_labels_ask_for() -> None:
+    pipe = open_model("digits-unet")
+    images = sample(pipe, seeds=range(1000, 1020), steps=20, batch_size=20)
+    assert sum(found == seed % 10 for seed, found in enumerate(read(images), 1000)) >= 18
+    threes = sample(pipe, seeds=range(1000, 1004), steps=20, arguments={"class_labels": [3] * 4})
+    assert read(threes) == [3] * 4
 
 
 def test_w4a8_takes_at_most_a_seventh_of_float32(quantized: Quantized, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def commands_for_experts() -> list[list[str]]:
 
 # What the fingerprint of the schedule says about guidance: what was asked for, or the pipeline's own default.
 GUIDANCE = {
-    **dict.fromkeys(("ddim", "ddpm", "ldm", "lcm", "turbo", "flux"), "none"),
+    **dict.fromkeys(("ddim", "ddpm", "consistency", "ldm", "lcm", "turbo", "flux"), "none"),
     "dit": "cfg(3, doubled latents)",
     "sd15": "cfg(3)",
     "img2img": "cfg(7.5)",

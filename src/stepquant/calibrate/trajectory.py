@@ -183,10 +183,16 @@ def _pipeline_arguments(pipe: Any, seeds: tuple[int, ...], steps: int, arguments
     offered = {
         "batch_size": len(seeds),
         "num_inference_steps": steps,
-        "output_type": "latent",  # spares the decoder where there is one
+        "output_type": "latent" if _may_decode(pipe) else "np",
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
     }
     return {name: value for name, value in offered.items() if name in accepted} | dict(arguments)
+
+
+def _may_decode(pipe: Any) -> bool:
+    """Whether asking for latents can spare a decoder. Some pipelines that have none refuse it (ConsistencyModelPipeline)."""
+    parts = getattr(pipe, "components", None)
+    return parts is None or sum(isinstance(part, nn.Module) for part in parts.values()) > 1
 
 
 def _trajectory(recording: Recording, seeds: tuple[int, ...], steps: int) -> Trajectory:

@@ -50,23 +50,39 @@ def arguments_of_batch(arguments: Mapping[str, Any], batch: slice, count: int) -
 
 
 def with_labels(pipe: Any, arguments: Mapping[str, Any], seeds: Sequence[int]) -> Mapping[str, Any]:
-    """The arguments, and for a pipeline that must be told classes (DiT) `class_labels`: seed modulo their number.
+    """The arguments, and for a pipeline whose denoiser is told classes `class_labels`: seed modulo their number.
 
-    So that seeds alone make images, all classes alike often. Labels among the arguments stay.
+    So that seeds alone make images, all classes alike often. Labels among the arguments stay. Without them some
+    pipelines refuse the call (DiT), and others draw labels that no generator decides (ConsistencyModelPipeline).
     """
     wanted = inspect.signature(pipe.__call__).parameters.get("class_labels")
-    if wanted is None or wanted.default is not inspect.Parameter.empty or "class_labels" in arguments:
+    if wanted is None or "class_labels" in arguments:
         return arguments
-    classes = len(set((getattr(pipe, "labels", None) or {}).values()))
-    if not classes:
-        config = getattr(getattr(pipe, "transformer", None), "config", {})
-        classes = config.get("num_embeds_ada_norm") or config.get("num_classes") or 0
-    if not classes:
+    classes = _classes(pipe)
+    if classes:
+        return {**arguments, "class_labels": [seed % classes for seed in seeds]}
+    if wanted.default is inspect.Parameter.empty:
         raise UnsupportedPipeline(
             f"{type(pipe).__name__} needs class_labels and does not say how many classes there are: pass them in "
             "`arguments`."
         )
-    return {**arguments, "class_labels": [seed % classes for seed in seeds]}
+    return arguments
+
+
+def _classes(pipe: Any) -> int:
+    """How many classes a pipeline says that its denoiser knows; 0 if it does not, or the denoiser is told none."""
+    named = len(set((getattr(pipe, "labels", None) or {}).values()))
+    if named:
+        return named
+    for part, key in _CLASSES_IN:
+        config = getattr(getattr(pipe, part, None), "config", {})
+        if config.get(key):
+            return int(config[key])
+    return 0
+
+
+_CLASSES_IN = (("transformer", "num_embeds_ada_norm"), ("transformer", "num_classes"), ("unet", "num_class_embeds"))
+"""Where a denoiser's configuration says how many classes there are."""
 
 
 def _rows(value: list[Any] | Tensor) -> int | None:

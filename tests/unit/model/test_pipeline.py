@@ -157,6 +157,21 @@ def test_a_pipeline_that_must_be_told_classes_gets_them_from_the_seeds() -> None
     assert with_labels(named, {"class_labels": [1]}, [3]) == {"class_labels": [1]}
 
 
+class OptionalClasses:
+    """`ConsistencyModelPipeline`: a class-conditional network without labels gets some that no generator decides."""
+
+    def __init__(self, classes: int | None) -> None:
+        self.unet = SimpleNamespace(config={"num_class_embeds": classes})
+
+    def __call__(self, class_labels: list[int] | None = None) -> None: ...
+
+
+def test_labels_that_a_pipeline_would_draw_by_itself_come_from_the_seeds_too() -> None:
+    assert with_labels(OptionalClasses(4), {}, [3, 9]) == {"class_labels": [3, 1]}
+    assert with_labels(OptionalClasses(4), {"class_labels": [0, 0]}, [3, 9]) == {"class_labels": [0, 0]}
+    assert with_labels(OptionalClasses(None), {}, [3, 9]) == {}
+
+
 def test_other_pipelines_get_no_classes() -> None:
     assert with_labels(DenoiserPipeline(Half(), DDIMScheduler(), (1, 4, 4)), {}, [3]) == {}
 
