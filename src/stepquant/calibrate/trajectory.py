@@ -190,7 +190,10 @@ def _pipeline_arguments(pipe: Any, seeds: tuple[int, ...], steps: int, arguments
 
 
 def _may_decode(pipe: Any) -> bool:
-    """Whether asking for latents can spare a decoder. Some pipelines that have none refuse it (ConsistencyModelPipeline)."""
+    """Whether asking for latents can spare a decoder.
+
+    Not all pipelines without one put up with being asked (ConsistencyModelPipeline).
+    """
     parts = getattr(pipe, "components", None)
     return parts is None or sum(isinstance(part, nn.Module) for part in parts.values()) > 1
 
