@@ -2,20 +2,25 @@
 
 A class-conditional `UNet2DModel` of diffusers (32x32x1, epsilon prediction, 1000 training steps, linear betas) on
 MNIST, padded from 28 to 32 pixels and scaled to [-1, 1]. Cosine decay, and an exponential moving average of the
-weights, which is what gets exported. Three runs, each from what the one before exported:
+weights, which is what gets exported. It learns from a larger network under classifier-free guidance (distillation:
+Meng et al., CVPR 2023, stage one, with one weight), so that one call a step is enough. Four runs, each from what others
+exported (`python $T --work runs/NAME --export runs/NAME/model`, with the same `--levels` and `--unconditional`):
 
     T=training/digits_unet.py
-    python $T --work runs/any --unconditional --compile
-    python $T --work runs/any --unconditional --export runs/any/model
-    python $T --work runs/told --init runs/any/model --steps 1900 --lr 7e-3 --ema 0.997 --compile
-    python $T --work runs/told --export runs/told/model
-    python $T --work runs/guided --init runs/told/model --guide runs/any/model --steps 800 --lr 3e-3 --ema 0.99
-    python $T --work runs/guided --export src/stepquant/assets/digits-unet
+    python $T --work runs/any --levels 4 --unconditional
+    python $T --work runs/told --levels 4 --init runs/any/model --steps 1900 --lr 7e-3 --ema 0.997
+    python $T --work runs/guided --levels 4 --init runs/told/model --teacher runs/told/model --guide runs/any/model \\
+        --steps 700 --lr 3e-3 --ema 0.99
+    python $T --work runs/digits-unet --init runs/before --teacher runs/guided/model --steps 1200 --lr 7e-3 --ema 0.995
+    python $T --work runs/digits-unet --export src/stepquant/assets/digits-unet
 
-The last teaches one network what two give with classifier-free guidance (distillation: Meng et al., CVPR 2023, stage
-one, with one weight). The state is written every `--save-every` iterations, so a killed run continues where it
-stopped: run the same command again. On a CPU a process for each core is faster than one with a thread for each:
-`OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 $T ...`.
+The larger network begins with its input (`carry_sample`) and learns fast, but everything that it carries passes a
+single channel, which few bits spoil; the shipped one has no such channel. `runs/before` is the one shipped before,
+without labels (README of the asset); without `--init` the last run begins with torch's own weights.
+
+The state is written every `--save-every` iterations, so a killed run continues where it stopped: run the same command
+again. `--compile` is worth its minutes, and on a CPU a process for each core is faster than one with a thread for
+each: `OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 $T ... --compile`.
 """
 
 from __future__ import annotations
@@ -59,18 +64,22 @@ DRAWN_SHARE, DRAWN_BELOW = (0.0, 0.15, 0.85, 1.0), (0.0, 200.0, 700.0, 1000.0)
 MEAN_FROM = 300
 
 
-def build_unet(*, conditional: bool = True) -> UNet2DModel:
+LEVELS = {3: {"block_out_channels": (32, 64, 128), "norm_num_groups": 16}}
+LEVELS[4] = {"block_out_channels": (32, 64, 128, 128), "norm_num_groups": 8}
+
+
+def build_unet(levels: int = 3, *, conditional: bool = True) -> UNet2DModel:
+    """Attention from 8x8 pixels on."""
     model = UNet2DModel(
         sample_size=32,
         in_channels=1,
         out_channels=1,
         layers_per_block=1,
-        block_out_channels=(32, 64, 128, 128),
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D",) * 2 + ("AttnDownBlock2D",) * (levels - 2),
+        up_block_types=("AttnUpBlock2D",) * (levels - 2) + ("UpBlock2D",) * 2,
         attention_head_dim=32,
-        norm_num_groups=8,
         num_class_embeds=CLASSES if conditional else None,
+        **LEVELS[levels],
     )
     if conditional:
         # So that labels begin as a small part of the embedding that they are added to.
@@ -156,26 +165,32 @@ def told(labels: torch.Tensor, args: argparse.Namespace) -> dict[str, torch.Tens
     return {} if args.unconditional else {"class_labels": labels.to(args.device)}
 
 
-class Guided:
-    """The prediction under classifier-free guidance of two frozen networks (Ho and Salimans 2022, equation 6).
+class Teacher:
+    """What a frozen network with labels predicts, or gives under guidance by one without (Ho and Salimans 2022, eq. 6).
 
-    e = e_c + w (e_c - e_u): `--init` with the label, `--guide` without; w is `--guidance`.
+    e = e_c + w (e_c - e_u): e_c of `--teacher`, e_u of `--guide`; w is `--guidance`.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.weight, self._nets = args.guidance, []
-        for folder in (args.init, args.guide):
-            net = UNet2DModel.from_pretrained(folder / "unet", dtype=torch.float32).eval().requires_grad_(False)
-            net.to(args.device, memory_format=torch.channels_last)
-            if args.device == "cpu":
-                use_plain_attention(net)
-            self._nets.append(torch.compile(net) if args.compile else net)
+        self.weight = args.guidance
+        self._teacher = self._opened(args, args.teacher)
+        self._guide = None if args.guide is None else self._opened(args, args.guide)
+
+    @staticmethod
+    def _opened(args: argparse.Namespace, folder: Path) -> UNet2DModel:
+        net = UNet2DModel.from_pretrained(folder / "unet", dtype=torch.float32).eval().requires_grad_(False)
+        if args.device == "cpu":
+            use_plain_attention(net)
+        net.to(args.device, memory_format=torch.channels_last)
+        return torch.compile(net) if args.compile else net
 
     @torch.no_grad()
     def __call__(self, noisy: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with torch.autocast(noisy.device.type, torch.bfloat16):
-            with_label = self._nets[0](noisy, timestep, class_labels=labels).sample.float()
-            without = self._nets[1](noisy, timestep).sample.float()
+            with_label = self._teacher(noisy, timestep, class_labels=labels).sample.float()
+            if self._guide is None:
+                return with_label
+            without = self._guide(noisy, timestep).sample.float()
         return with_label + self.weight * (with_label - without)
 
 
@@ -185,17 +200,17 @@ def train(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     data = TrainingSet(args.data, conditional=not args.unconditional)
     torch.manual_seed(args.seed)
-    model = build_unet(conditional=not args.unconditional)
+    model = build_unet(args.levels, conditional=not args.unconditional)
     if args.init:
         begin_from(model, args.init)
-    elif not args.plain_start:
+    elif args.levels == 4 and not args.plain_start:
         carry_sample(model)
     if device.type == "cpu":
         use_plain_attention(model)
     model.to(device, memory_format=torch.channels_last)
     alpha_bar = build_scheduler().alphas_cumprod
     forward = torch.compile(model) if args.compile else model
-    guided = Guided(args) if args.guide else None
+    teacher = Teacher(args) if args.teacher else None
 
     def losses_of(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = torch.randint(len(data.images), (args.batch,), generator=generator)
@@ -208,14 +223,15 @@ def train(args: argparse.Namespace) -> None:
         noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
         far = timestep >= MEAN_FROM
         inputs = noisy.to(device, memory_format=torch.channels_last), timestep.to(device)
-        if guided is None:
+        if teacher is None:
             mean = data.posterior_mean(noisy[far], level[far], labels[far])
             noise[far] = (noisy[far] - level[far].sqrt() * mean) / (1 - level[far]).sqrt()
             target = noise.to(device)
         else:
-            # Nearer to the image the label is plain to see, and the drawn noise is the better teacher. The whole
-            # batch goes through both networks: its size is fixed, and so compiled once.
-            target = torch.where(far.view(-1, 1, 1, 1).to(device), guided(*inputs, labels.to(device)), noise.to(device))
+            # Nearer to the image the label is plain to see, and the drawn noise teaches better. The whole batch goes
+            # through the other networks: its size is fixed, and so compiled once.
+            taught = teacher(*inputs, labels.to(device))
+            target = torch.where(far.view(-1, 1, 1, 1).to(device), taught, noise.to(device))
         with torch.autocast(device.type, torch.bfloat16):
             prediction = forward(*inputs, **told(labels, args)).sample
         ratio = level / (1 - level)
@@ -239,7 +255,7 @@ def train(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """Write the averaged weights as a diffusers pipeline in float16."""
     state = torch.load(args.work / "state.pt", map_location="cpu", weights_only=True)
-    model = build_unet(conditional=not args.unconditional)
+    model = build_unet(args.levels, conditional=not args.unconditional)
     model.load_state_dict(state["ema"])
     # diffusers' only pipeline that hands labels to a `UNet2DModel`; it takes any scheduler.
     pipeline = ConsistencyModelPipeline(unet=model.half(), scheduler=build_scheduler())
@@ -289,20 +305,20 @@ def judge(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__, work="runs/digits-unet", steps=4400, batch=96, ema=0.999, lr=1e-2)
+    parser.add_argument("--levels", type=int, choices=(3, 4), default=3, help="3: the shipped network; 4: its teacher")
     parser.add_argument("--plain-start", action="store_true", help="begin with torch's own weights: see `carry_sample`")
     parser.add_argument("--unconditional", action="store_true", help="tell the network no labels")
-    parser.add_argument(
-        "--guide", type=Path, help="learn what --init gives when guided by this pipeline without labels"
-    )
-    parser.add_argument("--guidance", type=float, default=3.0, help="weight of the difference of --init and --guide")
+    parser.add_argument("--teacher", type=Path, help="learn what the network of this pipeline, with labels, predicts")
+    parser.add_argument("--guide", type=Path, help="with --teacher guided by this pipeline, without labels")
+    parser.add_argument("--guidance", type=float, default=3.0, help="weight of the difference of --teacher and --guide")
     parser.add_argument("--init", type=Path, help="begin with the weights of the pipeline in this folder")
     parser.add_argument("--compare", type=Path, help="only measure the pipeline in this folder on test images")
     parser.add_argument("--judge", type=Path, help="only measure samples of the pipeline in this folder")
     parser.add_argument("--count", type=int, default=1024, help="how many samples --judge draws")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
     args = parser.parse_args()
-    if args.guide and (args.unconditional or not args.init):
-        parser.error("--guide needs --init, a network with labels, and goes without --unconditional")
+    if (args.guide and not args.teacher) or (args.teacher and args.unconditional):
+        parser.error("--guide goes with --teacher, and --teacher without --unconditional")
     if args.compare:
         compare(args)
     elif args.judge:
