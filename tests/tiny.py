@@ -24,8 +24,8 @@ from stepquant.numerics.affine import choose_qparams, range_of
 from stepquant.numerics.spec import LayerScheme, scheme_for
 
 
-def tiny_unet(seed: int = 0) -> UNet2DModel:
-    """A UNet of 50 thousand parameters with attention, for samples [B, 1, 8, 8]."""
+def tiny_unet(seed: int = 0, *, num_class_embeds: int | None = None) -> UNet2DModel:
+    """A UNet of 50 thousand parameters with attention, for samples [B, 1, 8, 8]; with labels if there are classes."""
     torch.manual_seed(seed)
     return UNet2DModel(
         sample_size=8,
@@ -37,6 +37,7 @@ def tiny_unet(seed: int = 0) -> UNet2DModel:
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=8,
         norm_num_groups=4,
+        num_class_embeds=num_class_embeds,
     ).eval()
 
 

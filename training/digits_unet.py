@@ -16,7 +16,8 @@ exported (`python $T --work runs/NAME --export runs/NAME/model`, with the same `
 
 The larger network begins with its input (`carry_sample`) and learns fast, but everything that it carries passes a
 single channel, which few bits spoil; the shipped one has no such channel. `runs/before` is the one shipped before,
-without labels (README of the asset); without `--init` the last run begins with torch's own weights.
+without labels: src/stepquant/assets/digits-unet at commit b21b0ea. Without `--init` the last run begins with torch's own
+weights.
 
 The state is written every `--save-every` iterations, so a killed run continues where it stopped: run the same command
 again. `--compile` is worth its minutes, and on a CPU a process for each core is faster than one with a thread for
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import ConsistencyModelPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import ConsistencyModelPipeline, DDIMScheduler, UNet2DModel
 from loop import (
     TRAIN_TIMESTEPS,
     build_optimizers,
@@ -64,22 +65,24 @@ DRAWN_SHARE, DRAWN_BELOW = (0.0, 0.15, 0.85, 1.0), (0.0, 200.0, 700.0, 1000.0)
 MEAN_FROM = 300
 
 
-LEVELS = {3: {"block_out_channels": (32, 64, 128), "norm_num_groups": 16}}
-LEVELS[4] = {"block_out_channels": (32, 64, 128, 128), "norm_num_groups": 8}
+# By number of levels: channels of each, and groups of the norms.
+LEVELS = {3: ((32, 64, 128), 16), 4: ((32, 64, 128, 128), 8)}
 
 
 def build_unet(levels: int = 3, *, conditional: bool = True) -> UNet2DModel:
     """Attention from 8x8 pixels on."""
+    channels, groups = LEVELS[levels]
     model = UNet2DModel(
         sample_size=32,
         in_channels=1,
         out_channels=1,
         layers_per_block=1,
+        block_out_channels=channels,
+        norm_num_groups=groups,
         down_block_types=("DownBlock2D",) * 2 + ("AttnDownBlock2D",) * (levels - 2),
         up_block_types=("AttnUpBlock2D",) * (levels - 2) + ("UpBlock2D",) * 2,
         attention_head_dim=32,
         num_class_embeds=CLASSES if conditional else None,
-        **LEVELS[levels],
     )
     if conditional:
         # So that labels begin as a small part of the embedding that they are added to.
@@ -272,8 +275,9 @@ def compare(args: argparse.Namespace, count: int = 256) -> None:
     model = UNet2DModel.from_pretrained(args.compare / "unet", dtype=torch.float32).eval()
     data = TrainingSet(args.data, conditional=not args.unconditional)
     generator = torch.Generator().manual_seed(args.seed)
-    chosen = torch.randperm(len(load_labels(args.data, "test")), generator=generator)[:count]
-    clean, labels = scaled(load_images(args.data, "test")[chosen]), load_labels(args.data, "test")[chosen]
+    test, labels = load_images(args.data, "test"), load_labels(args.data, "test")
+    chosen = torch.randperm(len(test), generator=generator)[:count]
+    clean, labels = scaled(test[chosen]), labels[chosen]
     if args.unconditional:
         labels.zero_()
     for timestep in range(100, TRAIN_TIMESTEPS, 100):
@@ -288,13 +292,12 @@ def compare(args: argparse.Namespace, count: int = 256) -> None:
 
 def judge(args: argparse.Namespace) -> None:
     """Fréchet distance of samples to the training images, and how many the classifier reads as what they should be."""
-    from stepquant.api import sample
+    from stepquant.api import open_model, sample
     from stepquant.evaluate.features import DigitFeatures
     from stepquant.evaluate.frechet import FeatureStatistics, frechet_distance
 
-    pipe = DiffusionPipeline.from_pretrained(args.judge, local_files_only=True, dtype=torch.float32)
     seeds = range(1000, 1000 + args.count)
-    images = sample(pipe, seeds=seeds, steps=20, batch_size=32)
+    images = sample(open_model(str(args.judge)), seeds=seeds, steps=20, batch_size=32)
     features = DigitFeatures()
     found = FeatureStatistics(features.dim)
     found.update(features(images))
@@ -313,7 +316,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=3.0, help="weight of the difference of --teacher and --guide")
     parser.add_argument("--init", type=Path, help="begin with the weights of the pipeline in this folder")
     parser.add_argument("--compare", type=Path, help="only measure the pipeline in this folder on test images")
-    parser.add_argument("--judge", type=Path, help="only measure samples of the pipeline in this folder")
+    parser.add_argument("--judge", type=Path, help="only measure samples of the pipeline with labels in this folder")
     parser.add_argument("--count", type=int, default=1024, help="how many samples --judge draws")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
     args = parser.parse_args()

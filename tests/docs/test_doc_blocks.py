@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
+from diffusers import ConsistencyModelPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 
 import doc_blocks
 import stepquant
@@ -49,11 +49,11 @@ CHECKPOINTS = {
 _RECIPE = METHODS["rtn"](weights=8, activations=8, samples=2, batch=2, ranges="minmax")
 
 
-def small_model(size: int = 16) -> DDIMPipeline:
+def small_model(size: int = 16) -> ConsistencyModelPipeline:
     """Stands for digits-unet: a fiftieth of its weights, all of them random, and a quarter of its pixels."""
-    unet = tiny.tiny_unet()
+    unet = tiny.tiny_unet(num_class_embeds=10)
     unet.register_to_config(sample_size=size)
-    return DDIMPipeline(unet, DDIMScheduler())
+    return ConsistencyModelPipeline(unet, DDIMScheduler())
 
 
 NAMES: dict[str, Callable[[], dict[str, Any]]] = {
@@ -64,7 +64,7 @@ NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/engines.md": lambda: {"load": stepquant.load, "OpenVINOEngine": OpenVINOEngine},
     "docs/methods/beta_sampling.md": lambda: {
         "stepquant": stepquant,
-        "pipe": DDPMPipeline(small_model().unet, DDPMScheduler()),
+        "pipe": DDPMPipeline(tiny.tiny_unet(), DDPMScheduler()),
         "recipe": _RECIPE,
     },
 }

@@ -137,6 +137,12 @@ def test_checkpoints_that_only_stepquant_opens_say_so(checkpoint: Path) -> None:
     corrected = {**plain, "manifest": {**plain["manifest"], "correction": [4, 1]}}
     assert "stepquant.load(snapshot_download(" in text_of(checkpoint, description=corrected)
     assert "correction of the sampling steps" in text_of(checkpoint, description=corrected)
+    assert "pipe(num_inference_steps=4)" in text_of(checkpoint)
+    config = plain["manifest"]["denoiser"]["config"] | {"num_class_embeds": 10}
+    told = {**plain["manifest"], "denoiser": {**plain["manifest"]["denoiser"], "config": config}}
+    assert "pipe(class_labels=[0], num_inference_steps=4)" in text_of(
+        checkpoint, description=plain | {"manifest": told}
+    )
     pipeline = {**plain["manifest"]["pipeline"], "library": "stepquant", "class_name": "DenoiserPipeline"}
     own = text_of(checkpoint, description={**plain, "manifest": {**plain["manifest"], "pipeline": pipeline}})
     assert "denoiser=..." in own

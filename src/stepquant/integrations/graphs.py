@@ -46,7 +46,7 @@ def export_onnx(
 
     source: a checkpoint folder, a pipeline with a quantized denoiser in simulated form, or such a denoiser.
     inputs: what the denoiser is called with, by name, as examples. The graph has their shapes; the first axis of all
-        that share the first input's is free. May be left out for networks of a sample and a timestep alone.
+        that share the first input's is free. May be left out for a `UNet2DModel`, with labels or without.
 
     The timestep bin is computed in the graph from the timestep of the first image.
     Raises EngineError for a denoiser that cannot be exported, SpecError if `inputs` are needed or the file exists.
@@ -103,13 +103,15 @@ def _arguments(lowered: Lowered, inputs: Mapping[str, Any] | None) -> dict[str, 
         return {**inputs, name: torch.as_tensor(inputs[name])}
     config = getattr(lowered.module, "config", {})
     size: Any = config.get("sample_size")
-    if type(lowered.module).__name__ != "UNet2DModel" or size is None or config.get("num_class_embeds"):
+    if type(lowered.module).__name__ != "UNet2DModel" or size is None:
         raise SpecError(
             f"What a {type(lowered.module).__name__} is called with is not known: pass "
             f"inputs={{name: example tensor}}, {name!r} among them."
         )
     height, width = (size, size) if isinstance(size, int) else size
-    return {"sample": torch.zeros(2, config["in_channels"], height, width), name: torch.zeros(1, dtype=torch.int64)}
+    known = {"sample": torch.zeros(2, config["in_channels"], height, width), name: torch.zeros(1, dtype=torch.int64)}
+    labels = {"class_labels": torch.zeros(2, dtype=torch.int64)} if config.get("num_class_embeds") else {}
+    return known | labels
 
 
 def _batched(arguments: Mapping[str, Any]) -> tuple[str, ...]:

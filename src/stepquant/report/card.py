@@ -161,7 +161,7 @@ def _code(description: Mapping[str, Any]) -> str:
         ]
     task = _task(manifest) or ""
     given = '"a photo of a lighthouse", ' if task.startswith("text-to") else ""
-    if manifest["pipeline"]["class_name"] == "DiTPipeline":
+    if manifest["pipeline"]["class_name"] == "DiTPipeline" or manifest["denoiser"]["config"].get("num_class_embeds"):
         given = "class_labels=[0], "
     return "\n".join([*lines, f"images = pipe({given}num_inference_steps={steps})"])
 

@@ -36,9 +36,10 @@ class Net(nn.Module):
         return result
 
 
-def run(path: Path, sample: Tensor, timestep: int) -> Tensor:
+def run(path: Path, sample: Tensor, timestep: int, **others: Tensor) -> Tensor:
     compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    found = compiled({"sample": sample.numpy(), "timestep": np.array([timestep])})
+    labels = {name: tensor.numpy() for name, tensor in others.items()}
+    found = compiled({"sample": sample.numpy(), "timestep": np.array([timestep]), **labels})
     return torch.from_numpy(found[0].copy())
 
 
@@ -85,6 +86,19 @@ def test_a_unet_needs_no_inputs_and_a_correction_lies_beside_the_graph(tmp_path:
     assert (run(written.path, sample, 500) - expected).norm() < 0.01 * expected.norm()
 
 
+def test_a_unet_that_is_told_classes_takes_their_labels(tmp_path: Path) -> None:
+    net = quantize_(tiny_unet(num_class_embeds=10))
+    written = export_onnx(net, tmp_path / "unet.onnx")
+    assert written.inputs == ("sample", "timestep", "class_labels")
+    sample, labels = torch.randn(3, 1, 8, 8), torch.tensor([4, 0, 9])
+    found = run(written.path, sample, 500, class_labels=labels)
+    with torch.no_grad():
+        expected = net(sample, 500, class_labels=labels).sample
+        others = net(sample, 500, class_labels=labels.flip(0)).sample
+    assert (found - expected).norm() < 0.01 * expected.norm()
+    assert (others - expected).norm() > 0.02 * expected.norm()
+
+
 def test_inputs_that_are_needed_are_asked_for(tmp_path: Path) -> None:
     net = quantize_(Net())
     with pytest.raises(SpecError, match="What a Net is called with is not known"):
@@ -99,7 +113,7 @@ def test_the_sampling_loop_of_the_docs_applies_a_correction(tmp_path: Path, monk
 
     (block,) = [block for block in doc_blocks.blocks_of("docs/engines.md") if "compile_model" in block.text]
     monkeypatch.chdir(tmp_path)
-    net = tiny_unet()
+    net = tiny_unet(num_class_embeds=10)
     net.register_to_config(sample_size=32)
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(20)
@@ -119,6 +133,7 @@ def test_the_sampling_loop_of_the_docs_applies_a_correction(tmp_path: Path, monk
     sample = torch.randn(16, 1, 32, 32)
     corrected.set_timesteps(20)
     for t in corrected.timesteps:
-        sample = corrected.step(run(Path("digits.xml"), sample, int(t)), t, sample).prev_sample
+        found = run(Path("digits.xml"), sample, int(t), class_labels=torch.arange(16) % 10)
+        sample = corrected.step(found, t, sample).prev_sample
     assert bool(sample.isfinite().all())
     torch.testing.assert_close(names["sample"], sample, rtol=1e-4, atol=1e-4)
