@@ -1,13 +1,14 @@
 """The quality table: every method at every bit setting, on held-out seeds, over several calibration seeds.
 
-    python benchmarks/results.py run --json runs/results.jsonl [--bits W4A8,W4A4] [--methods "rtn;rtn+cec"] [--part 1/2]
-    python benchmarks/results.py table --json runs/results.jsonl --into docs/results.md
-    python benchmarks/results.py pages --json runs/results.jsonl --folder docs/methods
+    python benchmarks/results.py run [--bits W4A8,W4A4] [--methods "rtn;rtn+cec"] [--part 1/2] [--json FILE]
+    python benchmarks/results.py table --into docs/results.md
+    python benchmarks/results.py pages --folder docs/methods
     python benchmarks/results.py memory [--methods "rtn;rtn+cec"]
 
 `run` appends one line per (bits, method, calibration seed) and skips what is there, so it can be killed and started
 again, and several parts can run side by side. Lines of other weights, revisions, budgets or numbers of images stay in
-the file; `table` shows those of the present revision that agree with the last line. Every learning method gets the same
+the file; `table` shows those of the present revision that agree with the last line. The rows that the
+pages show are in `benchmarks/results.jsonl`, part of the repository. Every learning method gets the same
 number of network evaluations (`--evaluations`, forward passes of one image; a backward pass counts as two).
 """
 
@@ -21,6 +22,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,9 +31,10 @@ from typing import Any
 import torch
 
 from stepquant.allocator import tune_allocator
-from stepquant.api import compensate, open_model, quantize, sample
+from stepquant.api import Quantized, compensate, open_model, quantize, sample
 from stepquant.calibrate import ranges
 from stepquant.calibrate.trajectory import record, seal
+from stepquant.checkpoint import TENSORS_NAME
 from stepquant.evaluate.drift import measure_drift
 from stepquant.evaluate.features import DigitFeatures, weights_identity
 from stepquant.evaluate.frechet import FeatureStatistics, frechet_distance
@@ -47,6 +50,7 @@ REVISIONS = {"W8A8": 2}
 """By bits, 1 if not named. Goes up with every entry under "Numbers changed" of CHANGELOG.md that these rows would show:
 older rows differ. W8A8: 1 had zero points in all weights."""
 
+ROWS = Path(__file__).with_suffix(".jsonl")
 MOST_BITS = 8
 STEPS = 20
 SAMPLES = 64
@@ -63,8 +67,15 @@ ACCUQUANT: dict[str, Any] = {
     "learn_weights": False,
     "rows": "step",
     "free_run": 1.0,
+    "correct_biases": True,
 }
 """As the presets quick and standard have it."""
+
+PAPERS: dict[str, Any] = {"free_run": 0.0, "rows": "shared", "learn_weights": True, "correct_biases": False}
+"""AccuQuant as the paper has it, as far as it says."""
+
+STATIC: dict[str, Any] = {"rows": "step", "learn_weights": False, "free_run": 1.0}
+BRANCHED: dict[str, Any] = STATIC | {"balance": True, "low_rank": 32}
 
 UNET_METHODS = ("ptq4dm", "pqd", "eda_dm", "pcr", "tfmq_dm", "tdq", "tcaq_dm")
 TRANSFORMER_METHODS = ("svdquant", "ptq4dit", "vidit_q", "mixdq", "lsgquant")
@@ -74,7 +85,8 @@ BITS = ("W8A8", "W4A8", "W6A6", "W4A4", "W3A6")
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
     "rtn, a row per step": ("rtn", {"rows": "step"}),
-    "layerwise, one row": ("layerwise", {"rows": "shared"}),
+    "layerwise, one row": ("layerwise", {"rows": "shared", "correct_biases": False}),
+    "layerwise, biases as they are": ("layerwise", {"correct_biases": False}),
     "layerwise": ("layerwise", {}),
     "layerwise+ptqd": ("layerwise+ptqd", {}),
     "layerwise+d2_dpm": ("layerwise+d2_dpm", {}),
@@ -90,18 +102,27 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         for gradient in ("identity", "exact", "per_step")
         for window in (5, 2, 10, 20, 1)
     },
+    "accuquant identity M=5, biases as they are": ("accuquant", ACCUQUANT | {"correct_biases": False}),
     "accuquant identity M=5, from full precision": ("accuquant", ACCUQUANT | {"free_run": 0.0}),
     "accuquant identity M=5, one row": ("accuquant", ACCUQUANT | {"rows": "shared"}),
     "accuquant identity M=5, rounding too": ("accuquant", ACCUQUANT | {"learn_weights": True}),
-    "accuquant identity M=5, the paper's": (
-        "accuquant",
-        ACCUQUANT | {"free_run": 0.0, "rows": "shared", "learn_weights": True},
-    ),
-    "combined": ("combined", {}),
-    "combined with a row per window": ("combined", {"rows": "window", "row_windows": (5, 5, 5, 5)}),
-    "combined with row groups": ("combined", {"rows": "groups"}),
-    "combined with weighted blocks": ("combined", {"block_iterations": 100, "sample_weights": True}),
-    "combined with block scales": ("combined", {"scale_iterations": 100}),
+    "accuquant identity M=5, the paper's": ("accuquant", ACCUQUANT | PAPERS),
+    "svdquant, static": ("svdquant", {"dynamic": False}),
+    "svdquant, rank 8": ("svdquant", {"rank": 8}),
+    "combined": ("combined", STATIC),
+    "combined without windows": ("combined", STATIC | {"window_iterations": 0}),
+    "combined without biases": ("combined", STATIC | {"correct_biases": False}),
+    "combined without rows": ("combined", STATIC | {"rows": "shared"}),
+    "combined without layer rounding": ("combined", STATIC | {"layer_rounding": False}),
+    "combined with balance": ("combined", STATIC | {"balance": True}),
+    "combined with a branch": ("combined", BRANCHED),
+    "combined with a branch, without windows": ("combined", BRANCHED | {"window_iterations": 0}),
+    "combined, dynamic": ("combined", STATIC | {"dynamic": True, "window_iterations": 0}),
+    "combined, dynamic with a branch": ("combined", BRANCHED | {"dynamic": True, "window_iterations": 0}),
+    "combined with a row per window": ("combined", STATIC | {"rows": "window", "row_windows": (5, 5, 5, 5)}),
+    "combined with row groups": ("combined", STATIC | {"rows": "groups"}),
+    "combined with weighted blocks": ("combined", STATIC | {"block_iterations": 100, "sample_weights": True}),
+    "combined with block scales": ("combined", STATIC | {"scale_iterations": 100}),
 }
 DEFAULT = (
     "rtn",
@@ -159,13 +180,17 @@ def settings(variant: str, evaluations: int) -> dict[str, Any]:
     learning = {"lr_weights": LR_WEIGHTS, "lr_scales": 1e-2, "together": 4, "block_iterations": 0}
     if method == "combined":
         own = {"scale_iterations": 0, "search_rounds": 4, "compensation": False, "sample_weights": False}
-        return common | learning | own | {"window_iterations": evaluations // (4 * BATCH * 5), "window": 5} | options
+        own |= {"window": 5, "window_iterations": _windows(evaluations, 5, 4, options["free_run"])}
+        return common | learning | own | options
     passes = 3 if options["gradient"] == "per_step" else 4
-    # A free-run start walks from the noise, forward only: half of the steps outside the window on average.
-    walked = options.get("free_run", 0) * (STEPS - options["window"]) / 2
-    iterations = int(evaluations / (BATCH * (passes * options["window"] + walked)))
+    iterations = _windows(evaluations, options["window"], passes, options["free_run"])
     windows = {"layer_rounding": True, "iterations": iterations}
     return common | learning | windows | options
+
+
+def _windows(evaluations: int, window: int, passes: int, free_run: float) -> int:
+    """Iterations of windows: a free-run start walks from the noise, forward only, half of the steps on average."""
+    return int(evaluations / (BATCH * (passes * window + free_run * (STEPS - window) / 2)))
 
 
 def recipe_of(variant: str, weights: int | None, activations: int | None, options: Mapping[str, Any]) -> Recipe:
@@ -272,12 +297,22 @@ def run(args: argparse.Namespace) -> None:
             seconds = time.perf_counter() - began
             if not done(args, reference, bits, name, seed):
                 place = {"bits": bits, "method": name, "seed": seed, "budget": args.evaluations}
+                place["bytes"] = share_of_bytes(quantized, reference)
                 cost = {"evaluations": spent, "seconds": round(seconds, 1), "options": options}
                 _keep(args, reference, place | cost, pipe)
 
 
 def _evaluations(figures: Sequence[Mapping[str, Any]]) -> int:
     return sum(entry.get("evaluations", 0) for entry in figures)
+
+
+def share_of_bytes(quantized: Quantized, reference: Reference) -> float:
+    """Of the checkpoint's tensors, beside the denoiser's in float32."""
+    _, denoiser = find_denoiser(reference.pipe)
+    with tempfile.TemporaryDirectory() as folder:
+        quantized.save(Path(folder) / "made")
+        (file,) = Path(folder).rglob(TENSORS_NAME)
+        return file.stat().st_size / (4 * sum(tensor.numel() for tensor in denoiser.parameters()))
 
 
 def _keep(args: argparse.Namespace, reference: Reference, row: dict[str, Any], pipe: Any) -> None:
@@ -350,8 +385,8 @@ def variants() -> list[str]:
 def lines_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     """A Markdown table of these variants: mean and half range over calibration seeds."""
     lines = [
-        "| bits | method | seeds | PSNR dB | SSIM | Fréchet to full precision | final drift | evaluations |",
-        "|---|---|---|---|---|---|---|---|",
+        "| bits | method | seeds | PSNR dB | SSIM | Fréchet to full precision | final drift | evaluations | bytes |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for bits in BITS:
         for variant in names:
@@ -361,7 +396,9 @@ def lines_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[st
                     spread([row[key] for row in group]) for key in ("psnr", "ssim", "frechet_to_fp", "drift_final")
                 ]
                 cost = round(statistics.mean(row["evaluations"] for row in group))
-                lines.append(f"| {bits} | {variant} | {len(group)} | {' | '.join(cells)} | {cost} |")
+                sizes = [row["bytes"] for row in group if "bytes" in row]
+                size = f"{statistics.mean(sizes):.3f}" if sizes else ""
+                lines.append(f"| {bits} | {variant} | {len(group)} | {' | '.join(cells)} | {cost} | {size} |")
     return lines
 
 
@@ -443,7 +480,7 @@ def main() -> None:
     first.add_argument("--evaluations", type=int, default=8000)
     first.add_argument("--images", type=int, default=128)
     first.add_argument("--part", default="1/1")
-    first.add_argument("--json", type=Path, default=Path("runs/results.jsonl"))
+    first.add_argument("--json", type=Path, default=ROWS)
     second = commands.add_parser("table")
     first.add_argument(
         "--searched-sample-range",
@@ -451,10 +488,10 @@ def main() -> None:
         help="search the range of the layer that reads the sample like any other, into a file of its own",
     )
     second.add_argument("--model", default="digits-unet")
-    second.add_argument("--json", type=Path, default=Path("runs/results.jsonl"))
+    second.add_argument("--json", type=Path, default=ROWS)
     second.add_argument("--into", type=Path, default=Path("docs/results.md"))
     fourth = commands.add_parser("pages")
-    fourth.add_argument("--json", type=Path, default=Path("runs/results.jsonl"))
+    fourth.add_argument("--json", type=Path, default=ROWS)
     fourth.add_argument("--folder", type=Path, default=Path("docs/methods"))
     for name in ("memory", "memory-of"):
         third = commands.add_parser(name)

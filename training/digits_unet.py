@@ -16,8 +16,8 @@ exported (`python $T --work runs/NAME --export runs/NAME/model`, with the same `
 
 The larger network begins with its input (`carry_sample`) and learns fast, but everything that it carries passes a
 single channel, which few bits spoil; the shipped one has no such channel. `runs/before` is the one shipped before,
-without labels: src/stepquant/assets/digits-unet at commit b21b0ea. Without `--init` the last run begins with torch's own
-weights.
+without labels: src/stepquant/assets/digits-unet at commit b21b0ea. Without `--init` the last run begins with torch's
+own weights.
 
 The state is written every `--save-every` iterations, so a killed run continues where it stopped: run the same command
 again. `--compile` is worth its minutes, and on a CPU a process for each core is faster than one with a thread for

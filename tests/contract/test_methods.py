@@ -59,6 +59,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "eda_dm": {"iterations": 3, "lr_weights": 5e-2, "draws": 6},
     "pcr": {"iterations": 3, "lr_weights": 5e-2},
     "combined": {
+        "balance": True,
+        "low_rank": 2,
         "block_iterations": 2,
         "block_lr": 5e-2,
         "meta_iterations": 1,
@@ -212,6 +214,7 @@ def test_blocks_start_from_the_rounding_of_layers(method: str, rate: str) -> Non
 # (name of the progress track, tick): in each stage that shows progress, and in the middle of the long ones.
 INTERRUPTIONS = {
     "rtn": [("record", 1), ("Fitting weight ranges", 3), ("Observing", 1)],
+    "layerwise": [("Correcting biases", 2)],
     "q_diffusion": [("block by block", 2), ("Fitting activation ranges", 1), ("activation scales", 3)],
     "accuquant": [("Rounding weights", 3), ("Fitting windows", 5), ("Fitting windows", 10)],
     "gac": [("block by block", 2), ("activation scales", 3)],

@@ -8,6 +8,7 @@ from typing import Any
 from stepquant.calibrate.aligned import AlignLayers
 from stepquant.calibrate.allocation import Allocate
 from stepquant.calibrate.balance import BalanceChannels, RotateChannels
+from stepquant.calibrate.bias_correction import CorrectBiases
 from stepquant.calibrate.compensation import Compensate
 from stepquant.calibrate.density_variety import SelectDensityVariety
 from stepquant.calibrate.drawn import SelectDrawn
@@ -101,6 +102,7 @@ STAGES: dict[str, type[Any]] = {
         SplitShortcuts,
         FitWeightRanges,
         FitInputRanges,
+        CorrectBiases,
         RoundLayers,
         RoundBlocks,
         ScaleBlocks,

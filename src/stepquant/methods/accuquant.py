@@ -25,6 +25,8 @@ Differs from the paper (which does not publish M per model, learning rates, iter
 - `layer_rounding` (off by default) rounds every layer for its own output before anything else. The presets quick and
   standard do that instead of rounding blocks: with a few hundred iterations a block, AdaRound ends about level with
   rounding to nearest (docs/results.md).
+- `correct_biases` (off by default, on in those presets) adds to every bias what the channel's mean has lost, before the
+  windows (`CorrectBiases`).
 - Blocks are rounded first as in Q-Diffusion; the window stage then reopens all roundings from a point between the
   full-precision fraction and the present rounding (`keep_rounding`), and learns weights and scales together.
 - For the last fifth of the iterations (`settle`) weights are rounded for good and only scales go on learning, so that
@@ -49,7 +51,7 @@ from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.calibrate.window_fitting import FitWindows
 from stepquant.calibrate.windows import GradientMode
 from stepquant.errors import SpecError
-from stepquant.methods.baseline import layers_first, rows_over_time, start
+from stepquant.methods.baseline import corrected_biases, layers_first, rows_over_time, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe
 
@@ -73,6 +75,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "learn_weights": False,
         "free_run": 1.0,
         "layer_rounding": True,
+        "correct_biases": True,
         "block_iterations": 0,
         "together": 4,
     },
@@ -85,6 +88,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "learn_weights": False,
         "free_run": 1.0,
         "layer_rounding": True,
+        "correct_biases": True,
         "block_iterations": 0,
         "together": 4,
     },
@@ -113,6 +117,7 @@ def accuquant(
     learn_weights: bool = True,
     free_run: float = 0.0,
     layer_rounding: bool = False,
+    correct_biases: bool = False,
     block_iterations: int = 2_000,
     block_lr: float = 1e-3,
     scale_iterations: int = 0,
@@ -136,6 +141,7 @@ def accuquant(
         blocks = (
             RoundBlocks(iterations=block_iterations, batch=batch, lr=block_lr, together=together, keep_rounding=keep),
         )
+    biases = corrected_biases(correct_biases, batch=batch)
     scales = (ScaleBlocks(iterations=scale_iterations, batch=batch),) if scale_iterations else ()
     ranges_of_inputs = FitInputRanges(ranges, windows=rows_over_time(rows, lengths, ROWS))
     fit = FitWindows(
@@ -148,4 +154,4 @@ def accuquant(
         learn_weights=learn_weights,
         free_run=free_run,
     )
-    return Recipe("accuquant", (*beginning, *layers, *blocks, ranges_of_inputs, *scales, fit))
+    return Recipe("accuquant", (*beginning, *layers, *blocks, ranges_of_inputs, *biases, *scales, fit))

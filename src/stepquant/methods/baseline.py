@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from stepquant.calibrate.bias_correction import CorrectBiases
 from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, LayerRule, Place, Record, Select
@@ -25,6 +26,7 @@ __all__ = [
     "DRAWN_PRESETS",
     "LAYERS_FIRST",
     "PRESETS",
+    "corrected_biases",
     "layers_first",
     "rows_over_time",
     "rtn",
@@ -74,6 +76,11 @@ def layers_first(
     if not asked or weights is None:
         return (), 0.0
     return (RoundLayers(batch=batch, together=together),), KEEP_ROUNDING
+
+
+def corrected_biases(asked: bool, *, batch: int) -> tuple[CorrectBiases, ...]:
+    """`CorrectBiases` if it is asked for: behind the ranges of activations, whose rounding it is to see."""
+    return (CorrectBiases(batch=batch),) if asked else ()
 
 
 def rows_over_time(

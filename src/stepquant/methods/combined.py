@@ -1,14 +1,19 @@
 """The parts of the literature that go together, in one recipe. Each part can be left out.
 
+0. Optionally, before anything is rounded: channels balanced between weights and activations (`balance`, SVDQuant's
+   search, Li et al. 2025), activation ranges found at run time instead of fitted ones (`dynamic`), and a low-rank
+   branch in 16 bits beside the weights (`low_rank`, its rank). They cost time and bytes, and integer graphs refuse such
+   layers.
 1. Weights: every layer rounded for its own output from the Gram matrix of its inputs (`layer_rounding`), then
    block-wise AdaRound (Li et al. 2021, Q-Diffusion) from there, on samples with learnt weights if `sample_weights`
    (GAC, Hoang et al. 2026).
 2. Activation parameters over time (`rows`): one row for all timesteps ("shared"), one for each window of steps
    ("window"), one for each timestep ("step"), or groups of timesteps found by search ("groups", ADP-DM, Wang et al.
    2024).
-3. Block-wise activation scales (`scale_iterations`, Q-Diffusion).
-4. Windows of simulated steps for rounding and scales of the whole network (AccuQuant, Lee et al. 2025).
-5. Correction of every step's prediction, fitted last, on the finished model (`compensation`, CEC, Liu et al. 2025).
+3. Biases that restore the mean output of every channel (`correct_biases`, Nagel et al. 2019).
+4. Block-wise activation scales (`scale_iterations`, Q-Diffusion).
+5. Windows of simulated steps for rounding and scales of the whole network (AccuQuant, Lee et al. 2025).
+6. Correction of every step's prediction, fitted last, on the finished model (`compensation`, CEC, Liu et al. 2025).
 
 The order follows from what each part leaves alone: rounding needs no activation ranges, ranges are observed behind
 rounded weights, windows start from both, and a correction holds only for the model that it was fitted on.
@@ -21,8 +26,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+from stepquant.calibrate.balance import BalanceChannels
 from stepquant.calibrate.compensation import Compensate, EstimatorChoice
+from stepquant.calibrate.dynamic import DynamicInputs
 from stepquant.calibrate.group_search import SearchGroups
+from stepquant.calibrate.low_rank import AddLowRank
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
 from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
@@ -30,7 +38,7 @@ from stepquant.calibrate.weighting import SampleWeighting
 from stepquant.calibrate.window_fitting import FitWindows
 from stepquant.calibrate.windows import GradientMode
 from stepquant.errors import SpecError
-from stepquant.methods.baseline import layers_first, rows_over_time, start
+from stepquant.methods.baseline import corrected_biases, layers_first, rows_over_time, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe, Stage
 
@@ -70,6 +78,9 @@ PRESETS: dict[str, dict[str, object]] = {
     "full": {"samples": 256},
 }
 
+LOW_RANK_REFITS = 20
+"""At most: as in SVDQuant's preset standard. They end where the layer's output no longer gains."""
+
 ROWS = ("shared", "window", "step", "groups")
 
 
@@ -81,7 +92,11 @@ def combined(
     batch: int = 16,
     every: int = 1,
     samples_per_step: int | None = None,
+    balance: bool = False,
+    dynamic: bool = False,
+    low_rank: int = 0,
     layer_rounding: bool = True,
+    correct_biases: bool = True,
     sample_weights: bool = True,
     meta_iterations: int = 20,
     block_iterations: int = 2_000,
@@ -111,7 +126,7 @@ def combined(
 
     row_windows: with rows="window", the lengths of the windows that get a row each, noise first; they must add up to
         the scheduler's steps.
-    block_iterations, scale_iterations, window_iterations: 0 leaves the part out.
+    low_rank, block_iterations, scale_iterations, window_iterations: 0 leaves the part out.
     """
     windows = rows_over_time(rows, row_windows, ROWS)
     if (rows == "window") != (row_windows is not None):
@@ -123,7 +138,12 @@ def combined(
     place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
     beginning = start(select, place, samples=samples, batch=batch, ranges=ranges)
     layers, keep = layers_first(layer_rounding, weights=weights, batch=batch, together=together)
-    stages: list[Stage] = [*layers]
+    stages: list[Stage] = [DynamicInputs()] if dynamic and activations is not None else []
+    if balance and activations is not None:
+        stages.append(BalanceChannels(rule="search", batch=batch, ranges=ranges))
+    if low_rank and weights is not None:
+        stages.append(AddLowRank(rank=low_rank, refits=LOW_RANK_REFITS, batch=batch, ranges=ranges))
+    stages += layers
     if block_iterations and weights is not None:
         weighting = SampleWeighting(iterations=meta_iterations, batch=batch) if sample_weights else None
         stages.append(
@@ -141,6 +161,7 @@ def combined(
         # A short search: it begins at the range that was observed at each timestep and follows full precision.
         search = SearchGroups(rounds=search_rounds, ranges=ranges, target="full_precision", prior=2.0, lr_logits=0.2)
         stages.append(search)
+    stages += corrected_biases(correct_biases, batch=batch)
     if scale_iterations and activations is not None:
         stages.append(ScaleBlocks(iterations=scale_iterations, batch=batch, lr=scale_lr))
     if window_iterations:

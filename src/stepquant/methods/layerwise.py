@@ -1,16 +1,19 @@
-"""Every layer rounded for its own output, and activation ranges for every step: no gradient at all.
+"""Every layer rounded for its own output, activation ranges for every step, and biases: no gradient at all.
 
 1. Weights: each layer's levels by greedy descent on the error of its own output, d G d^T, from the Gram matrix G of its
    inputs behind the layers rounded before (`stepquant.calibrate.gram`).
 2. Activations: a row of scale and zero point for every timestep of the schedule (`rows="step"`), each by the best of 80
    shrunk ranges over what the layer saw at that timestep. Ranges of a denoiser's activations change along the
    trajectory; one range for all steps is too wide for most of them.
+3. Biases: what the mean output of each channel has lost is added back (`correct_biases`, `CorrectBiases`). Errors of a
+   mean are the same at every step, so they are those that add up.
 
-It costs the recording, one pass of captures and one of range search: the calibration to begin with, and the start of
-the methods that learn.
+It costs the recording and passes without gradients: the calibration to begin with, and the start of the methods that
+learn.
 
 Differs from the papers: the objective is AdaRound's (Nagel et al. 2020, eq. 13) and the descent CDQuant's (Nair and
-Suggala 2024); a range for every timestep is in PTQD, PCR and TFMQ-DM. Their combination is ours.
+Suggala 2024); a range for every timestep is in PTQD, PCR and TFMQ-DM; biases are corrected as in Nagel et al. 2019.
+Their combination is ours.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Literal
 
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
-from stepquant.methods.baseline import layers_first, rows_over_time, start
+from stepquant.methods.baseline import corrected_biases, layers_first, rows_over_time, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe
 
@@ -36,6 +39,12 @@ BIBTEX = """@inproceedings{nagel2020adaround,
   author  = {Nair, Pranav Ajit and Suggala, Arun Sai},
   journal = {arXiv preprint arXiv:2406.17542},
   year    = {2024}
+}
+@inproceedings{nagel2019dfq,
+  title     = {Data-Free Quantization Through Weight Equalization and Bias Correction},
+  author    = {Nagel, Markus and van Baalen, Mart and Blankevoort, Tijmen and Welling, Max},
+  booktitle = {International Conference on Computer Vision},
+  year      = {2019}
 }"""
 
 PRESETS: dict[str, dict[str, object]] = {
@@ -55,15 +64,18 @@ def layerwise(
     samples_per_step: int | None = None,
     rows: Literal["shared", "step"] = "step",
     together: int = 1,
+    correct_biases: bool = True,
     ends: Ends = "8bit",
     softmax_bits: int | None = 8,
     group_size: int | None = None,
     ranges: RangeRule = "mse",
     rules: tuple[LayerRule, ...] = (),
 ) -> Recipe:
-    """Weights rounded layer by layer from Gram matrices; activation ranges for every step."""
+    """Weights rounded layer by layer from Gram matrices; activation ranges for every step; biases corrected."""
     select = Select(every=every, samples_per_step=samples_per_step)
     place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
     beginning = start(select, place, samples=samples, batch=batch, ranges=ranges)
     layers, _ = layers_first(True, weights=weights, batch=batch, together=together)
-    return Recipe("layerwise", (*beginning, *layers, FitInputRanges(ranges, windows=rows_over_time(rows))))
+    ranges_of_inputs = FitInputRanges(ranges, windows=rows_over_time(rows))
+    biases = corrected_biases(correct_biases, batch=batch)
+    return Recipe("layerwise", (*beginning, *layers, ranges_of_inputs, *biases))

@@ -1,0 +1,147 @@
+"""Corrected biases restore the mean output of every channel, behind the layers that are corrected before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler
+from torch import Tensor, nn
+
+import tiny
+from stepquant.api import Quantized, quantize
+from stepquant.calibrate.bias_correction import CorrectBiases
+from stepquant.calibrate.select import CalibrationSet, inputs
+from stepquant.calibrate.stages import FitInputRanges, Place, Select
+from stepquant.errors import SpecError
+from stepquant.methods.baseline import start
+from stepquant.model.layer import QuantizedLayer
+from stepquant.model.surgery import quantized_layers
+from stepquant.recipe import Job, Recipe, Stage
+
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Weigh:
+    """Gives every entry of the calibration set this weight, and leaves out those of weight None."""
+
+    weights: tuple[float | None, ...]
+
+    needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
+    gives: ClassVar[frozenset[str]] = frozenset({"calibration"})
+
+    def run(self, job: Job) -> dict[str, Any]:
+        entries = job.handed["calibration"].entries
+        pairs = [(entry, weight) for entry, weight in zip(entries, self.weights, strict=True) if weight is not None]
+        job.handed["calibration"] = CalibrationSet(*(tuple(part) for part in zip(*pairs, strict=True)))
+        return {}
+
+
+class Means:
+    """The mean outputs of all layers with a bias in both networks, over the calibration set, in one forward call."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"model"})
+    gives: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, Tensor]] = []
+
+    def run(self, job: Job) -> dict[str, Any]:
+        chosen = job.handed["calibration"]
+        args, kwargs = inputs(job.handed["trajectories"], chosen, range(len(chosen)))
+        names = [
+            name
+            for name, layer in quantized_layers(job.denoiser).items()
+            if isinstance(layer, QuantizedLayer) and layer.bias is not None
+        ]
+        for network in (job.full_precision, job.denoiser):
+            outputs: dict[str, Tensor] = {}
+            handles = [network.get_submodule(name).register_forward_hook(noting(outputs, name)) for name in names]
+            with torch.no_grad():
+                network(*args, **kwargs)
+            for handle in handles:
+                handle.remove()
+            self.found.append(outputs)
+        return {}
+
+
+def noting(outputs: dict[str, Tensor], name: str) -> Any:
+    def hook(_module: nn.Module, _args: Any, y: Tensor) -> None:
+        rows = y.movedim(1, -1) if y.ndim == 4 else y
+        outputs[name] = rows.flatten(0, -2).mean(0)
+
+    return hook
+
+
+def corrected(*last: Any, weights: int = 3, activations: int = 4) -> Quantized:
+    place = Place(weights, activations, ends="same")
+    beginning = start(Select(), place, samples=4, batch=2, ranges="minmax")
+    stages: tuple[Stage, ...] = (*beginning, FitInputRanges("minmax"), *last)
+    return quantize(DDIMPipeline(tiny.tiny_unet(), DDIMScheduler()), Recipe("biases", stages), steps=STEPS)
+
+
+def furthest(means: Means) -> float:
+    full_precision, found = means.found
+    assert len(found) > 20
+    return max(float((found[name] - full_precision[name]).abs().max()) for name in found)
+
+
+def state(quantized: Quantized) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in quantized.pipe.unet.state_dict().items()}
+
+
+def test_the_mean_output_of_every_channel_is_that_of_full_precision() -> None:
+    """Exactly where all samples are one mini-batch, and most of it where they are several."""
+    before, after, several = Means(), Means(), Means()
+    made = corrected(before, CorrectBiases(), after)
+    corrected(CorrectBiases(batch=4, rounds=2), several)
+    assert furthest(before) > 0.05
+    assert furthest(after) < 1e-5
+    assert furthest(several) < 0.5 * furthest(before)
+    figures = made.figures[-2]
+    assert figures["shifts"].keys() == after.found[0].keys()
+    assert figures["evaluations"] == 2 * 4 * STEPS
+
+
+def test_nothing_but_biases_changes() -> None:
+    pipe = DDIMPipeline(tiny.tiny_unet(), DDIMScheduler())
+    before, after = state(corrected()), state(corrected(CorrectBiases()))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    biased = {
+        f"{name}.bias"
+        for name, layer in quantized_layers(corrected().pipe.unet).items()
+        if isinstance(layer, QuantizedLayer) and layer.bias is not None
+    }
+    assert changed
+    assert changed <= biased
+    assert before.keys() == after.keys()
+    untouched = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    recipe = Recipe(
+        "biases",
+        (
+            *start(Select(), Place(3, 4), samples=2, batch=2, ranges="minmax"),
+            FitInputRanges("minmax"),
+            CorrectBiases(),
+        ),
+    )
+    quantize(pipe, recipe, steps=STEPS)
+    assert all(torch.equal(tensor, untouched[name]) for name, tensor in pipe.unet.state_dict().items())
+
+
+def test_weights_of_the_calibration_set_count() -> None:
+    half = 2 * STEPS
+    weighted = corrected(Weigh((3.0,) * half + (0.0,) * half), CorrectBiases())
+    chosen = corrected(Weigh((1.0,) * half + (None,) * half), CorrectBiases())
+    even = corrected(CorrectBiases())
+    assert not torch.equal(state(even)["conv_in.bias"], state(chosen)["conv_in.bias"])
+    for name, tensor in state(chosen).items():
+        torch.testing.assert_close(state(weighted)[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["samples", "batch", "rounds"])
+def test_settings_below_one_are_refused(name: str) -> None:
+    with pytest.raises(SpecError, match=f"{name} of CorrectBiases must be at least 1, found 0"):
+        CorrectBiases(**{name: 0})
