@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from torch import Tensor
 
 import tiny
-from stepquant.api import Quantized, quantize, sample
+from stepquant.api import Quantized, load, quantize, sample
 from stepquant.calibrate import group_search, timestep_net, window_fitting
 from stepquant.calibrate.rounding import SoftRounding, input_scales
 from stepquant.calibrate.stages import calibration_seeds
@@ -23,6 +23,7 @@ from stepquant.errors import SpecError
 from stepquant.methods import METHODS, PRESETS, STAGES
 from stepquant.model.assembly import describe
 from stepquant.model.correction import CorrectedScheduler
+from stepquant.model.quantizer import DynamicQuantizer
 from stepquant.model.surgery import quantized_layers
 from stepquant.recipe import Job, Recipe, Stage, recipe_from_dict
 from stepquant.run import Run
@@ -59,8 +60,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "eda_dm": {"iterations": 3, "lr_weights": 5e-2, "draws": 6},
     "pcr": {"iterations": 3, "lr_weights": 5e-2},
     "combined": {
-        "balance": True,
-        "low_rank": 2,
         "block_iterations": 2,
         "block_lr": 5e-2,
         "meta_iterations": 1,
@@ -209,6 +208,20 @@ def test_blocks_start_from_the_rounding_of_layers(method: str, rate: str) -> Non
     nearest, layers, blocks = weights
     assert any(not torch.equal(nearest[name], layers[name]) for name in layers)
     assert_equal(blocks, layers)
+
+
+def test_combined_takes_balance_branches_and_ranges_at_run_time(tmp_path: Path) -> None:
+    options = {"balance": True, "low_rank": 2, "block_iterations": 0, "scale_iterations": 0, "window_iterations": 2}
+    static = quantize(pipe_of(), recipe_of("combined", **options), steps=STEPS)
+    found = bytes_of(static)
+    assert any(name.endswith("branch.up") for name in found)
+    assert any(name.endswith("input_transform.scale") for name in found)
+    static.save(tmp_path / "static")
+    assert_equal(bytes_of(replace(static, pipe=load(tmp_path / "static", engine="simulated"))), found)
+    options |= {"dynamic": True, "window_iterations": 0}
+    made = quantize(pipe_of(), recipe_of("combined", **options), steps=STEPS)
+    conv = made.pipe.unet.get_submodule("mid_block.resnets.0.conv1")
+    assert isinstance(conv.input_quantizer, DynamicQuantizer)
 
 
 # (name of the progress track, tick): in each stage that shows progress, and in the middle of the long ones.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepquant.calibrate.bias_correction import CorrectBiases
 from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.offload import blocks_in_turn
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks, output_tensors
@@ -146,6 +147,8 @@ class Costs:
             return 0
         if isinstance(stage, FitInputRanges):
             return min(stage.samples, self.entries)
+        if isinstance(stage, CorrectBiases):
+            return 2 * stage.rounds * min(stage.samples, self.entries)
         if isinstance(stage, RoundLayers):
             return -(-self.units // stage.together) * min(stage.samples, self.entries) / 2
         if isinstance(stage, RoundBlocks | ScaleBlocks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stepquant.calibrate.bias_correction import CorrectBiases
 from stepquant.calibrate.compensation import Compensate
 from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.noise_correction import CorrectNoise
@@ -22,6 +23,7 @@ _STAGES = (
     SplitShortcuts,
     FitWeightRanges,
     FitInputRanges,
+    CorrectBiases,
     RoundLayers,
     RoundBlocks,
     ScaleBlocks,

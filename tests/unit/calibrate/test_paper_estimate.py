@@ -90,7 +90,7 @@ def test_evaluations_are_those_that_stages_report(name: str) -> None:
         if "evaluations" in found:
             assert found["evaluations"] == pytest.approx(costs.evaluations(stage), abs=1), found["stage"]
             counted += 1
-    assert counted == {"layerwise": 3, "accuquant": 5}[name]
+    assert counted == {"layerwise": 4, "accuquant": 5}[name]
     assert Costs.of(Recipe("empty", ()), steps=STEPS, rows=1, units=1) is None
 
 
