@@ -20,6 +20,8 @@ Weights are int8: q - z where that fits. Asymmetric weights of 8 bits may need n
 operators, the second with a single output channel, and the sum is exactly the same:
 
     conv(x, (q - z) * s_w) = conv(x, (q - c) * s_w) + (c - z) * s_w * conv(x, 1)
+
+What scales or rotates a layer's input, and a low-rank branch beside it, stay in floating point around these operators.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from stepquant.model.clock import StepClock, clock_of
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.quantizer import InputQuantizer, LogQuantizer, WeightQuantizer
 from stepquant.model.surgery import quantized_layers
+from stepquant.model.transform import InputTransform
 
 __all__ = [
     "BIN",
@@ -137,11 +140,6 @@ def refusal(layer: QuantizedLayer | QuantizedMatmul) -> str | None:
                 "Its weight has several scales in an output channel, and integer kernels have one: it runs as "
                 "simulated arithmetic inside the graph."
             )
-        if layer.input_transform is not None or layer.branch is not None:
-            return (
-                "Its input is scaled or rotated first, or a low-rank branch runs beside it: it runs as simulated "
-                "arithmetic inside the graph."
-            )
         if layer.first_token is not None:
             return (
                 "Its first token passes by the input quantizer, and an integer kernel treats all tokens alike: it runs "
@@ -236,12 +234,32 @@ class GraphInput(nn.Module):
         return None if self.step is None else self.step.index_select(0, self.clock.bin)
 
 
+class _GraphTransform(nn.Module):
+    """An `InputTransform`; where it only scales, the axis of channels stays where it is."""
+
+    def __init__(self, transform: InputTransform) -> None:
+        super().__init__()
+        self.whole = copy.deepcopy(transform) if transform.spec.block is not None else None
+        shape = (-1, *[1] * (-1 - transform.channel_axis))
+        self.register_buffer("scale", None if transform.scale is None else transform.scale.cpu().reshape(shape))
+
+    scale: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.whole is not None:
+            rotated: Tensor = self.whole(x)
+            return rotated
+        assert self.scale is not None
+        return x / self.scale
+
+
 class GraphLayer(nn.Module):
     """A linear or convolution layer on int8 levels.
 
     levels: int8, `[O, I/groups, *kernel]`, for a linear layer `[I, O]`. scale `[O]`.
     rest `[O]`: (c - z) * s_w where q - z does not fit into int8; None if it fits everywhere.
     bias `[O]`, or `[rows, O]` where the rows' zero points differ.
+    transform, branch: of the input, before its quantizer, and beside the operator, in floating point; None without.
     """
 
     levels: Tensor
@@ -260,6 +278,8 @@ class GraphLayer(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.in_channels, self.out_channels = layer.in_features, layer.out_features
         self.input = GraphInput(source, clock)
+        self.transform = None if layer.input_transform is None else _GraphTransform(layer.input_transform)
+        self.branch = copy.deepcopy(layer.branch)
         weight = layer.weight.detach()
         q = quantizer.levels(weight)
         if not torch.equal(quantizer.restore(q).to(weight.dtype), weight):
@@ -286,6 +306,12 @@ class GraphLayer(nn.Module):
         self.register_buffer("bias", _bias_table(layer.bias, source, exact.sum(1), self.input.shifted))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.transform is not None:
+            x = self.transform(x)
+        y = self._on_levels(x)
+        return y if self.branch is None else y + self.branch(x)
+
+    def _on_levels(self, x: Tensor) -> Tensor:
         x, padding = self._padded(x)
         x = self.input(x)
         y = self._operate(x, _restore(self.levels, self.scale, self._axis), padding)

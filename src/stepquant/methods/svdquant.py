@@ -24,7 +24,7 @@ Differs from the paper (from its public code where that is known to us; the rest
 - Behind the paper's round-to-nearest, `layer_rounding` rounds R for the least error of the layer's output
   (`RoundLayers`); `layer_rounding=False` is the paper.
 - 1/s stays at the layer's input; it is not folded into what comes before. The fused kernels of the paper are not there:
-  the branch is simulated.
+  engines run the branch in floating point beside the integer operator, and graphs only with `dynamic=False`.
 - Softmax outputs keep static ranges, queries, keys and values too.
 """
 

@@ -21,9 +21,10 @@ from stepquant.engines.graph import GraphLayer, lower, refusal, tensors_of
 from stepquant.engines.openvino import FLOAT_MATMUL, GraphDenoiser, OpenVINOEngine, cache_folder
 from stepquant.errors import EngineError, ModelError, SpecError
 from stepquant.model.clock import StepClock, attach_clock
-from stepquant.model.layer import Matmul, QuantizedLayer
+from stepquant.model.layer import LowRankBranch, Matmul, QuantizedLayer
 from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
 from stepquant.model.surgery import quantized_layers, swap_layers_
+from stepquant.model.transform import InputTransform
 from stepquant.numerics.affine import QParams, choose_qparams, range_of
 from stepquant.numerics.spec import LayerScheme, QuantSpec, scheme_for
 from tiny import quantize_, sampled, small_unet, tiny_unet
@@ -137,6 +138,29 @@ def check_layer(net: Any, shape: tuple[int, ...], *, int8: bool = True) -> None:
         assert ((simulated - expected).abs() <= 4e-6 * size + 1e-6).all()
     if int8:
         assert compiled.runtime_precisions()["layer"] in ("u8", "i8")
+
+
+@pytest.mark.parametrize(("scaled", "block"), [(True, None), (False, 4), (True, 2)])
+@pytest.mark.parametrize("kind", ["conv", "strided", "even", "circular", "conv1d", "linear"])
+def test_transforms_and_branches_run_around_the_integers(kind: str, scaled: bool, block: int | None) -> None:
+    build, shape = LAYERS[kind]
+    torch.manual_seed(1)
+    net = one_layer(build(), QuantSpec(4, "channel"), QuantSpec(8), rows=3)
+    layer = net.layer
+    block = None if block is None or layer.in_features % block else block
+    scale = torch.linspace(0.5, 3, layer.in_features) if scaled or block is None else None
+    layer.input_transform = InputTransform(layer.in_features, layer.geometry.channel_axis, scale=scale, block=block)
+    down = 0.3 * torch.randn(2, *layer.weight.shape[1:])
+    layer.branch = LowRankBranch(layer.geometry, down, 0.3 * torch.randn(layer.out_features, 2))
+    net.requires_grad_(False)
+    compiled = OpenVINOEngine().compile(net)
+    assert compiled.refusals == {}
+    x = torch.randn(shape)
+    for timestep in (50, 150, 450):
+        with torch.no_grad():
+            found, expected = compiled(x, timestep), net(x, timestep)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert compiled.runtime_precisions()["layer"] in ("u8", "i8")
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -214,8 +214,8 @@ def test_inspection_counts_transforms_and_branches(tmp_path: Path) -> None:
     assert layers[CONV]["additions"] == ["a transform of the input", "a low-rank branch"]
     assert layers[VALUES]["additions"] == ["levels at powers of two"]
     assert layers["conv_in"]["additions"] == []
-    assert "scaled or rotated" in layers[CONV]["refusals"]["openvino"]
-    assert "int_mm" not in layers[CONV]["refusals"]
+    assert not {"openvino", "int_mm"} & layers[CONV]["refusals"].keys()
+    assert "powers of two" in layers[VALUES]["refusals"]["openvino"]
     # 8 * 8 * 9 levels of 4 bits, 8 scales and zero points, 8 biases, a table of 3 rows for 5 bins, and the additions
     assert layers[CONV]["bytes"] == 288 + 8 * 5 + 8 * 4 + 3 * 5 + 5 + 4 * 8 + 4 * 2 * (8 * 9 + 8)
 
@@ -310,12 +310,11 @@ def test_groups_have_neither_transform_nor_branch() -> None:
 # ---- engines
 
 
-def test_the_reference_engine_gives_the_same_bits_and_graphs_refuse() -> None:
+def test_the_reference_engine_gives_the_same_bits_and_graphs_take_the_layers() -> None:
     unet = with_additions()
     layers = quantized_layers(unet)
     refusals = choose(layers[CONV], torch.device("cpu")).refusals
-    assert "low-rank branch" in refusals["openvino"]
-    assert "int_mm" not in refusals
+    assert not {"openvino", "int_mm"} & refusals.keys()
     assert "powers of two" in choose(layers[VALUES], torch.device("cpu")).refusals["openvino"]
     packed = copy.deepcopy(unet)
     placed = pack_(packed, "reference")
@@ -325,10 +324,10 @@ def test_the_reference_engine_gives_the_same_bits_and_graphs_refuse() -> None:
         assert torch.equal(packed(sample, 300).sample, unet(sample, 300).sample)
 
 
-def test_the_graph_form_simulates_them() -> None:
+def test_the_graph_form_computes_them() -> None:
     unet = with_additions()
     lowered = lower(unet)
-    assert {CONV, LINEAR, VALUES, "conv_out"} <= set(lowered.refusals)
+    assert set(lowered.refusals) == {VALUES}
     sample = torch.randn(2, 1, 8, 8)
     with torch.no_grad():
         wanted = unet(sample, 300).sample
@@ -342,5 +341,5 @@ def test_they_are_exported(tmp_path: Path) -> None:
     unet = with_additions()
     exported = export_onnx(unet, tmp_path / "unet.onnx")
     assert "powers of two" in exported.float_layers[VALUES]
-    assert "scaled or rotated" in exported.float_layers[CONV]
+    assert CONV not in exported.float_layers
     onnx.checker.check_model(str(exported.path))
