@@ -75,7 +75,7 @@ PAPERS: dict[str, Any] = {"free_run": 0.0, "rows": "shared", "learn_weights": Tr
 """AccuQuant as the paper has it, as far as it says."""
 
 STATIC: dict[str, Any] = {"rows": "step", "learn_weights": False, "free_run": 1.0}
-BRANCHED: dict[str, Any] = STATIC | {"balance": True, "low_rank": 32}
+BRANCHED: dict[str, Any] = STATIC | {"balance": True, "low_rank": 8}
 
 UNET_METHODS = ("ptq4dm", "pqd", "eda_dm", "pcr", "tfmq_dm", "tdq", "tcaq_dm")
 TRANSFORMER_METHODS = ("svdquant", "ptq4dit", "vidit_q", "mixdq", "lsgquant")
@@ -115,10 +115,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "combined without rows": ("combined", STATIC | {"rows": "shared"}),
     "combined without layer rounding": ("combined", STATIC | {"layer_rounding": False}),
     "combined with balance": ("combined", STATIC | {"balance": True}),
-    "combined with a branch": ("combined", BRANCHED),
-    "combined with a branch, without windows": ("combined", BRANCHED | {"window_iterations": 0}),
     "combined, dynamic": ("combined", STATIC | {"dynamic": True, "window_iterations": 0}),
-    "combined, dynamic with a branch": ("combined", BRANCHED | {"dynamic": True, "window_iterations": 0}),
+    "combined, rank 8": ("combined", BRANCHED),
+    "combined, rank 8, without windows": ("combined", BRANCHED | {"window_iterations": 0}),
+    "combined, rank 8, without balance": ("combined", BRANCHED | {"window_iterations": 0, "balance": False}),
+    "combined, rank 8, without biases": ("combined", BRANCHED | {"window_iterations": 0, "correct_biases": False}),
+    "combined, rank 8, without rows": ("combined", BRANCHED | {"window_iterations": 0, "rows": "shared"}),
+    "combined, rank 32, without windows": ("combined", BRANCHED | {"window_iterations": 0, "low_rank": 32}),
     "combined with a row per window": ("combined", STATIC | {"rows": "window", "row_windows": (5, 5, 5, 5)}),
     "combined with row groups": ("combined", STATIC | {"rows": "groups"}),
     "combined with weighted blocks": ("combined", STATIC | {"block_iterations": 100, "sample_weights": True}),

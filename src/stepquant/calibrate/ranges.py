@@ -88,7 +88,7 @@ class Observer(nn.Module):
     smallest and largest value of all calls are kept exactly.
 
     sample: where `observing` puts the sample that the denoiser is being called with.
-    reads_sample: whether what was seen is that sample, untouched.
+    reads_sample: whether what was seen is that sample, or what the layer's own transform has made of it.
     """
 
     def __init__(self, clock: StepClock, generator: torch.Generator, keep: int = 4096) -> None:
@@ -161,18 +161,30 @@ class Observer(nn.Module):
 
 @contextmanager
 def noting_sample(denoiser: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, the list holds the sample that the denoiser is being called with: its first argument."""
+    """Inside, the list holds the sample that the denoiser is being called with: its first argument.
+
+    What a layer's own transform makes of it comes behind: such a layer reads the sample, too.
+    """
     sample: list[Tensor] = []
     first = next(iter(inspect.signature(denoiser.forward).parameters))
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sample[:] = [args[0]] if args else [kwargs[first]] if first in kwargs else []
 
-    hook = denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    def transformed(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if any(args[0] is one for one in sample):
+            sample.append(output)
+
+    hooks = [denoiser.register_forward_pre_hook(note, with_kwargs=True)]
+    for layer in quantized_layers(denoiser).values():
+        transform = getattr(layer, "input_transform", None)
+        if transform is not None:
+            hooks.append(transform.register_forward_hook(transformed))
     try:
         yield sample
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         sample.clear()
 
 
