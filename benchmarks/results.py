@@ -74,8 +74,8 @@ ACCUQUANT: dict[str, Any] = {
 PAPERS: dict[str, Any] = {"free_run": 0.0, "rows": "shared", "learn_weights": True, "correct_biases": False}
 """AccuQuant as the paper has it, as far as it says."""
 
-STATIC: dict[str, Any] = {"rows": "step", "learn_weights": False, "free_run": 1.0}
-BRANCHED: dict[str, Any] = STATIC | {"balance": True, "low_rank": 8}
+STATIC: dict[str, Any] = {"balance": True, "rows": "step", "learn_weights": False, "free_run": 1.0}
+BRANCHED: dict[str, Any] = STATIC | {"low_rank": 8}
 
 UNET_METHODS = ("ptq4dm", "pqd", "eda_dm", "pcr", "tfmq_dm", "tdq", "tcaq_dm")
 TRANSFORMER_METHODS = ("svdquant", "ptq4dit", "vidit_q", "mixdq", "lsgquant")
@@ -114,8 +114,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "combined without biases": ("combined", STATIC | {"correct_biases": False}),
     "combined without rows": ("combined", STATIC | {"rows": "shared"}),
     "combined without layer rounding": ("combined", STATIC | {"layer_rounding": False}),
-    "combined with balance": ("combined", STATIC | {"balance": True}),
-    "combined, dynamic": ("combined", STATIC | {"dynamic": True, "window_iterations": 0}),
+    "combined without balance": ("combined", STATIC | {"balance": False}),
+    "combined, dynamic": ("combined", STATIC | {"dynamic": True, "balance": False, "window_iterations": 0}),
     "combined, rank 8": ("combined", BRANCHED),
     "combined, rank 8, without windows": ("combined", BRANCHED | {"window_iterations": 0}),
     "combined, rank 8, without balance": ("combined", BRANCHED | {"window_iterations": 0, "balance": False}),

@@ -19,6 +19,7 @@ from stepquant.methods.baseline import rtn
 from stepquant.model.clock import StepClock, attach_clock
 from stepquant.model.quantizer import InputQuantizer
 from stepquant.model.surgery import make_plan, quantizable, quantized_layers, standard_rules, swap_layers_
+from stepquant.model.transform import InputTransform
 from stepquant.numerics.spec import scheme_for
 from stepquant.run import Run
 
@@ -64,13 +65,19 @@ def test_with_fewer_bits_the_range_is_searched(pipe: Any) -> None:
     assert quantizer.spec.bits == 4
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("named", [False, True])
-def test_only_the_sample_itself_counts(named: bool) -> None:
+def test_only_the_sample_itself_counts(named: bool, scaled: bool) -> None:
+    """Scaled by the layer that reads it, it is the sample still."""
     unet = copy.deepcopy(tiny_unet())
     plan = make_plan(unet, standard_rules(scheme_for(8, 8), list(quantizable(unet))))
     swap_layers_(unet, plan)
     clock = StepClock(torch.tensor([250.0, 500.0, 750.0]))
     attach_clock(unet, clock)
+    if scaled:
+        for name in ("conv_in", "conv_out"):
+            layer: Any = unet.get_submodule(name)
+            layer.input_transform = InputTransform(layer.in_features, -3, scale=torch.full((layer.in_features,), 2.0))
     sample = torch.randn(2, 1, 8, 8)
     with observing(unet, plan, clock, torch.Generator()) as observers, torch.no_grad():
         unet(sample=sample, timestep=100) if named else unet(sample, 100)
