@@ -37,6 +37,9 @@ __all__ = [
 
 COMMAND_LINE = "command line"
 
+DEFAULT_METHOD = "combined"
+"""The least drift of all that were measured at the size of plain 4-bit weights (docs/results.md)."""
+
 _MAX_BYTES = 256 * 1024
 _MAX_NODES = 20_000
 """Values in a file after all its aliases have been written out. A run needs a few dozen."""
@@ -335,7 +338,7 @@ def resolve(data: Mapping[str, Any], *, source: str = "run.yaml", flags: Mapping
                 "stage Allocate in the place of Place."
             )
         return Resolved(method=None, preset=None, recipe=_written_recipe(layers), **common)
-    method, preset = merged.get("method", "accuquant"), merged.get("preset", "standard")
+    method, preset = merged.get("method", DEFAULT_METHOD), merged.get("preset", "standard")
     keywords, recipe = _method_recipe(method, preset, layers)
     if budget:
         recipe, budget = _allocated(recipe, budget, source)

@@ -224,6 +224,17 @@ def test_combined_takes_balance_branches_and_ranges_at_run_time(tmp_path: Path) 
     assert isinstance(conv.input_quantizer, DynamicQuantizer)
 
 
+@pytest.mark.parametrize(("weights", "activations"), [(4, None), (None, 8)])
+@pytest.mark.parametrize("preset", ["quick", "standard"])
+def test_presets_of_combined_fit_weights_or_activations_alone(
+    preset: str, weights: int | None, activations: int | None
+) -> None:
+    few = {"samples": 2, "batch": 2, "samples_per_step": 1, "window": 2, "window_iterations": 2, "together": 8}
+    recipe = METHODS["combined"](weights=weights, activations=activations, **PRESETS["combined"][preset] | few)
+    made = quantize(pipe_of(), recipe, steps=STEPS)
+    assert bool(sample(made.pipe, seeds=[0], steps=STEPS).isfinite().all())
+
+
 # (name of the progress track, tick): in each stage that shows progress, and in the middle of the long ones.
 INTERRUPTIONS = {
     "rtn": [("record", 1), ("Fitting weight ranges", 3), ("Observing", 1)],

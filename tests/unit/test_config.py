@@ -46,7 +46,7 @@ class Do:
         return {}
 
 
-def accuquant(
+def combined(
     *,
     weights: int | None = 4,
     activations: int | None = 8,
@@ -58,7 +58,7 @@ def accuquant(
     rules: tuple[Exception_, ...] = (),
     softmax_bits: int | None = 8,
 ) -> Recipe:
-    return Recipe("accuquant", (Do(weights, activations, samples, window, rate, gradient, shape, rules, softmax_bits),))
+    return Recipe("combined", (Do(weights, activations, samples, window, rate, gradient, shape, rules, softmax_bits),))
 
 
 def rtn(*, weights: int | None = 4, activations: int | None = 8) -> Recipe:
@@ -72,8 +72,8 @@ def cec(*, estimator: Literal["auto", "scale"] = "auto", gamma: int = 0) -> tupl
 @pytest.fixture(autouse=True)
 def _methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     module = types.ModuleType("stepquant.methods")
-    module.METHODS = {"accuquant": accuquant, "rtn": rtn}  # type: ignore[attr-defined]
-    module.PRESETS = {"accuquant": {"quick": {"samples": 8}, "standard": {}, "full": {"samples": 256}}, "rtn": {}}  # type: ignore[attr-defined]
+    module.METHODS = {"combined": combined, "rtn": rtn}  # type: ignore[attr-defined]
+    module.PRESETS = {"combined": {"quick": {"samples": 8}, "standard": {}, "full": {"samples": 256}}, "rtn": {}}  # type: ignore[attr-defined]
     module.PRESETS["cec"] = {"quick": {"samples": 8, "gamma": 2}}  # type: ignore[attr-defined]
     module.ADD_ONS = {"cec": cec}  # type: ignore[attr-defined]
     module.STAGES = {"Do": Do}  # type: ignore[attr-defined]
@@ -96,7 +96,7 @@ def test_preset_then_file_then_command_line() -> None:
 
 def test_defaults() -> None:
     resolved = resolve({"model": "digits-unet"})
-    assert (resolved.method, resolved.preset, resolved.steps, resolved.seed) == ("accuquant", "standard", 20, 0)
+    assert (resolved.method, resolved.preset, resolved.steps, resolved.seed) == ("combined", "standard", 20, 0)
     assert resolved.device == "auto"
 
 
@@ -105,11 +105,11 @@ def test_defaults() -> None:
     [
         (
             {"options": {"windw": 2}},
-            r"run.yaml: options.windw: accuquant has no option 'windw'. Did you mean 'window'\?",
+            r"run.yaml: options.windw: combined has no option 'windw'. Did you mean 'window'\?",
         ),
         ({"wieghts": 4}, r"run.yaml: wieghts: there is no such key. Did you mean 'weights'\?"),
         ({"rules": [{"patern": "*"}]}, r"run.yaml: rules.0.(patern|pattern): "),
-        ({"method": "acuquant"}, r"no method 'acuquant'. Did you mean 'accuquant'\?"),
+        ({"method": "combind"}, r"no method 'combind'. Did you mean 'combined'\?"),
         ({"preset": "quik"}, r"no preset 'quik'.* Did you mean 'quick'\?"),
         ({"method": "rtn", "options": {"window": 2}}, r"run.yaml: options.window: rtn has no option 'window'"),
         ({"weights": "four"}, r"run.yaml: weights: expected a valid integer, found 'four' \(str\)"),
@@ -263,18 +263,18 @@ def test_a_written_recipe_is_dumped_too(tmp_path: Path) -> None:
 
 
 def test_an_extra_follows_a_method_with_settings_of_its_own() -> None:
-    data = {"model": "digits-unet", "method": "accuquant+cec", "options": {"cec": {"estimator": "scale"}}}
+    data = {"model": "digits-unet", "method": "combined+cec", "options": {"cec": {"estimator": "scale"}}}
     resolved = resolve(data, flags=apply_overrides({}, ["cec.gamma=1", "window=7"]))
     base, extra = resolved.recipe.stages
     assert isinstance(base, Do)
     assert isinstance(extra, Do)
     assert (base.window, extra.window, extra.gradient) == (7, 1, "scale")
-    assert resolved.recipe.name == "accuquant+cec"
+    assert resolved.recipe.name == "combined+cec"
     assert resolve(resolved.to_dict()).recipe == resolved.recipe
 
 
 def test_an_extra_takes_from_the_preset_what_it_knows() -> None:
-    base, extra = resolve({"model": "m", "method": "accuquant+cec", "preset": "quick"}).recipe.stages
+    base, extra = resolve({"model": "m", "method": "combined+cec", "preset": "quick"}).recipe.stages
     assert isinstance(base, Do)
     assert isinstance(extra, Do)
     assert (base.samples, extra.samples, extra.window) == (8, 0, 2)
@@ -285,7 +285,7 @@ def test_an_extra_takes_from_the_preset_what_it_knows() -> None:
     [
         ("rtn+cecc", {}, "Did you mean 'cec'"),
         ("rtn+cec+cec", {}, "once each"),
-        ("rtn+accuquant", {}, "cannot follow another method"),
+        ("rtn+combined", {}, "cannot follow another method"),
         ("rtn+cec", {"cec": {"estimatr": "scale"}}, r"options\.cec\.estimatr: .*Did you mean 'estimator'"),
         ("rtn+cec", {"cec": 3}, r"options\.cec: expected the settings of cec, found 3"),
         ("rtn", {"cec": {"estimator": "scale"}}, "rtn has no option 'cec'"),

@@ -30,6 +30,7 @@ from stepquant.calibrate.layer_inputs import (
     output_error,
     refit_,
 )
+from stepquant.calibrate.offload import brought
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.errors import SpecError, nearest
 from stepquant.model.layer import QuantizedLayer
@@ -142,9 +143,11 @@ class BalanceChannels:
         with job.run.progress.track("Balancing channels", len(seen)) as advance:
             for name, found in seen.items():
                 layer, spec = layers[name], plan[name].input
-                before = output_error(layer, found.patches, weights[name], spec)
-                strength = self._balance_(layer, weights[name], found, spec)
-                errors[name] = {"before": before, "after": output_error(layer, found.patches, weights[name], spec)}
+                with brought(job, layer):
+                    weight = weights[name].to(layer.weight.device)
+                    before = output_error(layer, found.patches, weight, spec)
+                    strength = self._balance_(layer, weight, found, spec)
+                    errors[name] = {"before": before, "after": output_error(layer, found.patches, weight, spec)}
                 if self.rule == "search":
                     errors[name]["strength"] = strength
                 advance(1)

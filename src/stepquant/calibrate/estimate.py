@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepquant.calibrate.balance import BalanceChannels
 from stepquant.calibrate.bias_correction import CorrectBiases
 from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.offload import blocks_in_turn
@@ -145,7 +146,7 @@ class Costs:
             return self.rows
         if isinstance(stage, Select | FitWeightRanges):
             return 0
-        if isinstance(stage, FitInputRanges):
+        if isinstance(stage, FitInputRanges | BalanceChannels):
             return min(stage.samples, self.entries)
         if isinstance(stage, CorrectBiases):
             return 2 * stage.rounds * min(stage.samples, self.entries)

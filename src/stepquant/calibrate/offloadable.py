@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from stepquant.calibrate.balance import BalanceChannels
 from stepquant.calibrate.bias_correction import CorrectBiases
 from stepquant.calibrate.compensation import Compensate
+from stepquant.calibrate.dynamic import DynamicInputs
 from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.noise_correction import CorrectNoise
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
@@ -23,6 +25,8 @@ _STAGES = (
     SplitShortcuts,
     FitWeightRanges,
     FitInputRanges,
+    DynamicInputs,
+    BalanceChannels,
     CorrectBiases,
     RoundLayers,
     RoundBlocks,
@@ -47,5 +51,6 @@ def refuse_offload(recipe: Recipe, run: Run) -> None:
     if unable:
         raise SpecError(
             f"{', '.join(dict.fromkeys(unable))} of recipe {recipe.name!r} needs the whole network on the device: "
-            "calibrate without offload, or with rtn, layerwise, q_diffusion, accuquant or cec."
+            "calibrate without offload, or with rtn, layerwise, q_diffusion, accuquant, cec, or "
+            "combined without low_rank."
         )

@@ -142,7 +142,7 @@ def quantize(
         str | None,
         typer.Argument(help="digits-unet or digits-dit (shipped), a folder in diffusers format, or a hub id."),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="See `stepquant methods`.  [default: accuquant]")] = None,
+    method: Annotated[str | None, typer.Option(help="See `stepquant methods`.  [default: combined]")] = None,
     weights: Annotated[
         int | None, typer.Option(help="Bits of weights, 2 to 8; 16 leaves them alone.  [default: 4]")
     ] = None,
@@ -255,7 +255,7 @@ def allocate(
     max_bytes: MaxBytes = None,
     max_drift: MaxDrift = None,
     method: Annotated[
-        str | None, typer.Option(help="What `quantize` will use with the plan.  [default: accuquant]")
+        str | None, typer.Option(help="What `quantize` will use with the plan.  [default: combined]")
     ] = None,
     activations: Annotated[
         int | None, typer.Option(help="Bits of activations where they are not allocated.  [default: 8]")

@@ -235,6 +235,18 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     ),
     "accuquant": lambda: METHODS["accuquant"](samples=4, batch=2, window=2, iterations=3, block_iterations=2),
     "cec": lambda: METHODS["cec"](samples=4, batch=2, estimator="regression"),
+    "combined": lambda: METHODS["combined"](
+        samples=4,
+        batch=2,
+        balance=True,
+        rows="step",
+        block_iterations=0,
+        scale_iterations=0,
+        window=2,
+        window_iterations=2,
+        learn_weights=False,
+        estimator="regression",
+    ),
 }
 
 
@@ -322,7 +334,7 @@ def test_what_cannot_be_offloaded_is_refused_before_the_start() -> None:
                 call(given, recipe, steps=STEPS, run=Run(offload=CPU, **options))
 
     refused(SpecError, "one process", processes=SimpleNamespace(count=2))
-    refused(SpecError, "BalanceChannels|needs the whole network", METHODS["svdquant"]())
+    refused(SpecError, "AddLowRank of recipe 'svdquant' needs the whole network", METHODS["svdquant"]())
     refused(ModelError, "no blocks", given=DenoiserPipeline(TinyNet().eval(), DDIMScheduler(), (2, 4, 4)))
     moved = pipe_of_blocks()
     moved.denoiser.to("meta")
@@ -337,7 +349,7 @@ def test_what_cannot_be_offloaded_is_refused_before_the_start() -> None:
     assert not seen
 
 
-@pytest.mark.parametrize("name", ["rtn", "layerwise", "q_diffusion", "accuquant", "cec"])
+@pytest.mark.parametrize("name", ["rtn", "layerwise", "q_diffusion", "accuquant", "cec", "combined"])
 @pytest.mark.parametrize("preset", ["quick", "standard", "full"])
 def test_methods_that_may_be_offloaded(name: str, preset: str) -> None:
     refuse_offload(METHODS[name](**PRESETS[name][preset]), Run(offload=CPU))
