@@ -413,7 +413,10 @@ def put(page: Path, body: str, begin: str, end: str) -> None:
 
 
 def pages(args: argparse.Namespace) -> None:
-    """The rows of each method on its page, at the bits at which it was measured, beside those of its baselines."""
+    """The rows of each method on its page, at the bits at which it was measured, beside those of its baselines.
+
+    What a page has of a model of which the file has no rows stays there.
+    """
     known = set(variants())
     rows = {
         model: [row for row in current(args.json, model) if row["method"] in known]
@@ -423,7 +426,11 @@ def pages(args: argparse.Namespace) -> None:
         if "<!-- figures -->" not in page.read_text():
             continue
         parts = []
-        for found in rows.values():
+        there = page.read_text().split("<!-- figures -->")[1].split("<!-- /figures -->")[0].strip()
+        before = {model: part for part in there.split("\n\nModel ") for model in rows if model in part.split(" (")[0]}
+        for model, found in rows.items():
+            if not found and model in before:
+                parts.append("Model " + before[model].removeprefix("Model "))
             own = {row["method"] for row in found if page.stem in methods_of(row["method"])}
             bits = {row["bits"] for row in found if row["method"] in own}
             shown = [row for row in found if row["bits"] in bits and row["method"] in own | baselines(own)]

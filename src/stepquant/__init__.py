@@ -3,7 +3,7 @@
 import stepquant
 
 pipe = stepquant.open_model("digits-unet")
-recipe = stepquant.METHODS["accuquant"](weights=4, activations=8)
+recipe = stepquant.METHODS["combined"](weights=4, activations=8, **stepquant.PRESETS["combined"]["standard"])
 stepquant.quantize(pipe, recipe, steps=20).save("digits-w4a8")
 images = stepquant.sample(stepquant.load("digits-w4a8"), seeds=range(16), steps=20)
 """
@@ -19,6 +19,7 @@ from stepquant.integrations.registration import register_with_diffusers
 # Resolved on first use: importing torch takes a second, and `stepquant --help` needs none of it.
 _HOMES = {
     "METHODS": "stepquant.methods",
+    "PRESETS": "stepquant.methods",
     "DenoiserPipeline": "stepquant.model.pipeline",
     "Quantized": "stepquant.api",
     "Recipe": "stepquant.recipe",
@@ -34,6 +35,7 @@ _HOMES = {
 
 __all__ = [
     "METHODS",
+    "PRESETS",
     "DenoiserPipeline",
     "Quantized",
     "Recipe",

@@ -2,8 +2,8 @@
 
 0. Optionally, before anything is rounded: channels balanced between weights and activations (`balance`, SVDQuant's
    search, Li et al. 2025), activation ranges found at run time instead of fitted ones (`dynamic`), and a low-rank
-   branch in 16 bits beside the weights (`low_rank`, its rank). They cost time and bytes, and integer graphs refuse such
-   layers.
+   branch in 16 bits beside the weights (`low_rank`, its rank). Graphs run the first and the last around their integers,
+   at some cost in time and bytes, and refuse ranges found at run time.
 1. Weights: every layer rounded for its own output from the Gram matrix of its inputs (`layer_rounding`), then
    block-wise AdaRound (Li et al. 2021, Q-Diffusion) from there, on samples with learnt weights if `sample_weights`
    (GAC, Hoang et al. 2026).
