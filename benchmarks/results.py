@@ -136,6 +136,7 @@ DEFAULT = (
     "q_diffusion, layers first",
     *(f"accuquant {gradient} M=5" for gradient in ("identity", "exact", "per_step")),
     "accuquant identity M=5+cec",
+    "combined",
 )
 CORRECTION: dict[str, Any] = {"estimator": "regression", "regressors": ("prediction", "sample", "one")}
 """What "+cec" fits, after any variant: the name of a variant followed by it is a variant too."""

@@ -183,9 +183,9 @@ def test_ctrl_c_leaves_a_run_to_resume(interrupted: Interrupted) -> None:
     assert "--resume" in interrupted.complaint
     assert "Traceback" not in interrupted.complaint
     assert interrupted.left == ("out.work",)
-    assert {"run.yaml", "run.json", "stages.json", "trajectories", "model-06.json"} <= set(interrupted.kept)
-    assert [name for name in interrupted.kept if "partial" in name] == ["partial-07-windows.safetensors"]
-    assert [stage["stage"] for stage in interrupted.stages][-1] == "FitInputRanges"
+    assert {"run.yaml", "run.json", "stages.json", "trajectories", "model-07.json"} <= set(interrupted.kept)
+    assert [name for name in interrupted.kept if "partial" in name] == ["partial-08-windows.safetensors"]
+    assert [stage["stage"] for stage in interrupted.stages][-1] == "CorrectBiases"
 
 
 def test_resume_ends_with_the_bytes_of_an_undisturbed_run(
