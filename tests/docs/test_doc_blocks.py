@@ -35,7 +35,14 @@ RUN = sorted({block.page for block in BLOCKS if block.runs})
 SHORT: dict[str, dict[str, object]] = {
     "rtn": {"ranges": "minmax"},
     "accuquant": {"iterations": 2, "layer_rounding": True, "block_iterations": 0, "together": 8},
-    "combined": {"sample_weights": False, "block_iterations": 0, "scale_iterations": 0, "together": 8},
+    "combined": {
+        "sample_weights": False,
+        "block_iterations": 0,
+        "scale_iterations": 0,
+        "window_iterations": 2,
+        "balance": False,
+        "together": 8,
+    },
 }
 """Presets of the methods that pages run, beside two samples."""
 
