@@ -7,9 +7,9 @@
 
 `run` appends one line per (bits, method, calibration seed) and skips what is there, so it can be killed and started
 again, and several parts can run side by side. Lines of other weights, revisions, budgets or numbers of images stay in
-the file; `table` shows those of the present revision that agree with the last line. The rows that the
-pages show are in `benchmarks/results.jsonl`, part of the repository. Every learning method gets the same
-number of network evaluations (`--evaluations`, forward passes of one image; a backward pass counts as two).
+the file; `table` shows those of the present revision that agree with the last line. The rows that the pages show are in
+`benchmarks/results.jsonl`, part of the repository. Every learning method gets the same number of network evaluations
+(`--evaluations`, forward passes of one image; a backward pass counts as two).
 """
 
 from __future__ import annotations
@@ -75,7 +75,10 @@ PAPERS: dict[str, Any] = {"free_run": 0.0, "rows": "shared", "learn_weights": Tr
 """AccuQuant as the paper has it, as far as it says."""
 
 STATIC: dict[str, Any] = {"balance": True, "rows": "step", "learn_weights": False, "free_run": 1.0}
+"""`combined` as its presets have it: ranges of activations fitted beforehand."""
+
 BRANCHED: dict[str, Any] = STATIC | {"low_rank": 8}
+"""The same with a branch of low rank beside every weight."""
 
 UNET_METHODS = ("ptq4dm", "pqd", "eda_dm", "pcr", "tfmq_dm", "tdq", "tcaq_dm")
 TRANSFORMER_METHODS = ("svdquant", "ptq4dit", "vidit_q", "mixdq", "lsgquant")
@@ -284,8 +287,12 @@ def run(args: argparse.Namespace) -> None:
         recipe = recipe_of(base, weights, activations, options)
         quantized = quantize(reference.pipe, recipe, steps=STEPS, arguments=reference.arguments, run=Run(seed=seed))
         spent, pipe = _evaluations(quantized.figures), quantized.pipe
+        seconds = time.perf_counter() - began
+        share = share_of_bytes(quantized, reference)
+        chosen = [{"strength": entry["strength"]} for entry in quantized.figures if "strength" in entry]
         for name in variants:
             if name.endswith("+cec"):
+                began = time.perf_counter()
                 fitted = compensate(
                     pipe,
                     reference.pipe,
@@ -298,10 +305,11 @@ def run(args: argparse.Namespace) -> None:
                 )
                 spent, pipe = spent + _evaluations(fitted.figures), fitted.pipe
                 options = options | {"cec": CORRECTION}
-            seconds = time.perf_counter() - began
+                seconds += time.perf_counter() - began
             if not done(args, reference, bits, name, seed):
                 place = {"bits": bits, "method": name, "seed": seed, "budget": args.evaluations}
-                place["bytes"] = share_of_bytes(quantized, reference)
+                place["bytes"] = share
+                place |= chosen[-1] if chosen else {}
                 cost = {"evaluations": spent, "seconds": round(seconds, 1), "options": options}
                 _keep(args, reference, place | cost, pipe)
 

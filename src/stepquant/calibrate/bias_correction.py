@@ -1,41 +1,51 @@
 """Biases that make up for what quantization does to the mean output of every channel.
 
-Rounding weights and activations shifts the mean of a layer's output, by the same amount at every position of every
-image, and much the same at every step: what adds up along a trajectory. With y of the full-precision network and y^ of
-the quantized one on the same samples, layer by layer as they run
+Rounding weights and activations shifts the mean of a layer's output. With y of the full-precision network and y^ of the
+quantized one on the same samples, layer by layer as they run
 
-    b <- b + mean(y - y^)    by channel, over samples and positions
+    b <- b + s mean(y - y^)    by channel, over samples and positions
 
 where layers before have been corrected. One mini-batch after the other goes through both networks; in the quantized one
 each layer's output is corrected by the mini-batch's own difference before the next layer sees it, and the bias gets the
 average over mini-batches. So a round costs two forward passes of the calibration set, whatever the number of layers,
 and nothing at run time.
 
+The strength s is one number for all layers, chosen by where sampling ends: some recorded images are sampled with the
+quantized network, and s is what leaves the least error in the final sample. s = 0 is among the choices: what restores
+the means at full-precision inputs need not help along the trajectory (on `digits-dit` with 4-bit activations it does
+harm, docs/results.md), and more than the whole shift may help, too.
+
 Source: empirical bias correction, Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
 Correction", ICCV 2019.
 
-Differs from the paper: there, layers are corrected one after the other, with a pass over all samples for each. And
-activations are quantized while means are taken, so what their rounding and clipping do is corrected, too. Layers
-without a bias stay as they are.
+Differs from the paper: there, layers are corrected one after the other, with a pass over all samples for each, and
+s = 1. And activations are quantized while means are taken, so what their rounding and clipping do is corrected, too.
+Layers without a bias stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from stepquant.calibrate.select import CalibrationSet, inputs
+from stepquant.calibrate.trajectory import Trajectory, replay, state_at
 from stepquant.errors import CalibrationError, SpecError
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.surgery import quantized_layers
 from stepquant.recipe import Figures, Job
 
 __all__ = ["CorrectBiases"]
+
+MOST_WALKS = 4
+"""Strengths that are tried at most: 0 and 1, then 0.5, or 2 and perhaps 3. Ours."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +55,34 @@ class CorrectBiases:
     samples: calibration samples to take means over, spread evenly over the calibration set. batch: of them at a time,
         spread over all timesteps.
     rounds: how often, each from where the one before has ended.
+    strength: "auto" chooses from 0, 0.5, 1, 2 and 3 times the shift by the final error of sampling; a number is taken
+        as it is.
+    judged: recorded images to sample for that, at least (whole mini-batches of the recording).
     """
 
     samples: int = 256
     batch: int = 32
     rounds: int = 1
+    strength: float | Literal["auto"] = "auto"
+    judged: int = 16
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch", "rounds"):
+        for name in ("samples", "batch", "rounds", "judged"):
             if getattr(self, name) < 1:
                 raise SpecError(f"{name} of CorrectBiases must be at least 1, found {getattr(self, name)}.")
+        if self.strength != "auto" and not (isinstance(self.strength, int | float) and math.isfinite(self.strength)):
+            raise SpecError(f'strength of CorrectBiases must be "auto" or a finite number, found {self.strength!r}.')
+
+    def evaluations_for(self, entries: int, *, images: int, batch: int, steps: int, rows: int) -> float:
+        """Of the network, at most: entries of the calibration set, images recorded in mini-batches of `batch`."""
+        passes = 2 * self.rounds * min(self.samples, entries)
+        if self.strength != "auto":
+            return passes
+        judged = min(images, -(-self.judged // batch) * batch)
+        return passes + MOST_WALKS * judged * steps * rows
 
     def run(self, job: Job) -> Figures:
         chosen: CalibrationSet = job.handed["calibration"]
@@ -70,6 +95,7 @@ class CorrectBiases:
         spread = torch.linspace(0, len(chosen) - 1, count).round().long().tolist()
         batches = [spread[first :: -(-count // self.batch)] for first in range(-(-count // self.batch))]
         rounds = []
+        before = {name: _bias(layer).detach().clone() for name, layer in layers.items()}
         title = "Correcting biases"
         with job.run.progress.track(title, self.rounds * len(batches)) as advance, torch.no_grad():
             for _ in range(self.rounds):
@@ -79,7 +105,95 @@ class CorrectBiases:
                     shifts.add(job, args, kwargs, torch.tensor([chosen.weights[position] for position in positions]))
                     advance(1)
                 rounds.append(shifts.apply_())
-        return {"shifts": rounds[0], "last_shifts": rounds[-1], "evaluations": 2 * self.rounds * count}
+        figures = {"shifts": rounds[0], "last_shifts": rounds[-1]}
+        evaluations = 2 * self.rounds * count
+        whole = {name: _bias(layer).detach() - before[name] for name, layer in layers.items()}
+
+        def scale_(strength: float) -> None:
+            for name, layer in layers.items():
+                _bias(layer).data = before[name] + strength * whole[name]
+
+        if self.strength != "auto":
+            scale_(self.strength)
+            return figures | {"strength": self.strength, "evaluations": evaluations}
+        judging = _Judging.of(self, job)
+        strength = judging.best(scale_)
+        scale_(strength)
+        evaluations += judging.evaluations()
+        return figures | {"strength": strength, "candidates": judging.report(), "evaluations": evaluations}
+
+
+@dataclass
+class _Judging:
+    """The final error of sampling, by strength: the mean of the images' root mean squares."""
+
+    job: Job
+    trajectories: Sequence[Trajectory]
+    errors: dict[float, float]
+
+    @classmethod
+    def of(cls, stage: CorrectBiases, job: Job) -> _Judging:
+        recorded: Sequence[Trajectory] = job.handed["trajectories"]
+        images = list(itertools.accumulate(trajectory.batch for trajectory in recorded))
+        enough = sum(count < stage.judged for count in images) + 1
+        return cls(job, recorded[:enough], {})
+
+    @property
+    def calls(self) -> int:
+        """Steps of all mini-batches."""
+        return sum(len(trajectory.steps) for trajectory in self.trajectories)
+
+    def evaluations(self) -> int:
+        """Of the network, in images."""
+        return len(self.errors) * sum(trajectory.batch * len(trajectory.steps) for trajectory in self.trajectories)
+
+    def report(self) -> list[dict[str, float | None]]:
+        """What was tried, in order; an error is null where the samples left the finite numbers."""
+        return [
+            {"strength": strength, "final_error": error if math.isfinite(error) else None}
+            for strength, error in self.errors.items()
+        ]
+
+    def best(self, scale_: Callable[[float], None]) -> float:
+        """The strength with the least error; of several, the smallest."""
+        title = "Choosing how far to correct biases"
+        with self.job.run.progress.track(title, MOST_WALKS * self.calls) as advance, torch.no_grad():
+
+            def error(strength: float) -> float:
+                scale_(strength)
+                self.errors[strength] = self._walk(advance)
+                return self.errors[strength]
+
+            if error(1.0) < error(0.0):
+                _ = error(2.0) < self.errors[1.0] and error(3.0)
+            else:
+                error(0.5)
+            advance((MOST_WALKS - len(self.errors)) * self.calls)
+        best = min(sorted(self.errors), key=lambda strength: self.errors[strength])
+        if not math.isfinite(self.errors[best]):
+            raise CalibrationError(
+                "The quantized network leaves the finite numbers along the recorded trajectories, whatever the biases: "
+                "give it more bits, or set correct_biases=false and look at the checkpoint with `stepquant doctor`."
+            )
+        return best
+
+    def _walk(self, advance: Callable[[int], None]) -> float:
+        found = []
+        for trajectory in self.trajectories:
+            steps = len(trajectory.steps)
+            state = state_at(trajectory, 0)
+            for after in replay(self.job.denoiser, trajectory, 0, steps, state):
+                state = after
+                advance(1)
+            error = (state.sample - state_at(trajectory, steps).sample).double()
+            found.append(error.flatten(1).square().mean(1).sqrt())
+        mean = float(torch.cat(found).mean())
+        return mean if math.isfinite(mean) else math.inf
+
+
+def _bias(layer: QuantizedLayer) -> nn.Parameter:
+    assert layer.bias is not None
+    return layer.bias
 
 
 class _Shifts:
@@ -127,8 +241,7 @@ class _Shifts:
     def apply_(self) -> dict[str, float]:
         """Add the averages to the biases; returns the size of each beside the mean output's."""
         for name, total in self.totals.items():
-            bias = self.layers[name].bias
-            assert bias is not None
+            bias = _bias(self.layers[name])
             bias.data = bias.data + (total / self.weights[name]).to(bias)
         return {name: float(total.norm()) / max(self.powers[name], 1e-12) for name, total in self.totals.items()}
 

@@ -149,7 +149,10 @@ class Costs:
         if isinstance(stage, FitInputRanges | BalanceChannels):
             return min(stage.samples, self.entries)
         if isinstance(stage, CorrectBiases):
-            return 2 * stage.rounds * min(stage.samples, self.entries)
+            recorded = self.recording
+            return stage.evaluations_for(
+                self.entries, images=recorded.samples, batch=recorded.batch, steps=self.steps, rows=self.rows
+            )
         if isinstance(stage, RoundLayers):
             return -(-self.units // stage.together) * min(stage.samples, self.entries) / 2
         if isinstance(stage, RoundBlocks | ScaleBlocks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,16 +13,20 @@ from torch import Tensor, nn
 
 import tiny
 from stepquant.api import Quantized, quantize
+from stepquant.calibrate import bias_correction
 from stepquant.calibrate.bias_correction import CorrectBiases
 from stepquant.calibrate.select import CalibrationSet, inputs
 from stepquant.calibrate.stages import FitInputRanges, Place, Select
-from stepquant.errors import SpecError
+from stepquant.calibrate.trajectory import State, Trajectory, replay, state_at
+from stepquant.errors import CalibrationError, SpecError
 from stepquant.methods.baseline import start
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.surgery import quantized_layers
 from stepquant.recipe import Job, Recipe, Stage
 
 STEPS = 4
+
+mean_of = bias_correction._Shifts._mean
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,8 @@ def state(quantized: Quantized) -> dict[str, Tensor]:
 def test_the_mean_output_of_every_channel_is_that_of_full_precision() -> None:
     """Exactly where all samples are one mini-batch, and most of it where they are several."""
     before, after, several = Means(), Means(), Means()
-    made = corrected(before, CorrectBiases(), after)
-    corrected(CorrectBiases(batch=4, rounds=2), several)
+    made = corrected(before, CorrectBiases(strength=1), after)
+    corrected(CorrectBiases(batch=4, rounds=2, strength=1), several)
     assert furthest(before) > 0.05
     assert furthest(after) < 1e-5
     assert furthest(several) < 0.5 * furthest(before)
@@ -108,7 +113,7 @@ def test_the_mean_output_of_every_channel_is_that_of_full_precision() -> None:
 
 def test_nothing_but_biases_changes() -> None:
     pipe = DDIMPipeline(tiny.tiny_unet(), DDIMScheduler())
-    before, after = state(corrected()), state(corrected(CorrectBiases()))
+    before, after = state(corrected()), state(corrected(CorrectBiases(strength=1)))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     biased = {
         f"{name}.bias"
@@ -133,15 +138,85 @@ def test_nothing_but_biases_changes() -> None:
 
 def test_weights_of_the_calibration_set_count() -> None:
     half = 2 * STEPS
-    weighted = corrected(Weigh((3.0,) * half + (0.0,) * half), CorrectBiases())
-    chosen = corrected(Weigh((1.0,) * half + (None,) * half), CorrectBiases())
-    even = corrected(CorrectBiases())
+    weighted = corrected(Weigh((3.0,) * half + (0.0,) * half), CorrectBiases(strength=1))
+    chosen = corrected(Weigh((1.0,) * half + (None,) * half), CorrectBiases(strength=1))
+    even = corrected(CorrectBiases(strength=1))
     assert not torch.equal(state(even)["conv_in.bias"], state(chosen)["conv_in.bias"])
     for name, tensor in state(chosen).items():
         torch.testing.assert_close(state(weighted)[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["samples", "batch", "rounds"])
+class FinalError:
+    """The mean over all recorded images of the final error's root mean square, in the free run."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"model"})
+    gives: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self) -> None:
+        self.found = 0.0
+
+    def run(self, job: Job) -> dict[str, Any]:
+        with torch.no_grad():
+            errors = [
+                list(replay(job.denoiser, trajectory, 0, STEPS))[-1].sample - state_at(trajectory, STEPS).sample
+                for trajectory in job.handed["trajectories"]
+            ]
+        self.found = float(torch.cat(errors).double().flatten(1).square().mean(1).sqrt().mean())
+        return {}
+
+
+def test_the_strength_is_the_one_with_the_least_final_error() -> None:
+    """Every strength that was tried has the error of a run with that strength given, and the best is applied."""
+    chosen = FinalError()
+    made = corrected(CorrectBiases(judged=4), chosen)
+    figures = made.figures[-2]
+    tried = {entry["strength"]: entry["final_error"] for entry in figures["candidates"]}
+    assert set(tried) in ({0.0, 1.0, 0.5}, {0.0, 1.0, 2.0}, {0.0, 1.0, 2.0, 3.0})
+    assert tried[figures["strength"]] == min(tried.values())
+    assert chosen.found == pytest.approx(min(tried.values()))
+    for strength, expected in tried.items():
+        given = FinalError()
+        corrected(CorrectBiases(strength=strength), given)
+        assert given.found == pytest.approx(expected)
+    assert figures["evaluations"] == 2 * 4 * STEPS + len(tried) * 4 * STEPS
+
+
+def test_means_that_mislead_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shifts of the wrong sign do harm: strength 0 wins, and biases end as they were."""
+    monkeypatch.setattr(
+        bias_correction._Shifts, "_mean", lambda self, name, y, weights: -mean_of(self, name, y, weights)
+    )
+    made = corrected(CorrectBiases(judged=4))
+    figures = made.figures[-1]
+    assert [entry["strength"] for entry in figures["candidates"]] == [1.0, 0.0, 0.5]
+    assert figures["strength"] == 0.0
+    before, after = state(corrected()), state(made)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(("judged", "images"), [(1, 2), (2, 2), (3, 4), (16, 4)])
+def test_whole_mini_batches_are_judged_as_many_as_there_are(judged: int, images: int) -> None:
+    figures = corrected(CorrectBiases(judged=judged)).figures[-1]
+    assert figures["evaluations"] == 2 * 4 * STEPS + len(figures["candidates"]) * images * STEPS
+
+
+def test_a_network_that_diverges_whatever_its_biases_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(trajectory: Trajectory, index: int) -> State:
+        state = state_at(trajectory, index)
+        return state if index == 0 else State(torch.full_like(state.sample, math.nan))
+
+    monkeypatch.setattr(bias_correction, "state_at", unknown)
+    with pytest.raises(CalibrationError, match="leaves the finite numbers along the recorded trajectories"):
+        corrected(CorrectBiases())
+
+
+@pytest.mark.parametrize("strength", [math.nan, math.inf, "full"])
+def test_a_strength_that_is_no_number_is_refused(strength: Any) -> None:
+    with pytest.raises(SpecError, match='strength of CorrectBiases must be "auto" or a finite number, found'):
+        CorrectBiases(strength=strength)
+
+
+@pytest.mark.parametrize("name", ["samples", "batch", "rounds", "judged"])
 def test_settings_below_one_are_refused(name: str) -> None:
     with pytest.raises(SpecError, match=f"{name} of CorrectBiases must be at least 1, found 0"):
         CorrectBiases(**{name: 0})
