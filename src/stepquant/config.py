@@ -38,7 +38,7 @@ __all__ = [
 COMMAND_LINE = "command line"
 
 DEFAULT_METHOD = "combined"
-"""The least drift of all that were measured at the size of plain 4-bit weights (docs/results.md)."""
+"""The least drift at the size of plain 4-bit weights, of those in docs/results.md."""
 
 _MAX_BYTES = 256 * 1024
 _MAX_NODES = 20_000

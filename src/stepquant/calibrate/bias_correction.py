@@ -10,10 +10,10 @@ each layer's output is corrected by the mini-batch's own difference before the n
 average over mini-batches. So a round costs two forward passes of the calibration set, whatever the number of layers,
 and nothing at run time.
 
-The strength s is one number for all layers, chosen by where sampling ends: some recorded images are sampled with the
-quantized network, and s is what leaves the least error in the final sample. s = 0 is among the choices: what restores
-the means at full-precision inputs need not help along the trajectory (on `digits-dit` with 4-bit activations it does
-harm, docs/results.md), and more than the whole shift may help, too.
+The strength s is one number for all layers, chosen by where sampling ends: some recorded images, of those that
+calibrate least, are sampled with the quantized network, and a strength is taken if it leaves less error in the final
+samples by more than the standard error of the difference. s = 0 is where the search begins: what restores the means at
+full-precision inputs need not help along the trajectory, and more than the whole shift may help, too.
 
 Source: empirical bias correction, Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
 Correction", ICCV 2019.
@@ -35,7 +35,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibrate.select import CalibrationSet, inputs
+from stepquant.calibrate.select import CalibrationSet, at_steps, inputs
 from stepquant.calibrate.trajectory import Trajectory, replay, state_at
 from stepquant.errors import CalibrationError, SpecError
 from stepquant.model.layer import QuantizedLayer
@@ -45,28 +45,30 @@ from stepquant.recipe import Figures, Job
 __all__ = ["CorrectBiases"]
 
 MOST_WALKS = 4
-"""Strengths that are tried at most: 0 and 1, then 0.5, or 2 and perhaps 3. Ours."""
+"""Strengths that are tried at most: 0, 1, then 0.5 or 2 and perhaps 3. Ours."""
 
 
 @dataclass(frozen=True)
 class CorrectBiases:
     """Correct the biases of quantized layers, each behind the corrected layers before it.
 
-    samples: calibration samples to take means over, spread evenly over the calibration set. batch: of them at a time,
-        spread over all timesteps.
+    samples: recorded states to take means over, the same number at every step, images drawn for each step anew. All
+        that were recorded are drawn from, not only those that `Select` has chosen: means need many. batch: of them at a
+        time, spread over all timesteps.
     rounds: how often, each from where the one before has ended.
     strength: "auto" chooses from 0, 0.5, 1, 2 and 3 times the shift by the final error of sampling; a number is taken
         as it is.
-    judged: recorded images to sample for that, at least (whole mini-batches of the recording).
+    judged: recorded images to sample for that, at least: whole mini-batches of the recording, its last, since `Select`
+        begins with the first.
     """
 
-    samples: int = 256
+    samples: int = 512
     batch: int = 32
     rounds: int = 1
     strength: float | Literal["auto"] = "auto"
-    judged: int = 16
+    judged: int = 32
 
-    needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "plan", "model"})
+    needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
 
     def __post_init__(self) -> None:
@@ -76,24 +78,28 @@ class CorrectBiases:
         if self.strength != "auto" and not (isinstance(self.strength, int | float) and math.isfinite(self.strength)):
             raise SpecError(f'strength of CorrectBiases must be "auto" or a finite number, found {self.strength!r}.')
 
-    def evaluations_for(self, entries: int, *, images: int, batch: int, steps: int, rows: int) -> float:
-        """Of the network, at most: entries of the calibration set, images recorded in mini-batches of `batch`."""
-        passes = 2 * self.rounds * min(self.samples, entries)
-        if self.strength != "auto":
-            return passes
-        judged = min(images, -(-self.judged // batch) * batch)
-        return passes + MOST_WALKS * judged * steps * rows
+    def evaluations_for(self, *, images: int, batch: int, steps: int, rows: int) -> float:
+        """Of the network, at most: images recorded in mini-batches of `batch`, rows of a step's calls for each."""
+        means = 2 * self.rounds * min(images, -(-self.samples // steps))
+        judged = 0 if self.strength != "auto" else MOST_WALKS * min(images, -(-self.judged // batch) * batch)
+        return (means + judged) * steps * rows
+
+    def _states(self, job: Job) -> CalibrationSet:
+        trajectories: Sequence[Trajectory] = job.handed["trajectories"]
+        steps, images = len(trajectories[0].steps), sum(trajectory.batch for trajectory in trajectories)
+        each = min(images, -(-self.samples // steps))
+        drawn = [torch.randperm(images, generator=job.run.generator("biases", step))[:each] for step in range(steps)]
+        return at_steps(trajectories, [(step, int(image)) for step, found in enumerate(drawn) for image in found])
 
     def run(self, job: Job) -> Figures:
-        chosen: CalibrationSet = job.handed["calibration"]
+        chosen = self._states(job)
         layers = {
             name: layer
             for name, layer in quantized_layers(job.denoiser).items()
             if isinstance(layer, QuantizedLayer) and layer.bias is not None
         }
-        count = min(self.samples, len(chosen))
-        spread = torch.linspace(0, len(chosen) - 1, count).round().long().tolist()
-        batches = [spread[first :: -(-count // self.batch)] for first in range(-(-count // self.batch))]
+        count = len(chosen)
+        batches = [range(first, count, -(-count // self.batch)) for first in range(-(-count // self.batch))]
         rounds = []
         before = {name: _bias(layer).detach().clone() for name, layer in layers.items()}
         title = "Correcting biases"
@@ -102,7 +108,7 @@ class CorrectBiases:
                 shifts = _Shifts(layers)
                 for positions in batches:
                     args, kwargs = inputs(job.handed["trajectories"], chosen, positions)
-                    shifts.add(job, args, kwargs, torch.tensor([chosen.weights[position] for position in positions]))
+                    shifts.add(job, args, kwargs, len(positions))
                     advance(1)
                 rounds.append(shifts.apply_())
         figures = {"shifts": rounds[0], "last_shifts": rounds[-1]}
@@ -129,11 +135,11 @@ class _Judging:
 
     job: Job
     trajectories: Sequence[Trajectory]
-    errors: dict[float, float]
+    errors: dict[float, Tensor]
 
     @classmethod
     def of(cls, stage: CorrectBiases, job: Job) -> _Judging:
-        recorded: Sequence[Trajectory] = job.handed["trajectories"]
+        recorded: Sequence[Trajectory] = job.handed["trajectories"][::-1]
         images = list(itertools.accumulate(trajectory.batch for trajectory in recorded))
         enough = sum(count < stage.judged for count in images) + 1
         return cls(job, recorded[:enough], {})
@@ -149,35 +155,39 @@ class _Judging:
 
     def report(self) -> list[dict[str, float | None]]:
         """What was tried, in order; an error is null where the samples left the finite numbers."""
+        means = {strength: float(errors.mean()) for strength, errors in self.errors.items()}
         return [
-            {"strength": strength, "final_error": error if math.isfinite(error) else None}
-            for strength, error in self.errors.items()
+            {"strength": strength, "final_error": mean if math.isfinite(mean) else None}
+            for strength, mean in means.items()
         ]
 
     def best(self, scale_: Callable[[float], None]) -> float:
-        """The strength with the least error; of several, the smallest."""
+        """The last strength of 0, 1, 2, 3 that was better than the one before; 0.5 where 1 is not better than 0."""
         title = "Choosing how far to correct biases"
         with self.job.run.progress.track(title, MOST_WALKS * self.calls) as advance, torch.no_grad():
 
-            def error(strength: float) -> float:
+            def better(strength: float, other: float) -> bool:
                 scale_(strength)
                 self.errors[strength] = self._walk(advance)
-                return self.errors[strength]
+                return _less(self.errors[strength], self.errors[other])
 
-            if error(1.0) < error(0.0):
-                _ = error(2.0) < self.errors[1.0] and error(3.0)
-            else:
-                error(0.5)
+            scale_(0.0)
+            self.errors[0.0] = self._walk(advance)
+            best = 0.0
+            while best < 3 and better(best + 1, best):
+                best += 1
+            if best == 0 and better(0.5, 0.0):
+                best = 0.5
             advance((MOST_WALKS - len(self.errors)) * self.calls)
-        best = min(sorted(self.errors), key=lambda strength: self.errors[strength])
-        if not math.isfinite(self.errors[best]):
+        if not self.errors[best].isfinite().all():
             raise CalibrationError(
                 "The quantized network leaves the finite numbers along the recorded trajectories, whatever the biases: "
                 "give it more bits, or set correct_biases=false and look at the checkpoint with `stepquant doctor`."
             )
         return best
 
-    def _walk(self, advance: Callable[[int], None]) -> float:
+    def _walk(self, advance: Callable[[int], None]) -> Tensor:
+        """The final error of every image, `[images]` float64 on the CPU."""
         found = []
         for trajectory in self.trajectories:
             steps = len(trajectory.steps)
@@ -186,9 +196,17 @@ class _Judging:
                 state = after
                 advance(1)
             error = (state.sample - state_at(trajectory, steps).sample).double()
-            found.append(error.flatten(1).square().mean(1).sqrt())
-        mean = float(torch.cat(found).mean())
-        return mean if math.isfinite(mean) else math.inf
+            found.append(error.flatten(1).square().mean(1).sqrt().cpu())
+        return torch.cat(found)
+
+
+def _less(errors: Tensor, others: Tensor) -> bool:
+    """Whether they are less in the mean, by more than the standard error of the difference."""
+    if not others.isfinite().all():
+        return bool(errors.isfinite().all())
+    difference = errors - others
+    noise = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
+    return float(difference.mean()) < -noise
 
 
 def _bias(layer: QuantizedLayer) -> nn.Parameter:
@@ -202,27 +220,24 @@ class _Shifts:
     def __init__(self, layers: Mapping[str, QuantizedLayer]) -> None:
         self.layers = layers
         self.totals: dict[str, Tensor] = {}
-        self.weights: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
         self.powers: dict[str, float] = {}
 
-    def add(self, job: Job, args: Any, kwargs: Any, weights: Tensor) -> None:
-        """weights: of the mini-batch's samples."""
-        if float(weights.sum()) == 0:
-            return
+    def add(self, job: Job, args: Any, kwargs: Any, samples: int) -> None:
+        """samples: in the mini-batch."""
         wanted: dict[str, list[Tensor]] = {name: [] for name in self.layers}
 
         def keep(name: str, y: Tensor) -> None:
-            wanted[name].append(self._mean(name, y, weights))
+            wanted[name].append(self._mean(name, y))
 
         def correct(name: str, y: Tensor) -> Tensor:
             if not wanted[name]:
                 raise CalibrationError(f"{name} runs more often in the quantized network than in full precision.")
             mean = wanted[name].pop(0)
-            shift = mean - self._mean(name, y, weights)
-            share = float(weights.sum())
-            self.totals[name] = self.totals.get(name, torch.zeros_like(shift)) + share * shift
-            self.weights[name] = self.weights.get(name, 0.0) + share
-            self.powers[name] = self.powers.get(name, 0.0) + share * float(mean.norm())
+            shift = mean - self._mean(name, y)
+            self.totals[name] = self.totals.get(name, torch.zeros_like(shift)) + samples * shift
+            self.counts[name] = self.counts.get(name, 0) + samples
+            self.powers[name] = self.powers.get(name, 0.0) + samples * float(mean.norm())
             axis = self.layers[name].geometry.channel_axis
             return y + shift.to(y).reshape(-1, *(1,) * (-1 - axis))
 
@@ -230,19 +245,15 @@ class _Shifts:
             with _watching(network, self.layers, see):
                 network(*args, **kwargs)
 
-    def _mean(self, name: str, y: Tensor, weights: Tensor) -> Tensor:
+    def _mean(self, name: str, y: Tensor) -> Tensor:
         """By channel, `[O]` float64."""
-        rows = y.detach().movedim(self.layers[name].geometry.channel_axis, -1).double()
-        if len(rows) % len(weights):
-            return rows.flatten(0, -2).mean(0)  # no rows of samples: an embedding of positions, say
-        rows = rows.reshape(len(weights), -1, rows.shape[-1]).mean(1)
-        return weights.to(rows) @ rows / weights.sum().to(rows)
+        return y.detach().movedim(self.layers[name].geometry.channel_axis, -1).double().flatten(0, -2).mean(0)
 
     def apply_(self) -> dict[str, float]:
         """Add the averages to the biases; returns the size of each beside the mean output's."""
         for name, total in self.totals.items():
             bias = _bias(self.layers[name])
-            bias.data = bias.data + (total / self.weights[name]).to(bias)
+            bias.data = bias.data + (total / self.counts[name]).to(bias)
         return {name: float(total.norm()) / max(self.powers[name], 1e-12) for name, total in self.totals.items()}
 
 

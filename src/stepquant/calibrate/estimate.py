@@ -151,7 +151,7 @@ class Costs:
         if isinstance(stage, CorrectBiases):
             recorded = self.recording
             return stage.evaluations_for(
-                self.entries, images=recorded.samples, batch=recorded.batch, steps=self.steps, rows=self.rows
+                images=recorded.samples, batch=recorded.batch, steps=self.steps, rows=self.rows
             )
         if isinstance(stage, RoundLayers):
             return -(-self.units // stage.together) * min(stage.samples, self.entries) / 2

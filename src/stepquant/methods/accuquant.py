@@ -25,8 +25,8 @@ Differs from the paper (which does not publish M per model, learning rates, iter
 - `layer_rounding` (off by default) rounds every layer for its own output before anything else. The presets quick and
   standard do that instead of rounding blocks: with a few hundred iterations a block, AdaRound ends about level with
   rounding to nearest (docs/results.md).
-- `correct_biases` (off by default, on in those presets) adds to every bias what the channel's mean has lost, before the
-  windows (`CorrectBiases`).
+- `correct_biases` (off by default, on in those presets) adds to every bias what the channel's mean has lost, as far as
+  that helps the final sample, before the windows (`CorrectBiases`).
 - Blocks are rounded first as in Q-Diffusion; the window stage then reopens all roundings from a point between the
   full-precision fraction and the present rounding (`keep_rounding`), and learns weights and scales together.
 - For the last fifth of the iterations (`settle`) weights are rounded for good and only scales go on learning, so that

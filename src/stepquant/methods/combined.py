@@ -10,7 +10,8 @@
 2. Activation parameters over time (`rows`): one row for all timesteps ("shared"), one for each window of steps
    ("window"), one for each timestep ("step"), or groups of timesteps found by search ("groups", ADP-DM, Wang et al.
    2024).
-3. Biases that restore the mean output of every channel (`correct_biases`, Nagel et al. 2019).
+3. Biases that restore the mean output of every channel, as far as that helps the final sample (`correct_biases`, Nagel
+   et al. 2019).
 4. Block-wise activation scales (`scale_iterations`, Q-Diffusion).
 5. Windows of simulated steps for rounding and scales of the whole network (AccuQuant, Lee et al. 2025).
 6. Correction of every step's prediction, fitted last, on the finished model (`compensation`, CEC, Liu et al. 2025).
@@ -19,9 +20,9 @@ The order follows from what each part leaves alone: rounding needs no activation
 rounded weights, windows start from both, and a correction holds only for the model that it was fitted on.
 
 Differs from the papers: see each part's own method (`q_diffusion`, `gac`, `adp_dm`, `accuquant`, `cec`, `svdquant`);
-their combination is ours. The presets quick and standard have what an ablation left (docs/results.md): balance,
-rounded layers, a row for every step, biases, windows from the model's own state over scales. Corrections are left out
-there, since only stepquant opens a checkpoint with one: `combined+cec` adds them.
+their combination is ours. The presets quick and standard have balance, rounded layers, a row for every step, biases,
+and windows from the model's own state over scales; docs/results.md has what was measured of each. Corrections are left
+out there, since only stepquant opens a checkpoint with one: `combined+cec` adds them.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 2. Activations: a row of scale and zero point for every timestep of the schedule (`rows="step"`), each by the best of 80
    shrunk ranges over what the layer saw at that timestep. Ranges of a denoiser's activations change along the
    trajectory; one range for all steps is too wide for most of them.
-3. Biases: what the mean output of each channel has lost is added back (`correct_biases`, `CorrectBiases`). Errors of a
-   mean are the same at every step, so they are those that add up.
+3. Biases: what the mean output of each channel has lost is added back, as many times over as sampling ends nearest to
+   full precision with, or not at all (`correct_biases`, `CorrectBiases`).
 
 It costs the recording and passes without gradients: the calibration to begin with, and the start of the methods that
 learn.

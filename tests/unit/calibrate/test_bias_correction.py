@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
@@ -15,7 +14,7 @@ import tiny
 from stepquant.api import Quantized, quantize
 from stepquant.calibrate import bias_correction
 from stepquant.calibrate.bias_correction import CorrectBiases
-from stepquant.calibrate.select import CalibrationSet, inputs
+from stepquant.calibrate.select import inputs
 from stepquant.calibrate.stages import FitInputRanges, Place, Select
 from stepquant.calibrate.trajectory import State, Trajectory, replay, state_at
 from stepquant.errors import CalibrationError, SpecError
@@ -27,22 +26,6 @@ from stepquant.recipe import Job, Recipe, Stage
 STEPS = 4
 
 mean_of = bias_correction._Shifts._mean
-
-
-@dataclass(frozen=True)
-class Weigh:
-    """Gives every entry of the calibration set this weight, and leaves out those of weight None."""
-
-    weights: tuple[float | None, ...]
-
-    needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
-    gives: ClassVar[frozenset[str]] = frozenset({"calibration"})
-
-    def run(self, job: Job) -> dict[str, Any]:
-        entries = job.handed["calibration"].entries
-        pairs = [(entry, weight) for entry, weight in zip(entries, self.weights, strict=True) if weight is not None]
-        job.handed["calibration"] = CalibrationSet(*(tuple(part) for part in zip(*pairs, strict=True)))
-        return {}
 
 
 class Means:
@@ -81,9 +64,9 @@ def noting(outputs: dict[str, Tensor], name: str) -> Any:
     return hook
 
 
-def corrected(*last: Any, weights: int = 3, activations: int = 4) -> Quantized:
-    place = Place(weights, activations, ends="same")
-    beginning = start(Select(), place, samples=4, batch=2, ranges="minmax")
+def corrected(*last: Any, select: Select | None = None) -> Quantized:
+    place = Place(3, 4, ends="same")
+    beginning = start(select or Select(), place, samples=4, batch=2, ranges="minmax")
     stages: tuple[Stage, ...] = (*beginning, FitInputRanges("minmax"), *last)
     return quantize(DDIMPipeline(tiny.tiny_unet(), DDIMScheduler()), Recipe("biases", stages), steps=STEPS)
 
@@ -136,14 +119,26 @@ def test_nothing_but_biases_changes() -> None:
     assert all(torch.equal(tensor, untouched[name]) for name, tensor in pipe.unet.state_dict().items())
 
 
-def test_weights_of_the_calibration_set_count() -> None:
-    half = 2 * STEPS
-    weighted = corrected(Weigh((3.0,) * half + (0.0,) * half), CorrectBiases(strength=1))
-    chosen = corrected(Weigh((1.0,) * half + (None,) * half), CorrectBiases(strength=1))
-    even = corrected(CorrectBiases(strength=1))
-    assert not torch.equal(state(even)["conv_in.bias"], state(chosen)["conv_in.bias"])
-    for name, tensor in state(chosen).items():
-        torch.testing.assert_close(state(weighted)[name], tensor, rtol=1e-4, atol=1e-5)
+def test_means_are_taken_over_all_recorded_images() -> None:
+    """Not over those that calibrate alone: choosing one image to calibrate on leaves the shifts as they are."""
+    one, every = (corrected(CorrectBiases(strength=1), select=Select(samples_per_step=number)) for number in (1, None))
+    assert one.figures[-1]["evaluations"] == every.figures[-1]["evaluations"] == 2 * 4 * STEPS
+    fewer = corrected(CorrectBiases(strength=1, samples=2 * STEPS))
+    assert fewer.figures[-1]["evaluations"] == 2 * 2 * STEPS
+
+
+class Shift:
+    """Moves the biases of one layer: a planted error of the mean, and the largest by far."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"model"})
+    gives: ClassVar[frozenset[str]] = frozenset({"model"})
+
+    def run(self, job: Job) -> dict[str, Any]:
+        layer = job.denoiser.get_submodule("conv_out")
+        assert isinstance(layer, QuantizedLayer)
+        assert layer.bias is not None
+        layer.bias.data += 0.5
+        return {}
 
 
 class FinalError:
@@ -165,32 +160,31 @@ class FinalError:
         return {}
 
 
-def test_the_strength_is_the_one_with_the_least_final_error() -> None:
+def test_the_strength_is_chosen_by_the_final_error() -> None:
     """Every strength that was tried has the error of a run with that strength given, and the best is applied."""
     chosen = FinalError()
-    made = corrected(CorrectBiases(judged=4), chosen)
+    made = corrected(Shift(), CorrectBiases(judged=4), chosen)
     figures = made.figures[-2]
     tried = {entry["strength"]: entry["final_error"] for entry in figures["candidates"]}
-    assert set(tried) in ({0.0, 1.0, 0.5}, {0.0, 1.0, 2.0}, {0.0, 1.0, 2.0, 3.0})
-    assert tried[figures["strength"]] == min(tried.values())
-    assert chosen.found == pytest.approx(min(tried.values()))
+    assert list(tried) in ([0, 1, 0.5], [0, 1, 2], [0, 1, 2, 3])
+    assert figures["strength"] >= 1
+    assert tried[figures["strength"]] < tried[0]
+    assert chosen.found == pytest.approx(tried[figures["strength"]])
     for strength, expected in tried.items():
         given = FinalError()
-        corrected(CorrectBiases(strength=strength), given)
+        corrected(Shift(), CorrectBiases(strength=strength), given)
         assert given.found == pytest.approx(expected)
     assert figures["evaluations"] == 2 * 4 * STEPS + len(tried) * 4 * STEPS
 
 
 def test_means_that_mislead_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shifts of the wrong sign do harm: strength 0 wins, and biases end as they were."""
-    monkeypatch.setattr(
-        bias_correction._Shifts, "_mean", lambda self, name, y, weights: -mean_of(self, name, y, weights)
-    )
-    made = corrected(CorrectBiases(judged=4))
+    monkeypatch.setattr(bias_correction._Shifts, "_mean", lambda self, name, y: -mean_of(self, name, y))
+    made = corrected(Shift(), CorrectBiases(judged=4))
     figures = made.figures[-1]
-    assert [entry["strength"] for entry in figures["candidates"]] == [1.0, 0.0, 0.5]
+    assert [entry["strength"] for entry in figures["candidates"]] == [0.0, 1.0, 0.5]
     assert figures["strength"] == 0.0
-    before, after = state(corrected()), state(made)
+    before, after = state(corrected(Shift())), state(made)
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
