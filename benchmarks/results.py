@@ -424,30 +424,23 @@ def put(page: Path, body: str, begin: str, end: str) -> None:
 def pages(args: argparse.Namespace) -> None:
     """The rows of each method on its page, at the bits at which it was measured, beside those of its baselines.
 
-    What a page has of a model of which the file has no rows stays there.
+    What a page has of another model than `--model` stays there.
     """
     known = set(variants())
-    rows = {
-        model: [row for row in current(args.json, model) if row["method"] in known]
-        for model in ("digits-unet", "digits-dit")
-    }
+    found = [row for row in current(args.json, args.model) if row["method"] in known]
     for page in sorted(args.folder.glob("*.md")):
         if "<!-- figures -->" not in page.read_text():
             continue
-        parts = []
         there = page.read_text().split("<!-- figures -->")[1].split("<!-- /figures -->")[0].strip()
-        before = {model: part for part in there.split("\n\nModel ") for model in rows if model in part.split(" (")[0]}
-        for model, found in rows.items():
-            if not found and model in before:
-                parts.append("Model " + before[model].removeprefix("Model "))
-            own = {row["method"] for row in found if page.stem in methods_of(row["method"])}
-            bits = {row["bits"] for row in found if row["method"] in own}
-            shown = [row for row in found if row["bits"] in bits and row["method"] in own | baselines(own)]
-            if shown:
-                parts.append(
-                    "\n".join((f"{conditions(shown[0])}, {shown[0]['date']}.", "", *lines_of(shown, variants())))
-                )
-        put(page, "\n\n".join(parts) or "Not measured yet.", "<!-- figures -->", "<!-- /figures -->")
+        parts = {part.split(" (")[0]: "Model " + part for part in ("\n\n" + there).split("\n\nModel ")[1:]}
+        own = {row["method"] for row in found if page.stem in methods_of(row["method"])}
+        bits = {row["bits"] for row in found if row["method"] in own}
+        shown = [row for row in found if row["bits"] in bits and row["method"] in own | baselines(own)]
+        if shown:
+            note = f"{conditions(shown[0])}, {shown[0]['date']}."
+            parts[args.model] = "\n".join((note, "", *lines_of(shown, variants())))
+        ordered = [parts[model] for model in ("digits-unet", "digits-dit") if model in parts]
+        put(page, "\n\n".join(ordered) or "Not measured yet.", "<!-- figures -->", "<!-- /figures -->")
 
 
 def methods_of(variant: str) -> set[str]:
@@ -511,6 +504,7 @@ def main() -> None:
     second.add_argument("--into", type=Path, default=Path("docs/results.md"))
     fourth = commands.add_parser("pages")
     fourth.add_argument("--json", type=Path, default=ROWS)
+    fourth.add_argument("--model", default="digits-unet")
     fourth.add_argument("--folder", type=Path, default=Path("docs/methods"))
     for name in ("memory", "memory-of"):
         third = commands.add_parser(name)
