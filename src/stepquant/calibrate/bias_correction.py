@@ -79,9 +79,9 @@ class CorrectBiases:
             raise SpecError(f'strength of CorrectBiases must be "auto" or a finite number, found {self.strength!r}.')
 
     def evaluations_for(self, *, images: int, batch: int, steps: int, rows: int) -> float:
-        """Of the network, at most: images recorded in mini-batches of `batch`, rows of a step's calls for each."""
+        """Of the network, with three strengths tried. images: recorded in mini-batches of `batch`. rows: of a step."""
         means = 2 * self.rounds * min(images, -(-self.samples // steps))
-        judged = 0 if self.strength != "auto" else MOST_WALKS * min(images, -(-self.judged // batch) * batch)
+        judged = 0 if self.strength != "auto" else (MOST_WALKS - 1) * min(images, -(-self.judged // batch) * batch)
         return (means + judged) * steps * rows
 
     def _states(self, job: Job) -> CalibrationSet:
