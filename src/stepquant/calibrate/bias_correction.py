@@ -7,8 +7,8 @@ quantized one on the same samples, layer by layer as they run
 
 where layers before have been corrected. One mini-batch after the other goes through both networks; in the quantized one
 each layer's output is corrected by the mini-batch's own difference before the next layer sees it, and the bias gets the
-average over mini-batches. So a round costs two forward passes of the calibration set, whatever the number of layers,
-and nothing at run time.
+average over mini-batches. So a round costs two forward passes of each state, whatever the number of layers, and nothing
+at run time.
 
 The strength s is one number for all layers, chosen by where sampling ends: some recorded images, of those that
 calibrate least, are sampled with the quantized network, and a strength is taken if it leaves less error in the final
@@ -35,8 +35,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from stepquant.calibrate.final_state import final_drifts, final_states
 from stepquant.calibrate.select import CalibrationSet, at_steps, inputs
-from stepquant.calibrate.trajectory import Trajectory, replay, state_at
+from stepquant.calibrate.trajectory import Trajectory
 from stepquant.errors import CalibrationError, SpecError
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.surgery import quantized_layers
@@ -59,7 +60,7 @@ class CorrectBiases:
     strength: "auto" chooses from 0, 0.5, 1, 2 and 3 times the shift by the final error of sampling; a number is taken
         as it is.
     judged: recorded images to sample for that, at least: whole mini-batches of the recording, its last, since `Select`
-        begins with the first.
+        begins with the first. Where the pipeline carries doubled latents (DiT with guidance), both halves count.
     """
 
     samples: int = 512
@@ -145,13 +146,12 @@ class _Judging:
         return cls(job, recorded[:enough], {})
 
     @property
-    def calls(self) -> int:
-        """Steps of all mini-batches."""
-        return sum(len(trajectory.steps) for trajectory in self.trajectories)
+    def images(self) -> int:
+        return sum(trajectory.batch for trajectory in self.trajectories)
 
     def evaluations(self) -> int:
         """Of the network, in images."""
-        return len(self.errors) * sum(trajectory.batch * len(trajectory.steps) for trajectory in self.trajectories)
+        return len(self.errors) * self.images * len(self.trajectories[0].steps)
 
     def report(self) -> list[dict[str, float | None]]:
         """What was tried, in order; an error is null where the samples left the finite numbers."""
@@ -164,7 +164,7 @@ class _Judging:
     def best(self, scale_: Callable[[float], None]) -> float:
         """The last strength of 0, 1, 2, 3 that was better than the one before; 0.5 where 1 is not better than 0."""
         title = "Choosing how far to correct biases"
-        with self.job.run.progress.track(title, MOST_WALKS * self.calls) as advance, torch.no_grad():
+        with self.job.run.progress.track(title, MOST_WALKS * self.images) as advance:
 
             def better(strength: float, other: float) -> bool:
                 scale_(strength)
@@ -178,7 +178,7 @@ class _Judging:
                 best += 1
             if best == 0 and better(0.5, 0.0):
                 best = 0.5
-            advance((MOST_WALKS - len(self.errors)) * self.calls)
+            advance((MOST_WALKS - len(self.errors)) * self.images)
         if not self.errors[best].isfinite().all():
             raise CalibrationError(
                 "The quantized network leaves the finite numbers along the recorded trajectories, whatever the biases: "
@@ -187,17 +187,8 @@ class _Judging:
         return best
 
     def _walk(self, advance: Callable[[int], None]) -> Tensor:
-        """The final error of every image, `[images]` float64 on the CPU."""
-        found = []
-        for trajectory in self.trajectories:
-            steps = len(trajectory.steps)
-            state = state_at(trajectory, 0)
-            for after in replay(self.job.denoiser, trajectory, 0, steps, state):
-                state = after
-                advance(1)
-            error = (state.sample - state_at(trajectory, steps).sample).double()
-            found.append(error.flatten(1).square().mean(1).sqrt().cpu())
-        return torch.cat(found)
+        """The final error of every image, `[images]`."""
+        return final_drifts(final_states(self.job.denoiser, self.trajectories, done=advance), self.trajectories)
 
 
 def _less(errors: Tensor, others: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -14,9 +15,9 @@ import tiny
 from stepquant.api import Quantized, quantize
 from stepquant.calibrate import bias_correction
 from stepquant.calibrate.bias_correction import CorrectBiases
-from stepquant.calibrate.select import inputs
+from stepquant.calibrate.select import CalibrationSet, at_steps, inputs
 from stepquant.calibrate.stages import FitInputRanges, Place, Select
-from stepquant.calibrate.trajectory import State, Trajectory, replay, state_at
+from stepquant.calibrate.trajectory import Trajectory, replay, state_at
 from stepquant.errors import CalibrationError, SpecError
 from stepquant.methods.baseline import start
 from stepquant.model.layer import QuantizedLayer
@@ -119,12 +120,23 @@ def test_nothing_but_biases_changes() -> None:
     assert all(torch.equal(tensor, untouched[name]) for name, tensor in pipe.unet.state_dict().items())
 
 
-def test_means_are_taken_over_all_recorded_images() -> None:
-    """Not over those that calibrate alone: choosing one image to calibrate on leaves the shifts as they are."""
+def test_means_are_taken_over_all_recorded_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not over those alone that calibrate: each step draws as many of all images, and not the same at every step."""
     one, every = (corrected(CorrectBiases(strength=1), select=Select(samples_per_step=number)) for number in (1, None))
     assert one.figures[-1]["evaluations"] == every.figures[-1]["evaluations"] == 2 * 4 * STEPS
-    fewer = corrected(CorrectBiases(strength=1, samples=2 * STEPS))
+    drawn: list[tuple[int, int]] = []
+
+    def noted(trajectories: Sequence[Trajectory], picks: Sequence[tuple[int, int]]) -> CalibrationSet:
+        drawn.extend(picks)
+        return at_steps(trajectories, picks)
+
+    monkeypatch.setattr(bias_correction, "at_steps", noted)
+    fewer = corrected(CorrectBiases(strength=1, samples=2 * STEPS), select=Select(samples_per_step=1))
     assert fewer.figures[-1]["evaluations"] == 2 * 2 * STEPS
+    assert [step for step, _ in drawn] == [step for step in range(STEPS) for _ in range(2)]
+    of_step = [{image for at, image in drawn if at == step} for step in range(STEPS)]
+    assert all(len(images) == 2 for images in of_step)
+    assert set.union(*of_step) == {0, 1, 2, 3}
 
 
 class Shift:
@@ -195,11 +207,9 @@ def test_whole_mini_batches_are_judged_as_many_as_there_are(judged: int, images:
 
 
 def test_a_network_that_diverges_whatever_its_biases_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(trajectory: Trajectory, index: int) -> State:
-        state = state_at(trajectory, index)
-        return state if index == 0 else State(torch.full_like(state.sample, math.nan))
-
-    monkeypatch.setattr(bias_correction, "state_at", unknown)
+    monkeypatch.setattr(
+        bias_correction, "final_drifts", lambda ends, trajectories: torch.full((len(trajectories),), math.nan)
+    )
     with pytest.raises(CalibrationError, match="leaves the finite numbers along the recorded trajectories"):
         corrected(CorrectBiases())
 
