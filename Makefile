@@ -1,6 +1,8 @@
 # `make demo` and `make test` set up what they need: a virtual environment in .venv, once.
 PYTHON ?= python3
 VENV ?= .venv
+# Tests run on one thread each, so several side by side. Files stay whole: their fixtures are made once.
+JOBS ?= $(shell $(PYTHON) -c "import os; print(min(8, os.cpu_count() or 1))")
 STAMP := $(VENV)/.installed
 export VENV
 
@@ -31,7 +33,7 @@ check: $(STAMP)
 	scripts/check
 
 test: check
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
