@@ -68,13 +68,20 @@ ACCUQUANT: dict[str, Any] = {
     "rows": "step",
     "free_run": 1.0,
     "correct_biases": True,
+    "judged": 32,
 }
 """As the presets quick and standard have it."""
 
-PAPERS: dict[str, Any] = {"free_run": 0.0, "rows": "shared", "learn_weights": True, "correct_biases": False}
+PAPERS: dict[str, Any] = {
+    "free_run": 0.0,
+    "rows": "shared",
+    "learn_weights": True,
+    "correct_biases": False,
+    "judged": 0,
+}
 """AccuQuant as the paper has it, as far as it says."""
 
-STATIC: dict[str, Any] = {"balance": True, "rows": "step", "learn_weights": False, "free_run": 1.0}
+STATIC: dict[str, Any] = {"balance": True, "rows": "step", "learn_weights": False, "free_run": 1.0, "judged": 32}
 """`combined` as its presets have it: ranges of activations fitted beforehand."""
 
 BRANCHED: dict[str, Any] = STATIC | {"low_rank": 8}
@@ -289,7 +296,8 @@ def run(args: argparse.Namespace) -> None:
         spent, pipe = _evaluations(quantized.figures), quantized.pipe
         seconds = time.perf_counter() - began
         share = share_of_bytes(quantized, reference)
-        chosen = [{"strength": entry["strength"]} for entry in quantized.figures if "strength" in entry]
+        kept = ("strength", "share")  # how far biases were corrected, and what stayed of the windows
+        chosen = {name: entry[name] for entry in quantized.figures for name in kept if name in entry}
         for name in variants:
             if name.endswith("+cec"):
                 began = time.perf_counter()
@@ -309,7 +317,7 @@ def run(args: argparse.Namespace) -> None:
             if not done(args, reference, bits, name, seed):
                 place = {"bits": bits, "method": name, "seed": seed, "budget": args.evaluations}
                 place["bytes"] = share
-                place |= chosen[-1] if chosen else {}
+                place |= chosen
                 cost = {"evaluations": spent, "seconds": round(seconds, 1), "options": options}
                 _keep(args, reference, place | cost, pipe)
 

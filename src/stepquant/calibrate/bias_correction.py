@@ -10,10 +10,9 @@ each layer's output is corrected by the mini-batch's own difference before the n
 average over mini-batches. So a round costs two forward passes of each state, whatever the number of layers, and nothing
 at run time.
 
-The strength s is one number for all layers, chosen by where sampling ends: some recorded images, of those that
-calibrate least, are sampled with the quantized network, and a strength is taken if it leaves less error in the final
-samples by more than the standard error of the difference. s = 0 is where the search begins: what restores the means at
-full-precision inputs need not help along the trajectory, and more than the whole shift may help, too.
+The strength s is one number for all layers, chosen by where sampling ends (`stepquant.calibrate.judging`). s = 0 is
+where the search begins: what restores the means at full-precision inputs need not help along the trajectory, and more
+than the whole shift may help, too.
 
 Source: empirical bias correction, Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
 Correction", ICCV 2019.
@@ -25,7 +24,6 @@ Layers without a bias stay as they are.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +33,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibrate.final_state import final_drifts, final_states
+from stepquant.calibrate.judging import Judge, judged_images
 from stepquant.calibrate.select import CalibrationSet, at_steps, inputs
 from stepquant.calibrate.trajectory import Trajectory
 from stepquant.errors import CalibrationError, SpecError
@@ -59,8 +57,7 @@ class CorrectBiases:
     rounds: how often, each from where the one before has ended.
     strength: "auto" chooses from 0, 0.5, 1, 2 and 3 times the shift by the final error of sampling; a number is taken
         as it is.
-    judged: recorded images to sample for that, at least: whole mini-batches of the recording, its last, since `Select`
-        begins with the first. Where the pipeline carries doubled latents (DiT with guidance), both halves count.
+    judged: recorded images to sample for that, at least (`Judge.of`).
     """
 
     samples: int = 512
@@ -82,7 +79,9 @@ class CorrectBiases:
     def evaluations_for(self, *, images: int, batch: int, steps: int, rows: int) -> float:
         """Of the network, with three strengths tried. images: recorded in mini-batches of `batch`. rows: of a step."""
         means = 2 * self.rounds * min(images, -(-self.samples // steps))
-        judged = 0 if self.strength != "auto" else (MOST_WALKS - 1) * min(images, -(-self.judged // batch) * batch)
+        judged = (
+            0 if self.strength != "auto" else (MOST_WALKS - 1) * judged_images(self.judged, images=images, batch=batch)
+        )
         return (means + judged) * steps * rows
 
     def _states(self, job: Job) -> CalibrationSet:
@@ -123,81 +122,37 @@ class CorrectBiases:
         if self.strength != "auto":
             scale_(self.strength)
             return figures | {"strength": self.strength, "evaluations": evaluations}
-        judging = _Judging.of(self, job)
-        strength = judging.best(scale_)
+        judge = Judge.of(job, self.judged)
+        strength = _best(judge, scale_)
         scale_(strength)
-        evaluations += judging.evaluations()
-        return figures | {"strength": strength, "candidates": judging.report(), "evaluations": evaluations}
+        evaluations += judge.evaluations
+        return figures | {"strength": strength, "candidates": judge.report("strength"), "evaluations": evaluations}
 
 
-@dataclass
-class _Judging:
-    """The final error of sampling, by strength: the mean of the images' root mean squares."""
+def _best(judge: Judge, scale_: Callable[[float], None]) -> float:
+    """The last strength of 0, 1, 2, 3 that was better than the one before; 0.5 where 1 is not better than 0."""
+    title = "Choosing how far to correct biases"
+    with judge.job.run.progress.track(title, MOST_WALKS * judge.images) as advance:
 
-    job: Job
-    trajectories: Sequence[Trajectory]
-    errors: dict[float, Tensor]
+        def better(strength: float, other: float) -> bool:
+            scale_(strength)
+            judge.sample(strength, advance)
+            return judge.better(strength, other)
 
-    @classmethod
-    def of(cls, stage: CorrectBiases, job: Job) -> _Judging:
-        recorded: Sequence[Trajectory] = job.handed["trajectories"][::-1]
-        images = list(itertools.accumulate(trajectory.batch for trajectory in recorded))
-        enough = sum(count < stage.judged for count in images) + 1
-        return cls(job, recorded[:enough], {})
-
-    @property
-    def images(self) -> int:
-        return sum(trajectory.batch for trajectory in self.trajectories)
-
-    def evaluations(self) -> int:
-        """Of the network, in images."""
-        return len(self.errors) * self.images * len(self.trajectories[0].steps)
-
-    def report(self) -> list[dict[str, float | None]]:
-        """What was tried, in order; an error is null where the samples left the finite numbers."""
-        means = {strength: float(errors.mean()) for strength, errors in self.errors.items()}
-        return [
-            {"strength": strength, "final_error": mean if math.isfinite(mean) else None}
-            for strength, mean in means.items()
-        ]
-
-    def best(self, scale_: Callable[[float], None]) -> float:
-        """The last strength of 0, 1, 2, 3 that was better than the one before; 0.5 where 1 is not better than 0."""
-        title = "Choosing how far to correct biases"
-        with self.job.run.progress.track(title, MOST_WALKS * self.images) as advance:
-
-            def better(strength: float, other: float) -> bool:
-                scale_(strength)
-                self.errors[strength] = self._walk(advance)
-                return _less(self.errors[strength], self.errors[other])
-
-            scale_(0.0)
-            self.errors[0.0] = self._walk(advance)
-            best = 0.0
-            while best < 3 and better(best + 1, best):
-                best += 1
-            if best == 0 and better(0.5, 0.0):
-                best = 0.5
-            advance((MOST_WALKS - len(self.errors)) * self.images)
-        if not self.errors[best].isfinite().all():
-            raise CalibrationError(
-                "The quantized network leaves the finite numbers along the recorded trajectories, whatever the biases: "
-                "give it more bits, or set correct_biases=false and look at the checkpoint with `stepquant doctor`."
-            )
-        return best
-
-    def _walk(self, advance: Callable[[int], None]) -> Tensor:
-        """The final error of every image, `[images]`."""
-        return final_drifts(final_states(self.job.denoiser, self.trajectories, done=advance), self.trajectories)
-
-
-def _less(errors: Tensor, others: Tensor) -> bool:
-    """Whether they are less in the mean, by more than the standard error of the difference."""
-    if not others.isfinite().all():
-        return bool(errors.isfinite().all())
-    difference = errors - others
-    noise = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
-    return float(difference.mean()) < -noise
+        scale_(0.0)
+        judge.sample(0.0, advance)
+        best = 0.0
+        while best < 3 and better(best + 1, best):
+            best += 1
+        if best == 0 and better(0.5, 0.0):
+            best = 0.5
+        advance((MOST_WALKS - len(judge.errors)) * judge.images)
+    if not judge.finite(best):
+        raise CalibrationError(
+            "The quantized network leaves the finite numbers along the recorded trajectories, whatever the biases: "
+            "give it more bits, or set correct_biases=false and look at the checkpoint with `stepquant doctor`."
+        )
+    return best
 
 
 def _bias(layer: QuantizedLayer) -> nn.Parameter:

@@ -158,8 +158,8 @@ class Costs:
         if isinstance(stage, RoundBlocks | ScaleBlocks):
             return stage.evaluations_for(self.entries, self.units)
         if isinstance(stage, FitWindows):
-            images = min(self.recording.batch, self.recording.samples)
-            return self.rows * stage.evaluations_for(images, self.steps)
+            recorded = self.recording
+            return self.rows * stage.evaluations_for(images=recorded.samples, batch=recorded.batch, steps=self.steps)
         return None
 
 

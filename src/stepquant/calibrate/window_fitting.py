@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from stepquant.calibrate.judging import Judge, judged_images
 from stepquant.calibrate.reconstruct import (
     adam_state,
     clamp_scales_,
@@ -33,7 +34,7 @@ from stepquant.calibrate.rounding import (
 from stepquant.calibrate.split import row_by_row
 from stepquant.calibrate.trajectory import State, Trajectory, replay
 from stepquant.calibrate.windows import GradientMode, equal_windows, window_gradient, windows_of
-from stepquant.errors import SpecError, nearest
+from stepquant.errors import CalibrationError, SpecError, nearest
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.quantizer import InputQuantizer
 from stepquant.model.surgery import quantized_layers
@@ -57,6 +58,9 @@ class FitWindows:
     keep_rounding: where rounding starts, from 0 (the full-precision fraction) to 1 (the present rounding).
     settle: share of the iterations at the end that learns scales only, behind hard weights.
     free_run: share of windows that start from the quantized model's own state.
+    judged: recorded images to sample before and after, at least (`Judge.of`). What was learnt is kept if it leaves less
+        error in the final samples, half of it (the geometric mean of old and new scales) if that does, and else
+        nothing; where weights learn, all or nothing. 0 keeps it unseen, as the paper does.
     """
 
     window: int = 5
@@ -71,6 +75,7 @@ class FitWindows:
     warmup: float = 0.2
     settle: float = 0.2
     free_run: float = 0.0
+    judged: int = 0
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
@@ -87,6 +92,8 @@ class FitWindows:
                 "window and every length in windows must be at least 1 and iterations at least 0, found "
                 f"{self.window}, {self.windows} and {self.iterations}."
             )
+        if self.judged < 0:
+            raise SpecError(f"judged of FitWindows must be at least 0, found {self.judged}.")
         for name, value in (
             ("keep_rounding", self.keep_rounding),
             ("settle", self.settle),
@@ -103,13 +110,14 @@ class FitWindows:
                 "lengths must add up to the scheduler's steps."
             )
 
-    def evaluations_for(self, images: int, steps: int) -> float:
-        """Of the network, to be expected for mini-batches of so many images and so many recorded steps."""
+    def evaluations_for(self, *, images: int, batch: int, steps: int) -> float:
+        """Of the network, to be expected. images: recorded in mini-batches of `batch`, each of so many steps."""
         lengths = self.windows or equal_windows(steps, min(self.window, steps))
         starts = [sum(lengths[:number]) for number in range(len(lengths))]
         before, passes = (0, 3) if self.gradient == "per_step" else (1, 4)
         drawn, walked = sum(lengths) / len(lengths), self.free_run * sum(starts) / len(starts)
-        return self.iterations * images * (passes * drawn - before + walked)
+        judged = 2 * judged_images(self.judged, images=images, batch=batch) * steps
+        return self.iterations * min(images, batch) * (passes * drawn - before + walked) + judged
 
     def run(self, job: Job) -> Figures:
         trajectories: list[Trajectory] = job.handed["trajectories"]
@@ -136,6 +144,12 @@ class FitWindows:
                     fitting.keep(iteration + 1)
                 advance(1)
         fitting.finish()
+        kept: Figures = {}
+        judging = 0
+        if self.judged:
+            judge = Judge.of(job, self.judged)
+            kept = {"share": fitting.keep_what_helps_(judge), "candidates": judge.report("share")}
+            judging = judge.evaluations
         # A forward and a backward pass (worth two) of each step; identity and exact run all but the last once before.
         before, passes = (0, 3) if self.gradient == "per_step" else (len(history), 4)
         images = trajectories[0].batch
@@ -145,8 +159,30 @@ class FitWindows:
         return {
             "windows": [list(window) for window in windows],
             "losses": history,
-            "evaluations": round(images * (passes * drawn - before + walked)),
+            "evaluations": round(images * (passes * drawn - before + walked)) + judging,
+            **kept,
         }
+
+
+@dataclass(frozen=True)
+class _Learnt:
+    """Copies of activation scales and of hard weights, by name."""
+
+    scales: Mapping[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, scales: Mapping[str, InputQuantizer], layers: Mapping[str, QuantizedLayer]) -> _Learnt:
+        return cls(
+            {name: quantizer.scale.detach().clone() for name, quantizer in scales.items()},
+            {name: layer.weight.detach().clone() for name, layer in layers.items()},
+        )
+
+    def towards(self, other: _Learnt, share: float) -> _Learnt:
+        """This one at 0, the other at 1, between them geometric means of the scales."""
+        if share in (0.0, 1.0):
+            return other if share else self
+        return _Learnt({n: s ** (1 - share) * other.scales[n] ** share for n, s in self.scales.items()}, self.weights)
 
 
 @dataclass
@@ -154,6 +190,7 @@ class _Fitting:
     """The variables and optimizers of one run of the stage.
 
     denoiser: the job's; with several processes each runs a part of a mini-batch's rows.
+    before: scales, and weights if they learn, as they were: name -> tensor. Empty where nobody judges.
     """
 
     stage: FitWindows
@@ -166,12 +203,14 @@ class _Fitting:
     weight_optimizer: torch.optim.Adam | None
     scale_optimizer: torch.optim.Adam | None
     history: list[list[float]]
+    before: _Learnt
 
     @classmethod
     def begin(cls, stage: FitWindows, job: Job) -> _Fitting:
         every = quantized_layers(job.denoiser)
         layers = {name: layer for name, layer in every.items() if isinstance(layer, QuantizedLayer)}
         scales = input_scales(every, readers_of_sample(job))
+        before = _Learnt.of(scales, layers if stage.learn_weights else {}) if stage.judged else _Learnt({}, {})
         if stage.learn_weights:
             soften_all_(job, layers, keep=stage.keep_rounding)
         soft = soft_roundings(layers)
@@ -186,6 +225,7 @@ class _Fitting:
             weight_optimizer=adam([s.alpha for s in soft.values()], stage.lr_weights) if soft else None,
             scale_optimizer=adam(relative_groups(scales, stage.lr_scales)) if scales else None,
             history=[],
+            before=before,
         )
 
     @property
@@ -240,6 +280,37 @@ class _Fitting:
         for quantizer in self.scales.values():
             quantizer.scale.requires_grad_(False)
             quantizer.scale.grad = None
+
+    def keep_what_helps_(self, judge: Judge) -> float:
+        """The share of what was learnt that stays: 1, 0.5 or 0, the first of them that leaves less error than 0."""
+        after = _Learnt.of(self.scales, self.layers if self.stage.learn_weights else {})
+        shares = (1.0,) if self.stage.learn_weights else (1.0, 0.5)
+        with self.job.run.progress.track("Judging the windows", (1 + len(shares)) * judge.images) as advance:
+            self._put_(self.before)
+            judge.sample(0.0, advance)
+            kept = 0.0
+            for share in shares:
+                self._put_(self.before.towards(after, share))
+                judge.sample(share, advance)
+                if judge.better(share, 0.0):
+                    kept = share
+                    break
+            advance((1 + len(shares) - len(judge.errors)) * judge.images)
+        if not judge.finite(kept):
+            raise CalibrationError(
+                "The quantized network leaves the finite numbers along the recorded trajectories, with what windows "
+                "have learnt and without: give it more bits, or set judged=0 and look at the checkpoint with "
+                "`stepquant doctor`."
+            )
+        self._put_(self.before.towards(after, kept))
+        return kept
+
+    def _put_(self, learnt: _Learnt) -> None:
+        with torch.no_grad():
+            for name, scale in learnt.scales.items():
+                self.scales[name].scale.copy_(scale)
+            for name, weight in learnt.weights.items():
+                self.layers[name].weight.copy_(weight)
 
     def keep(self, iteration: int) -> None:
         """Write everything that the rest of the stage depends on."""

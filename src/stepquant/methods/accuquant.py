@@ -38,6 +38,9 @@ Differs from the paper (which does not publish M per model, learning rates, iter
 - `free_run` starts that share of the windows from the quantized model's own state instead of the full-precision one.
   The presets quick and standard do so always, learn scales only, and give every timestep a row: with a few dozen
   windows at 4-bit activations, full-precision starts raised the final drift (docs/results.md at commit 0324925).
+- `judged` (0 by default, 32 in those presets) samples so many recorded images before and after the windows and takes
+  back what does not help: a few dozen windows of small mini-batches are noisy, and raised the final drift by a third
+  at W6A6 (docs/results.md).
 """
 
 from __future__ import annotations
@@ -76,6 +79,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "free_run": 1.0,
         "layer_rounding": True,
         "correct_biases": True,
+        "judged": 32,
         "block_iterations": 0,
         "together": 4,
     },
@@ -89,6 +93,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "free_run": 1.0,
         "layer_rounding": True,
         "correct_biases": True,
+        "judged": 32,
         "block_iterations": 0,
         "together": 4,
     },
@@ -116,6 +121,7 @@ def accuquant(
     lr_scales: float = 4e-3,
     learn_weights: bool = True,
     free_run: float = 0.0,
+    judged: int = 0,
     layer_rounding: bool = False,
     correct_biases: bool = False,
     block_iterations: int = 2_000,
@@ -153,5 +159,6 @@ def accuquant(
         lr_scales=lr_scales,
         learn_weights=learn_weights,
         free_run=free_run,
+        judged=judged,
     )
     return Recipe("accuquant", (*beginning, *layers, *blocks, ranges_of_inputs, *biases, *scales, fit))

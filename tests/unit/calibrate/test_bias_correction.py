@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tiny
 from stepquant.api import Quantized, quantize
-from stepquant.calibrate import bias_correction
+from stepquant.calibrate import bias_correction, judging
 from stepquant.calibrate.bias_correction import CorrectBiases
 from stepquant.calibrate.select import CalibrationSet, at_steps, inputs
 from stepquant.calibrate.stages import FitInputRanges, Place, Select
@@ -207,9 +207,7 @@ def test_whole_mini_batches_are_judged_as_many_as_there_are(judged: int, images:
 
 
 def test_a_network_that_diverges_whatever_its_biases_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        bias_correction, "final_drifts", lambda ends, trajectories: torch.full((len(trajectories),), math.nan)
-    )
+    monkeypatch.setattr(judging, "final_drifts", lambda ends, trajectories: torch.full((len(trajectories),), math.nan))
     with pytest.raises(CalibrationError, match="leaves the finite numbers along the recorded trajectories"):
         corrected(CorrectBiases())
 
