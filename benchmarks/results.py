@@ -134,6 +134,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "combined, rank 32, without windows": ("combined", BRANCHED | {"window_iterations": 0, "low_rank": 32}),
     "combined with a row per window": ("combined", STATIC | {"rows": "window", "row_windows": (5, 5, 5, 5)}),
     "combined with row groups": ("combined", STATIC | {"rows": "groups"}),
+    "combined with blocks": (
+        "combined",
+        STATIC | {"block_iterations": 222, "block_lr": 1e-2, "scale_iterations": 111, "scale_lr": 5e-3},
+    ),
     "combined with weighted blocks": ("combined", STATIC | {"block_iterations": 100, "sample_weights": True}),
     "combined with block scales": ("combined", STATIC | {"scale_iterations": 100}),
 }

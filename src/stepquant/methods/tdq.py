@@ -20,6 +20,9 @@ Differs from the paper (from a summary of it; where that is silent the choice is
   training, or behind post-training quantization.
 - softplus keeps step sizes positive, and s_0 in front makes one rate fit all layers. The last layer starts at weight 0
   so that s(t) = s_0 exactly; hidden layers are drawn as He et al. propose. Zero points stay where they were calibrated.
+- `rows="step"` takes s_0 and the zero point from a range of every step, and the network learns what to multiply it by.
+  The presets quick and standard do: with the zero point of one range for all steps, 4-bit activations make one-step
+  errors that add up along the trajectory, and samples run away (docs/methods/tdq.md).
 - 64 hidden units, 32 frequencies, Adam at 1e-3 with cosine decay, 5000 iterations.
 - Weights are rounded for the least error of each layer's output (`RoundLayers`, `layer_rounding=False` rounds to
   nearest).
@@ -28,11 +31,13 @@ Differs from the paper (from a summary of it; where that is silent the choice is
 
 from __future__ import annotations
 
+from typing import Literal
+
 from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.calibrate.timestep_net import LearnStepSizes
-from stepquant.methods.baseline import start
+from stepquant.methods.baseline import rows_over_time, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe, Stage
 
@@ -46,8 +51,24 @@ BIBTEX = """@inproceedings{so2023tdq,
 }"""
 
 PRESETS: dict[str, dict[str, object]] = {
-    "quick": {"samples": 32, "batch": 8, "samples_per_step": 8, "iterations": 100, "lr": 3e-3, "together": 4},
-    "standard": {"samples": 64, "batch": 16, "samples_per_step": 16, "iterations": 600, "lr": 3e-3, "together": 4},
+    "quick": {
+        "samples": 32,
+        "batch": 8,
+        "samples_per_step": 8,
+        "rows": "step",
+        "iterations": 100,
+        "lr": 3e-3,
+        "together": 4,
+    },
+    "standard": {
+        "samples": 64,
+        "batch": 16,
+        "samples_per_step": 16,
+        "rows": "step",
+        "iterations": 600,
+        "lr": 3e-3,
+        "together": 4,
+    },
     "full": {"samples": 256},
 }
 
@@ -64,6 +85,7 @@ def tdq(
     iterations: int = 5_000,
     lr: float = 1e-3,
     depth: int = 4,
+    rows: Literal["shared", "step"] = "shared",
     layer_rounding: bool = True,
     together: int = 1,
     ends: Ends = "8bit",
@@ -79,7 +101,7 @@ def tdq(
     stages: list[Stage] = []
     if layer_rounding and weights is not None:
         stages.append(RoundLayers(batch=batch, together=together))
-    stages.append(FitInputRanges(ranges))
+    stages.append(FitInputRanges(ranges, windows=rows_over_time(rows)))
     if activations is not None:
         stages.append(LearnStepSizes(layers=tuple(layers), iterations=iterations, batch=batch, lr=lr, depth=depth))
     return Recipe("tdq", (*beginning, *stages))

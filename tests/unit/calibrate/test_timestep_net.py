@@ -11,11 +11,15 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
+import tiny
+from stepquant.api import quantize
 from stepquant.calibrate import timestep_net
 from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, Place, Select
 from stepquant.calibrate.timestep_net import LearnStepSizes, TimestepScale, embedded
 from stepquant.calibrate.trajectory import record, seal
 from stepquant.errors import CalibrationError, SpecError
+from stepquant.methods.layerwise import layerwise
+from stepquant.methods.tdq import tdq
 from stepquant.model.clock import StepClock
 from stepquant.model.pipeline import DenoiserPipeline
 from stepquant.model.quantizer import InputQuantizer
@@ -213,6 +217,26 @@ def test_it_goes_on_where_it_was_interrupted(monkeypatch: pytest.MonkeyPatch) ->
     one, other = (state.denoiser.state_dict() for state in (whole, job))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("rows", ["shared", "step"])
+def test_the_method_starts_from_the_ranges_asked_for(rows: Any) -> None:
+    """At a rate of nothing it is `layerwise`, with one zero point or one for every step."""
+    common: dict[str, Any] = {"samples": 2, "batch": 2, "rows": rows, "together": 8}
+    recipes = tdq(**common, iterations=1, lr=1e-12), layerwise(**common, correct_biases=False)
+    found, expected = (quantize(tiny.tiny_pipe()[0], recipe, steps=STEPS).pipe.unet for recipe in recipes)
+    zero_points = set()
+    others: dict[str, Any] = quantized_layers(expected)
+    for name, layer in quantized_layers(found).items():
+        bins = torch.arange(layer.input_quantizer.clock.bins)
+        own, other = (
+            (q.scale[q.row_of_bin[bins]], q.zero_point[q.row_of_bin[bins]])
+            for q in (layer.input_quantizer, others[name].input_quantizer)
+        )
+        torch.testing.assert_close(own, other)
+        if name != "conv_in":  # what reads the sample has a row for every step with either
+            zero_points.add(len(own[1].unique()))
+    assert (max(zero_points) > 1) == (rows == "step")
 
 
 def test_errors() -> None:
