@@ -106,6 +106,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "q_diffusion, layers first, a row per step": ("q_diffusion", {"layer_rounding": True, "rows": "step"}),
     **{method: (method, {}) for method in (*UNET_METHODS, *TRANSFORMER_METHODS)},
     "gac, layers first": ("gac", {"layer_rounding": True}),
+    "gac, layers first, a row per step": ("gac", {"layer_rounding": True, "rows": "step"}),
     "adp_dm, layers first": ("adp_dm", {"rounding": "layers"}),
     **{
         f"accuquant {gradient} M={window}": ("accuquant", ACCUQUANT | {"gradient": gradient, "window": window})

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from stepquant.calibrate.final_state import final_drifts, final_states
@@ -44,28 +45,33 @@ class Judge:
 
     @classmethod
     def of(cls, job: Job, asked: int) -> Judge:
-        """asked: images, at least: whole mini-batches of the recording, its last, since `Select` begins with the first.
-        Where the pipeline carries doubled latents (DiT with guidance), both halves count."""
+        """asked: images, at least. Whole mini-batches of the recording are sampled, its last: `Select` begins with the
+        first."""
         recorded: Sequence[Trajectory] = job.handed["trajectories"][::-1]
-        images = list(itertools.accumulate(trajectory.batch for trajectory in recorded))
+        images = list(itertools.accumulate(len(trajectory.seeds) for trajectory in recorded))
         enough = sum(count < asked for count in images) + 1
         return cls(job, recorded[:enough])
 
     @property
     def images(self) -> int:
         """That every candidate samples."""
-        return sum(trajectory.batch for trajectory in self.trajectories)
+        return sum(len(trajectory.seeds) for trajectory in self.trajectories)
 
     @property
     def evaluations(self) -> int:
-        """Of the network up to now, in images."""
-        return len(self.errors) * self.images * len(self.trajectories[0].steps)
+        """Of the network up to now, in rows of the sample."""
+        rows = sum(trajectory.batch for trajectory in self.trajectories)
+        return len(self.errors) * rows * len(self.trajectories[0].steps)
 
     def sample(self, candidate: float, advance: Callable[[int], None]) -> None:
         """Sample with the job's denoiser as it is now. advance: called with a mini-batch's number of images."""
-        self.errors[candidate] = final_drifts(
-            final_states(self.job.denoiser, self.trajectories, done=advance), self.trajectories
-        )
+        found = []
+        for trajectory in self.trajectories:
+            drifts = final_drifts(final_states(self.job.denoiser, [trajectory]), [trajectory])
+            # A pipeline that carries doubled latents (DiT with guidance) has every image twice.
+            found.append(drifts.reshape(-1, len(trajectory.seeds)).mean(0))
+            advance(len(trajectory.seeds))
+        self.errors[candidate] = torch.cat(found)
 
     def better(self, candidate: float, other: float) -> bool:
         """Whether its errors are less in the mean, by more than the standard error of the difference."""

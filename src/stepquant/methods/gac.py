@@ -37,7 +37,8 @@ of outer iterations, the validation batch, or its Algorithm 2):
   Unscaled it outweighs the loss in blocks with large outputs, and descends by making gradients larger, not alike: its
   inner products have no bound. `matching="cosine"` has one.
 - Activations have one row of parameters for all timesteps, by range search over all of them. The paper follows TFMQ-DM:
-  a running mean of minimum and maximum at every timestep. `activations_over_time` gives each window of steps a row.
+  a running mean of minimum and maximum at every timestep. `activations_over_time` gives each window of steps a row,
+  `rows="step"` each step, as the presets quick and standard do.
 - Activation scales are then learnt block by block as in Q-Diffusion, on unweighted samples; the paper learns none.
   `iterations_activations=0` leaves that out.
 - TFMQ-DM's reconstruction of the time embedding as one unit with all its projections is not included, and no layer but
@@ -50,12 +51,14 @@ of outer iterations, the validation batch, or its Algorithm 2):
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
 from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.calibrate.weighting import Derivative, Matching, SampleWeighting, Variant
-from stepquant.methods.baseline import BLOCKS, layers_first, start
+from stepquant.errors import SpecError
+from stepquant.methods.baseline import BLOCKS, layers_first, rows_over_time, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe
 
@@ -75,6 +78,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "samples_per_step": 8,
         "meta_iterations": 5,
         "lr_samples": 5e-2,
+        "rows": "step",
         **BLOCKS["quick"],
     },
     "standard": {
@@ -83,6 +87,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "samples_per_step": 16,
         "meta_iterations": 10,
         "lr_samples": 3e-2,
+        "rows": "step",
         **BLOCKS["standard"],
     },
     "full": {"samples": 256},
@@ -113,6 +118,7 @@ def gac(
     validation: float = 0.05,
     derivative: Derivative = "forward",
     activations_over_time: Sequence[int] | None = None,
+    rows: Literal["shared", "step"] = "shared",
     quantized_prefix: bool = True,
     layer_rounding: bool = False,
     together: int = 1,
@@ -125,7 +131,8 @@ def gac(
     """Block-wise AdaRound on samples with learnt weights, then activation ranges and scales.
 
     activations_over_time: lengths of consecutive windows of steps, noise first, that get activation parameters of
-        their own; they must add up to the scheduler's steps. None is one row for all.
+        their own; they must add up to the scheduler's steps. None is one row for all, or with rows="step" one for each
+        step.
     The options from `variant` to `derivative` are those of `SampleWeighting`.
     """
     select = Select(every=every, samples_per_step=samples_per_step)
@@ -155,7 +162,12 @@ def gac(
         weighting=weighting,
         keep_rounding=keep,
     )
-    windows = None if activations_over_time is None else tuple(activations_over_time)
+    if activations_over_time is not None and rows == "step":
+        raise SpecError(
+            f'activations_over_time={list(activations_over_time)} and rows="step" both say which steps share '
+            "activation parameters: leave one of them out."
+        )
+    windows = rows_over_time(rows) if activations_over_time is None else tuple(activations_over_time)
     scales: tuple[ScaleBlocks, ...] = ()
     if iterations_activations:
         scales = (ScaleBlocks(iterations=iterations_activations, batch=batch, lr=lr_activations),)

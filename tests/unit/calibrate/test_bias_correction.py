@@ -207,7 +207,9 @@ def test_whole_mini_batches_are_judged_as_many_as_there_are(judged: int, images:
 
 
 def test_a_network_that_diverges_whatever_its_biases_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "final_drifts", lambda ends, trajectories: torch.full((len(trajectories),), math.nan))
+    monkeypatch.setattr(
+        judging, "final_drifts", lambda ends, trajectories: torch.full((trajectories[0].batch,), math.nan)
+    )
     with pytest.raises(CalibrationError, match="leaves the finite numbers along the recorded trajectories"):
         corrected(CorrectBiases())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -11,16 +12,20 @@ import torch
 from torch import Tensor
 
 import tiny
+import tiny_pipelines
 from stepquant.api import Quantized, quantize
 from stepquant.calibrate import judging
+from stepquant.calibrate.final_state import final_drifts, final_states
 from stepquant.calibrate.judging import Judge, judged_images
 from stepquant.calibrate.rounding import input_scales
+from stepquant.calibrate.trajectory import record, seal
 from stepquant.calibrate.window_fitting import FitWindows
 from stepquant.errors import CalibrationError, SpecError
 from stepquant.methods import METHODS
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.surgery import quantized_layers
 from stepquant.recipe import Job, Recipe
+from stepquant.run import Run
 
 STEPS = 4
 
@@ -56,6 +61,32 @@ def test_the_report_names_candidates_and_has_null_for_what_diverged() -> None:
 @pytest.mark.parametrize(("asked", "images"), [(0, 0), (1, 8), (8, 8), (9, 16), (24, 20)])
 def test_whole_mini_batches_are_sampled(asked: int, images: int) -> None:
     assert judged_images(asked, images=20, batch=8) == images
+
+
+def test_an_image_that_the_pipeline_carries_twice_is_one_image() -> None:
+    """DiT with guidance: the sample has the latents of every image twice."""
+    pipe = tiny_pipelines.dit()
+    arguments = {"guidance_scale": 1.5, "class_labels": [1, 2, 3]}
+    quantized = quantize(
+        pipe, METHODS["rtn"](weights=4, activations=8, samples=3, batch=3), steps=STEPS, arguments=arguments
+    )
+    recorded = [
+        seal(one)
+        for one in record(
+            pipe, pipe.transformer, seeds=[5, 6, 7], steps=STEPS, batch_size=3, arguments=arguments, run=Run()
+        )
+    ]
+    job: Any = SimpleNamespace(denoiser=quantized.pipe.transformer, handed={"trajectories": recorded})
+    ticks: list[int] = []
+    judge = Judge.of(job, 3)
+    judge.sample(0.0, ticks.append)
+    assert recorded[0].batch == 6
+    assert judge.images == sum(ticks) == 3
+    assert judge.evaluations == 6 * STEPS
+    twice = final_drifts(final_states(job.denoiser, recorded), recorded)
+    torch.testing.assert_close(judge.errors[0.0], twice[:3])
+    torch.testing.assert_close(judge.errors[0.0], twice[3:])
+    assert len(judge.errors[0.0].unique()) == 3
 
 
 @dataclass(frozen=True)
@@ -139,7 +170,9 @@ def test_where_weights_learn_they_are_taken_back_too(monkeypatch: pytest.MonkeyP
 
 
 def test_a_network_that_diverges_either_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "final_drifts", lambda ends, trajectories: torch.full((len(trajectories),), math.nan))
+    monkeypatch.setattr(
+        judging, "final_drifts", lambda ends, trajectories: torch.full((trajectories[0].batch,), math.nan)
+    )
     with pytest.raises(CalibrationError, match="with what windows have learnt and without"):
         fitted(windows(judged=4))
 
