@@ -57,7 +57,6 @@ from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
 from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.calibrate.weighting import Derivative, Matching, SampleWeighting, Variant
-from stepquant.errors import SpecError
 from stepquant.methods.baseline import BLOCKS, layers_first, rows_over_time, start
 from stepquant.model.surgery import Ends
 from stepquant.recipe import Recipe
@@ -131,8 +130,8 @@ def gac(
     """Block-wise AdaRound on samples with learnt weights, then activation ranges and scales.
 
     activations_over_time: lengths of consecutive windows of steps, noise first, that get activation parameters of
-        their own; they must add up to the scheduler's steps. None is one row for all, or with rows="step" one for each
-        step.
+        their own; they must add up to the scheduler's steps. Where it is None, `rows` says: one for all, or one for
+        each step.
     The options from `variant` to `derivative` are those of `SampleWeighting`.
     """
     select = Select(every=every, samples_per_step=samples_per_step)
@@ -162,11 +161,7 @@ def gac(
         weighting=weighting,
         keep_rounding=keep,
     )
-    if activations_over_time is not None and rows == "step":
-        raise SpecError(
-            f'activations_over_time={list(activations_over_time)} and rows="step" both say which steps share '
-            "activation parameters: leave one of them out."
-        )
+    # The lengths go first: whoever gives them to a preset should not have to take back its rows.
     windows = rows_over_time(rows) if activations_over_time is None else tuple(activations_over_time)
     scales: tuple[ScaleBlocks, ...] = ()
     if iterations_activations:

@@ -608,5 +608,4 @@ def test_a_recipe_without_weighting_is_that_of_plain_reconstruction() -> None:
     over_time = gac(activations_over_time=(3, 2)).stages[5]
     assert over_time.windows == (3, 2)  # type: ignore[attr-defined]
     assert gac(rows="step").stages[5].windows == "step"  # type: ignore[attr-defined]
-    with pytest.raises(SpecError, match='rows="step" both say which steps share'):
-        gac(rows="step", activations_over_time=(3, 2))
+    assert gac(rows="step", activations_over_time=(3, 2)).stages[5].windows == (3, 2)  # type: ignore[attr-defined]
