@@ -232,6 +232,7 @@ class Kept:
 def calibrated() -> tuple[dict[str, Any], list[Any]]:
     """What is recorded, what stages have learnt by the end, and the figures of all stages."""
     from stepquant.api import open_model
+    from stepquant.calibrate.bias_correction import CorrectBiases
     from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks, without_input_quantizers
     from stepquant.calibrate.split import agree_
     from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, Place, Record, Select
@@ -257,6 +258,9 @@ def calibrated() -> tuple[dict[str, Any], list[Any]]:
         (FitWindows(window=2, iterations=2, gradient="exact", lr_weights=1e-2, warmup=0.0), False),
         # Without levels of activations a fit is smooth and may be compared for longer.
         (FitWindows(window=2, iterations=20, gradient="exact", lr_weights=1e-2, warmup=0.0), True),
+        # Judged on mini-batches that the processes share: they must choose alike.
+        (FitWindows(window=2, iterations=2, learn_weights=False, judged=6), False),
+        (CorrectBiases(samples=6, judged=6), False),
     )
     for stage, smooth in stages:
         keeper = Kept()

@@ -122,13 +122,25 @@ def far_apart(one: Tensor, other: Tensor) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("count", SEVERAL)
 def test_the_same_losses_up_to_rounding(runs: Path, count: int) -> None:
-    one, several = (json.loads((runs / f"library{n}.json").read_text())[-4:] for n in (1, count))
+    one, several = (json.loads((runs / f"library{n}.json").read_text())[-6:-2] for n in (1, count))
     for ours, theirs in zip(one[:2], several[:2], strict=True):
         assert ours["losses"].keys() == theirs["losses"].keys()
         for unit, losses in ours["losses"].items():
             assert theirs["losses"][unit] == pytest.approx(losses, rel=1e-4), unit
     for ours, theirs in zip(one[2:], several[2:], strict=True):
         assert [loss for _, loss in theirs["losses"]] == pytest.approx([loss for _, loss in ours["losses"]], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", SEVERAL)
+def test_the_same_is_chosen(runs: Path, count: int) -> None:
+    """What sampling the recorded images says about windows and biases, each process having sampled its share."""
+    one, several = (json.loads((runs / f"library{n}.json").read_text())[-2:] for n in (1, count))
+    for ours, theirs, name in zip(one, several, ("share", "strength"), strict=True):
+        assert len(ours["candidates"]) > 1
+        assert theirs[name] == ours[name]
+        for mine, other in zip(ours["candidates"], theirs["candidates"], strict=True):
+            assert other == pytest.approx(mine, rel=0.02)
 
 
 @pytest.mark.slow

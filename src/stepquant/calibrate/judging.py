@@ -64,14 +64,20 @@ class Judge:
         return len(self.errors) * rows * len(self.trajectories[0].steps)
 
     def sample(self, candidate: float, advance: Callable[[int], None]) -> None:
-        """Sample with the job's denoiser as it is now. advance: called with a mini-batch's number of images."""
+        """Sample with the job's denoiser as it is now. advance: called with a mini-batch's number of images.
+
+        Several processes share the mini-batches, and all of them have all errors, so that they choose alike.
+        """
         found = []
-        for trajectory in self.trajectories:
-            drifts = final_drifts(final_states(self.job.denoiser, [trajectory]), [trajectory])
-            # A pipeline that carries doubled latents (DiT with guidance) has every image twice.
-            found.append(drifts.reshape(-1, len(trajectory.seeds)).mean(0))
-            advance(len(trajectory.seeds))
+        for errors in self.job.run.processes.in_turn(self._final_errors, self.trajectories):
+            found.append(errors)
+            advance(len(errors))
         self.errors[candidate] = torch.cat(found)
+
+    def _final_errors(self, trajectory: Trajectory) -> Tensor:
+        drifts = final_drifts(final_states(self.job.denoiser, [trajectory]), [trajectory])
+        # A pipeline that carries doubled latents (DiT with guidance) has every image twice.
+        return drifts.reshape(-1, len(trajectory.seeds)).mean(0)
 
     def better(self, candidate: float, other: float) -> bool:
         """Whether its errors are less in the mean, by more than the standard error of the difference."""

@@ -76,7 +76,7 @@ def test_an_image_that_the_pipeline_carries_twice_is_one_image() -> None:
             pipe, pipe.transformer, seeds=[5, 6, 7], steps=STEPS, batch_size=3, arguments=arguments, run=Run()
         )
     ]
-    job: Any = SimpleNamespace(denoiser=quantized.pipe.transformer, handed={"trajectories": recorded})
+    job: Any = SimpleNamespace(denoiser=quantized.pipe.transformer, handed={"trajectories": recorded}, run=Run())
     ticks: list[int] = []
     judge = Judge.of(job, 3)
     judge.sample(0.0, ticks.append)

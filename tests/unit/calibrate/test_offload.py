@@ -233,7 +233,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "q_diffusion": lambda: METHODS["q_diffusion"](
         samples=4, batch=2, iterations_weights=3, iterations_activations=2, samples_per_step=2
     ),
-    "accuquant": lambda: METHODS["accuquant"](samples=4, batch=2, window=2, iterations=3, block_iterations=2),
+    "accuquant": lambda: METHODS["accuquant"](samples=4, batch=2, window=2, iterations=3, block_iterations=2, judged=2),
     "cec": lambda: METHODS["cec"](samples=4, batch=2, estimator="regression"),
     "combined": lambda: METHODS["combined"](
         samples=4,
@@ -245,6 +245,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         window=2,
         window_iterations=2,
         learn_weights=False,
+        judged=2,
         estimator="regression",
     ),
 }
