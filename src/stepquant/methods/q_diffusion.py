@@ -34,8 +34,7 @@ Differs from the paper:
   parts. Only the preset full splits: integer engines refuse such layers. The paper splits for CIFAR-10 and Stable
   Diffusion and not for LSUN.
 - `rows="step"` gives every timestep an activation range of its own; the paper has one for all. The presets quick and
-  standard do: at 4-bit activations one range for all steps ends near rounding to nearest, whatever the weights
-  (docs/results.md).
+  standard do: at 4-bit activations one range for all steps loses the image, whatever the weights (docs/results.md).
 - Activation ranges are fitted after the weights are rounded, by range search on all observed samples; the code
   initialises on 64 samples and may overwrite the result by a running mean.
 - The presets run far fewer iterations than the paper (20 000 and 5000 a unit) at a higher rate.
