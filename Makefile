@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # Tests run on one thread each, so several side by side. Files stay whole: their fixtures are made once.
-JOBS ?= $(shell $(PYTHON) -c "import os; print(min(8, os.cpu_count() or 1))")
+JOBS ?= logical
 STAMP := $(VENV)/.installed
 export VENV
 
@@ -33,7 +33,7 @@ check: $(STAMP)
 	scripts/check
 
 test: check
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
+	$(VENV)/bin/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -114,6 +114,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         for window in (5, 2, 10, 20, 1)
     },
     "accuquant identity M=5, biases as they are": ("accuquant", ACCUQUANT | {"correct_biases": False}),
+    "accuquant identity M=5, unjudged": ("accuquant", ACCUQUANT | {"judged": 0}),
     "accuquant identity M=5, from full precision": ("accuquant", ACCUQUANT | {"free_run": 0.0}),
     "accuquant identity M=5, one row": ("accuquant", ACCUQUANT | {"rows": "shared"}),
     "accuquant identity M=5, rounding too": ("accuquant", ACCUQUANT | {"learn_weights": True}),

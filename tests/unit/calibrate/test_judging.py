@@ -155,18 +155,12 @@ def weights(quantized: Quantized) -> dict[str, Tensor]:
 
 def test_where_weights_learn_they_are_taken_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Judge, "better", lambda self, candidate, other: False)
-    learning = windows(learn_weights=True, keep_rounding=0.0, lr_weights=0.3)
-    made, unseen = (
-        fitted(
-            learning,
-        ),
-        fitted(windows(learn_weights=True, keep_rounding=0.0, lr_weights=0.3, judged=4)),
-    )
-
+    learning = {"learn_weights": True, "keep_rounding": 0.0, "lr_weights": 0.3}
+    unseen, judged = (fitted(windows(**learning, judged=judged)) for judged in (0, 4))
     before = weights(fitted())
-    assert any(not torch.equal(weight, before[name]) for name, weight in weights(made).items())
-    assert all(torch.equal(weight, before[name]) for name, weight in weights(unseen).items())
-    assert [entry["share"] for entry in unseen.figures[-1]["candidates"]] == [0.0, 1.0]
+    assert any(not torch.equal(weight, before[name]) for name, weight in weights(unseen).items())
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(judged).items())
+    assert [entry["share"] for entry in judged.figures[-1]["candidates"]] == [0.0, 1.0]
 
 
 def test_a_network_that_diverges_either_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
