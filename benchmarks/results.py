@@ -105,6 +105,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "q_diffusion, layers first": ("q_diffusion", {"layer_rounding": True}),
     "q_diffusion, layers first, a row per step": ("q_diffusion", {"layer_rounding": True, "rows": "step"}),
     **{method: (method, {}) for method in (*UNET_METHODS, *TRANSFORMER_METHODS)},
+    **{f"{method}, one row": (method, {"rows": "shared"}) for method in ("ptq4dm", "pqd", "eda_dm", "tcaq_dm")},
     "gac, layers first": ("gac", {"layer_rounding": True}),
     "gac, layers first, a row per step": ("gac", {"layer_rounding": True, "rows": "step"}),
     "adp_dm, layers first": ("adp_dm", {"rounding": "layers"}),

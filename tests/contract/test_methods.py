@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,13 +18,13 @@ import tiny
 from stepquant.api import Quantized, load, quantize, sample
 from stepquant.calibrate import group_search, timestep_net, window_fitting
 from stepquant.calibrate.rounding import SoftRounding, input_scales
-from stepquant.calibrate.stages import calibration_seeds
+from stepquant.calibrate.stages import FitInputRanges, calibration_seeds
 from stepquant.calibrate.window_fitting import FitWindows
 from stepquant.errors import SpecError
 from stepquant.methods import METHODS, PRESETS, STAGES
 from stepquant.model.assembly import describe
 from stepquant.model.correction import CorrectedScheduler
-from stepquant.model.quantizer import DynamicQuantizer
+from stepquant.model.quantizer import DynamicQuantizer, InputQuantizer
 from stepquant.model.surgery import quantized_layers
 from stepquant.recipe import Job, Recipe, Stage, recipe_from_dict
 from stepquant.run import Run
@@ -182,6 +183,32 @@ def test_nothing_of_the_calibration_is_left_behind(method: str, finished: dict[s
     assert [figures["stage"] for figures in finished[method].figures] == [
         type(stage).__name__ for stage in finished[method].recipe.stages
     ]
+
+
+WITH_ROWS = [method for method in METHODS if "rows" in inspect.signature(METHODS[method]).parameters]
+
+
+@pytest.mark.parametrize("method", WITH_ROWS)
+def test_rows_give_every_timestep_ranges_of_its_own(method: str) -> None:
+    options: dict[str, Any] = {"draws": 40} if "draws" in SETTINGS[method] else {}
+    if method == "ptqd":
+        options["step_bits"] = None  # has rows of its own
+    made = quantize(pipe_of(), recipe_of(method, **options, rows="step"), steps=STEPS)
+    quantizer = made.pipe.unet.get_submodule("mid_block.resnets.0.conv1").input_quantizer
+    assert isinstance(quantizer, InputQuantizer)
+    assert quantizer.scale.unique().numel() == STEPS
+    with pytest.raises(SpecError, match="rows must be one of"):
+        recipe_of(method, rows="steps")
+
+
+@pytest.mark.parametrize("method", [method for method in WITH_ROWS if method != "rtn"])
+def test_short_presets_have_a_row_for_every_step(method: str) -> None:
+    """One range for all steps loses the image at 4-bit activations (docs/results.md)."""
+    for preset in ("quick", "standard"):
+        fitted = [
+            stage for stage in METHODS[method](**PRESETS[method][preset]).stages if isinstance(stage, FitInputRanges)
+        ]
+        assert [stage.windows for stage in fitted] == ["step"]
 
 
 @pytest.mark.parametrize("method", ["q_diffusion", "accuquant", "gac", "combined", "ptq4dm", "eda_dm"])

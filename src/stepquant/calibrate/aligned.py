@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.ranges import RangeRule
@@ -31,7 +31,7 @@ class AlignLayers:
     """Sample with the quantized model, then round layers and fit activation ranges again; `rounds` times.
 
     Each round has as many samples as were recorded, from noise that no other round had.
-    samples, batch, together: of `RoundLayers`. ranges: of `FitInputRanges`.
+    samples, batch, together: of `RoundLayers`. ranges, windows: of `FitInputRanges`.
     Later stages see the full-precision trajectories as before.
     """
 
@@ -40,6 +40,7 @@ class AlignLayers:
     batch: int = 32
     together: int = 1
     ranges: RangeRule = "mse"
+    windows: tuple[int, ...] | Literal["step"] | None = None
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
@@ -49,9 +50,11 @@ class AlignLayers:
         if self.rounds < 1:
             raise SpecError(f"rounds must be at least 1, found {self.rounds}.")
         RoundLayers(samples=self.samples, batch=self.batch, together=self.together)  # checks its settings
+        FitInputRanges(self.ranges, windows=self.windows)
 
     def run(self, job: Job) -> Figures:
         rounding = RoundLayers(samples=self.samples, batch=self.batch, together=self.together)
+        fitting = FitInputRanges(self.ranges, windows=self.windows)
         entries: list[Any] = []
         evaluations = 0
         for number in range(1, self.rounds + 1):
@@ -59,7 +62,7 @@ class AlignLayers:
             evaluations += sum(len(one.seeds) * len(one.steps) for one in trajectories)
             # Without a keeper: what it keeps has no place for the round.
             inner = replace(job, handed={**job.handed, "trajectories": trajectories}, keeper=None)
-            rounded, ranged = rounding.run(inner), FitInputRanges(self.ranges).run(inner)
+            rounded, ranged = rounding.run(inner), fitting.run(inner)
             evaluations += rounded["evaluations"] + ranged["evaluations"]
             losses = rounded["losses"].values()
             entries.append({key: sum(entry[key] for entry in losses) for key in ("before", "after")})

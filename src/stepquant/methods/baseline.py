@@ -51,8 +51,24 @@ BLOCKS: dict[str, dict[str, object]] = {
 """In presets of methods that reconstruct blocks for weights, and then for activation scales."""
 
 DRAWN_PRESETS: dict[str, dict[str, object]] = {
-    "quick": {"samples": 32, "batch": 8, "draws": 160, "iterations": 150, "lr_scales": 2e-3, **LAYERS_FIRST},
-    "standard": {"samples": 64, "batch": 16, "draws": 320, "iterations": 1_000, "lr_scales": 2e-3, **LAYERS_FIRST},
+    "quick": {
+        "samples": 32,
+        "batch": 8,
+        "draws": 160,
+        "rows": "step",
+        "iterations": 150,
+        "lr_scales": 2e-3,
+        **LAYERS_FIRST,
+    },
+    "standard": {
+        "samples": 64,
+        "batch": 16,
+        "draws": 320,
+        "rows": "step",
+        "iterations": 1_000,
+        "lr_scales": 2e-3,
+        **LAYERS_FIRST,
+    },
 }
 """Of methods that draw calibration samples, and reconstruct weights and activation scales together."""
 

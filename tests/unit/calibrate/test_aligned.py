@@ -58,3 +58,5 @@ def test_settings_are_checked() -> None:
         AlignLayers(rounds=0)
     with pytest.raises(SpecError, match="together of Round"):
         AlignLayers(together=0)
+    with pytest.raises(SpecError, match="windows must be lengths"):
+        AlignLayers(windows="steps")  # type: ignore[arg-type]
