@@ -114,13 +114,15 @@ def estimated(job: Job, recipe: Recipe) -> Estimate | None:
 class Costs:
     """What decides how often the network runs.
 
-    recording: of the recipe. entries: calibration entries; at most, where they are not chosen by `Select`.
+    recording: of the recipe. entries: calibration entries, chosen: the steps they are of; at most, where they are not
+        chosen by `Select`.
     steps: that the scheduler makes. rows: of the network's calls in a step (two with guidance).
     units: number of reconstruction units.
     """
 
     recording: Record
     entries: int
+    chosen: int
     steps: int
     rows: int
     units: int
@@ -136,7 +138,7 @@ class Costs:
             if isinstance(stage, Select):
                 every = stage.every if stage.steps is None else max(1, steps // stage.steps)
                 chosen, images = -(-steps // every), min(recording.samples, stage.samples_per_step or recording.samples)
-        return cls(recording, chosen * images * rows, steps, rows, units)
+        return cls(recording, chosen * images * rows, chosen, steps, rows, units)
 
     def evaluations(self, stage: Stage) -> float | None:
         """Rows that go through the network in a stage, a backward pass counted as two; None where that is not known."""
@@ -146,7 +148,9 @@ class Costs:
             return self.rows
         if isinstance(stage, Select | FitWeightRanges):
             return 0
-        if isinstance(stage, FitInputRanges | BalanceChannels):
+        if isinstance(stage, FitInputRanges):
+            return stage.observed(self.entries, self.chosen)
+        if isinstance(stage, BalanceChannels):
             return min(stage.samples, self.entries)
         if isinstance(stage, CorrectBiases):
             recorded = self.recording

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +20,7 @@ from stepquant.calibrate.informative import (
     median_kernel,
 )
 from stepquant.calibrate.noising import check_drawn_noise_target, noise_scales, noise_target, noisy
-from stepquant.calibrate.ranges import Observer, RangeRule, fit_range, observing
+from stepquant.calibrate.ranges import Observer, RangeRule, observing
 from stepquant.calibrate.reconstruct import adam_state, clocked, load_adam_state_, readers_of_sample
 from stepquant.calibrate.steps import Step, copy_sharing, prediction_of
 from stepquant.calibrate.timestep_groups import (
@@ -218,7 +218,10 @@ class _Search:
         for args, kwargs, wanted in self._mini_batch(trajectory, index, generator):
             found = prediction_of(self.job.denoiser(*args, **kwargs))[:, : wanted.shape[1]]
             bins |= set(clocked(self.job.denoiser).bin.tolist())
-            loss = loss.to(found) + (found - wanted).square().sum()
+            # In float32 or wider: a sum over latents leaves float16.
+            wide = torch.promote_types(found.dtype, torch.float32)
+            own = (found.to(wide) - wanted.to(wide)).square().sum()
+            loss = loss.to(own) + own
             rows += len(found)
         loss = loss / rows
         if not bool(torch.isfinite(loss)):
@@ -338,7 +341,8 @@ def _places(stage: SearchGroups, job: Job) -> dict[tuple[str, str], InputQuantiz
     if not found:
         raise SpecError(
             "SearchGroups has nothing to search: no layer that matches has a static activation quantizer. Give the "
-            "activations 2 to 8 bits, or put FitInputRanges before."
+            "activations 2 to 8 bits, or put FitInputRanges before. What reads the sample is not searched: it has a "
+            "range of its own in every step."
         )
     return found
 
@@ -371,20 +375,20 @@ def _start(
                 spec, clock, low, high, stage.groups, channel_axis=axes[place], prior=stage.prior
             )
         else:
-            low, high = _observed_ranges(observers[place], clock.bins, spec, stage.ranges)
+            low, high = _observed_ranges(
+                observers[place], clock.bins, spec, stage.ranges, f"The {place[1]} of {place[0]}"
+            )
             found[place] = TimestepGroups(spec, clock, low, high, stage.groups, prior=stage.prior)
         found[place].to(quantizer.scale.device)
     return found
 
 
-def _observed_ranges(observer: Observer, bins: int, spec: QuantSpec, rule: RangeRule) -> tuple[Tensor, Tensor]:
-    """Range of every bin, `[N]` each. All bins are fitted at once, on as many values of each."""
-    seen = [torch.cat([part.cpu() for part in observer.seen[number]]) for number in range(bins)]
-    shortest = min(len(values) for values in seen)
-    ends = torch.tensor([observer.extremes[number] for number in range(bins)])
-    values = torch.cat([torch.stack([values[:shortest] for values in seen]), ends], 1)
-    scale, zero_point = fit_range(values, replace(spec, granularity="channel"), rule)
-    return ((spec.qmin - zero_point) * scale)[:, 0], ((spec.qmax - zero_point) * scale)[:, 0]
+def _observed_ranges(
+    observer: Observer, bins: int, spec: QuantSpec, rule: RangeRule, where: str
+) -> tuple[Tensor, Tensor]:
+    """Range of every bin, `[N]` each."""
+    scale, zero_point = observer.params(spec, torch.arange(bins), rule, where)
+    return (spec.qmin - zero_point) * scale, (spec.qmax - zero_point) * scale
 
 
 def _parameter_groups(stage: SearchGroups, searching: Mapping[Any, Searching]) -> list[dict[str, Any]]:

@@ -117,7 +117,9 @@ class ChooseSoftmaxLevels:
                         f"The softmax output of {name} saw no calibration sample in group {row}: choose calibration "
                         "steps in every group, or fewer groups."
                     )
-                scale, logarithmic = self._row(torch.cat([part for b in bins for part in seen[name].seen[b]]), bits)
+                largest = max(seen[name].extremes[b][1] for b in bins)
+                values = torch.cat([part for b in bins for part in seen[name].seen[b]])
+                scale, logarithmic = self._row(values, largest, bits)
                 scales.append(scale)
                 chosen.append(logarithmic)
             quantizer = LogQuantizer(spec, clock, torch.stack(scales), torch.tensor(chosen), rows)
@@ -153,13 +155,12 @@ class ChooseSoftmaxLevels:
                 handle.remove()
         return observers, count
 
-    def _row(self, values: Tensor, bits: int) -> tuple[Tensor, bool]:
-        """Scale, and whether the levels lie at powers of two."""
+    def _row(self, values: Tensor, most: float, bits: int) -> tuple[Tensor, bool]:
+        """Scale, and whether the levels lie at powers of two. values: drawn from those seen; most: the largest."""
         spec = QuantSpec(bits, nonnegative=True)
-        uniform = fit_range(values.reshape(1, -1), spec, self.rule)
+        uniform = fit_range(values.reshape(1, -1), spec, self.rule, values.new_tensor([[0.0, most]]))
         # The largest value is a level; a softmax output that is 0 throughout has no size.
-        largest = values.amax()
-        largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+        largest = values.new_tensor(most if most > 0 else 1.0)
         if self.choose == "likelihood":
             logarithmic = power_law_gain(values) > 0
         else:

@@ -280,12 +280,17 @@ class FitWeightRanges:
         return {"layers": len(named)}
 
 
+LEAST_IN_ROW = 8
+"""Calibration samples behind the range of a single step."""
+
+
 @dataclass(frozen=True)
 class FitInputRanges:
     """First scale and zero point of every activation, observed behind the already quantized weights.
 
-    rule: as for weights.
-    samples: calibration samples to observe, spread evenly over the calibration set.
+    rule: as for weights, and narrower ranges are tried too (`ranges.FURTHER_CANDIDATES`).
+    samples: calibration samples to observe, spread evenly over the calibration set; with a row for every step
+        `LEAST_IN_ROW` of each of them, if that is more.
     windows: lengths of consecutive windows of steps, noise first, that get a row of parameters each; "step" gives
         every timestep that calibration saw a row, and others that of the next noisier; None is one row for all.
         Rows are divided where the plan has the bits of a layer change.
@@ -305,10 +310,15 @@ class FitInputRanges:
         if isinstance(self.windows, str) and self.windows != "step":
             raise SpecError(f'windows must be lengths such as (5, 5, 5, 5), "step" or None, found {self.windows!r}.')
 
+    def observed(self, entries: int, steps: int) -> int:
+        """Of so many entries of the calibration set, in so many steps, how many go through the network."""
+        least = LEAST_IN_ROW * steps if self.windows == "step" else 0
+        return min(max(self.samples, least), entries)
+
     def run(self, job: Job) -> Figures:
         plan: dict[str, LayerScheme] = job.handed["plan"]
         clock, chosen = clocked(job.denoiser), job.handed["calibration"]
-        count = min(self.samples, len(chosen))
+        count = self.observed(len(chosen), len({step for _, step, _ in chosen.entries}))
         spread = torch.linspace(0, len(chosen) - 1, count).round().long().tolist()
         generator = job.run.generator("ranges")
         with (

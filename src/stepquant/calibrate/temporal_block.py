@@ -302,7 +302,7 @@ class RoundTemporalBlock:
 
     iterations: int = 20_000
     batch: int = 32
-    images: int = 1
+    images: int = 16
     lr: float = 1e-3
     round_weight: float = 0.01
     warmup: float = 0.2
@@ -361,7 +361,7 @@ class RoundTemporalBlock:
     def _blocks(self, job: Job) -> tuple[list[TemporalBlock], int]:
         """The block over the whole schedule, in mini-batches, and the evaluations of the network that it took."""
         trajectories: list[Trajectory] = job.handed["trajectories"]
-        images = min(self.images, sum(trajectory.batch for trajectory in trajectories))
+        images = min(self.images, sum(trajectory.images for trajectory in trajectories))
         steps = range(len(trajectories[0].steps))
         chosen = at_steps(trajectories, [(step, image) for step in steps for image in range(images)])
         parts = -(-len(chosen) // self.batch)
@@ -434,7 +434,7 @@ class FitStepRanges:
         clock, layers = clocked(job.denoiser), quantized_layers(job.denoiser)
         chosen: list[Trajectory] = []
         for trajectory in job.handed["trajectories"]:
-            if sum(one.batch for one in chosen) < self.samples:
+            if sum(one.images for one in chosen) < self.samples:
                 chosen.append(trajectory)
         evaluations = 0
         steps = len(chosen[0].steps)
@@ -500,5 +500,4 @@ class _Running:
             )
         if keep:
             return
-        observer.extremes.clear()
-        observer.seen.clear()
+        observer.forget()

@@ -45,7 +45,9 @@ Differs from the paper (from summaries of it and the public code; where both are
   a least range. Its range ends are recomputed in every pass; here they are observed once, before the search.
 - Rounding in the search has a straight-through gradient; in the public code it has none, so that layers behind another
   quantized layer learn from the entropy alone.
-- First and last layer are at 8 bits unless `ends="same"`; both are searched like the others.
+- First and last layer are at 8 bits unless `ends="same"`. The layer that reads the sample is not searched: it has a
+  range in every step that covers what was seen, and a margin (`ranges.SAMPLE_MARGIN`).
+- Ranges to begin with, and the features of `choose="mmd"`, are those of the first recorded mini-batch.
 - `target="full_precision"` matches the full-precision model's prediction in place of the drawn noise, of which the
   model's own error is a part that no quantizer can take away.
 - The presets quick and standard run fewer rounds at a higher rate, with a `prior` and the full-precision target.

@@ -308,7 +308,13 @@ def test_the_choice_by_error_is_the_better_one() -> None:
     spread = torch.rand(2000)
     peaked = torch.cat((torch.rand(20_000).pow(4) * 0.03, torch.ones(20)))
     stage = ChooseSoftmaxLevels(choose="error")
-    assert stage._row(spread, 4)[1] is False
-    scale, logarithmic = stage._row(peaked, 4)
+    assert stage._row(spread, 1.0, 4)[1] is False
+    scale, logarithmic = stage._row(peaked, 1.0, 4)
     assert logarithmic is True
-    assert float(scale) == float(peaked.max())
+    assert float(scale) == 1.0
+
+
+def test_the_largest_softmax_value_counts_although_it_was_not_kept() -> None:
+    kept = torch.rand(2000) * 0.01
+    scale, _ = ChooseSoftmaxLevels(rule="minmax")._row(kept, 1.0, 8)
+    assert float(scale) == pytest.approx(1 / 255)

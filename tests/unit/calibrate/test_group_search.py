@@ -329,3 +329,23 @@ def test_what_cannot_work_shows_before_recording() -> None:
     refused("full_precision", pipe=pipe_of(scheduler=EDMEulerScheduler()))
     with pytest.raises(SpecError, match="nothing to search"):
         quantize(pipe_of(), recipe_of(activations=None), steps=STEPS)
+
+
+def test_the_loss_is_summed_beyond_the_range_of_float16() -> None:
+    """8549 a sample times 16 samples is more than float16 holds."""
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+
+        def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+            found: Tensor = self.last(torch.tanh(self.first(sample.half()))) + 3
+            return found
+
+    net = Half().half()
+    search = SearchGroups(rounds=1, groups=2, focus=1)
+    stages = (Record(16, 16), Select(), Place(None, 8, ends="same"), FitInputRanges("minmax"), search)
+    pipe = DenoiserPipeline(net, DDIMScheduler(clip_sample=False), (2, 64, 64))
+    made = quantize(pipe, Recipe("half", stages), steps=2)
+    assert all(math.isfinite(entry["loss"]) for entry in made.figures[-1]["rounds"])
