@@ -86,7 +86,7 @@ class CorrectBiases:
 
     def _states(self, job: Job) -> CalibrationSet:
         trajectories: Sequence[Trajectory] = job.handed["trajectories"]
-        steps, images = len(trajectories[0].steps), sum(trajectory.batch for trajectory in trajectories)
+        steps, images = len(trajectories[0].steps), sum(trajectory.images for trajectory in trajectories)
         each = min(images, -(-self.samples // steps))
         drawn = [torch.randperm(images, generator=job.run.generator("biases", step))[:each] for step in range(steps)]
         return at_steps(trajectories, [(step, int(image)) for step, found in enumerate(drawn) for image in found])

@@ -138,7 +138,7 @@ class SelectDensityVariety:
 
     def run(self, job: Job) -> Figures:
         trajectories: list[Trajectory] = job.handed["trajectories"]
-        images = sum(trajectory.batch for trajectory in trajectories)
+        images = sum(trajectory.images for trajectory in trajectories)
         squares, cosines = pairwise(bottleneck_inputs(job.full_precision, trajectories[0]).cpu())
         radius = self.radius if self.radius is not None else _median_between(squares)
         counts = sample_counts(density(squares, radius), variety(cosines), self.draws or images, self.variety_weight)

@@ -72,7 +72,7 @@ class SelectDrawn:
     def run(self, job: Job) -> Figures:
         trajectories: list[Trajectory] = job.handed["trajectories"]
         steps = len(trajectories[0].steps)
-        images = sum(trajectory.batch for trajectory in trajectories)
+        images = sum(trajectory.images for trajectory in trajectories)
         u = torch.rand(self.draws or images, generator=job.run.generator("drawn"), dtype=torch.float64)
         places = drawn_steps(self.positions(u), steps)
         chosen = at_steps(trajectories, [(step, number % images) for number, step in enumerate(places)])

@@ -201,7 +201,7 @@ class SelectInformative:
             kernel = median_kernel(bottleneck_features(job.full_precision, trajectories[0]).flip(0))
             evaluations = sum(step.calls[0].prediction.shape[0] for step in trajectories[0].steps)
         chooser = TimestepChooser(self.choose, steps, self.rounds, kernel)
-        images = sum(trajectory.batch for trajectory in trajectories)
+        images = sum(trajectory.images for trajectory in trajectories)
         used: dict[int, int] = {}
         picks: list[tuple[int, int]] = []
         for number in range(self.rounds):

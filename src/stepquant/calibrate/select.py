@@ -61,7 +61,7 @@ def uniform(trajectories: Sequence[Trajectory], *, every: int, samples_per_step:
         for number, trajectory in enumerate(trajectories):
             if step_index >= len(trajectory.steps):
                 continue
-            images = trajectory.batch if left is None else min(left, trajectory.batch)
+            images = trajectory.images if left is None else min(left, trajectory.images)
             entries += [(number, step_index, row) for row in _rows_of(trajectory, step_index, images)]
             left = None if left is None else left - images
     return CalibrationSet(tuple(entries), (1.0,) * len(entries))
@@ -73,7 +73,7 @@ def at_steps(trajectories: Sequence[Trajectory], picks: Sequence[tuple[int, int]
     image: counted over all trajectories, one after the other; each brings both halves of its guidance.
     Raises CalibrationError for a step or image that is not recorded.
     """
-    places = [(number, image) for number, trajectory in enumerate(trajectories) for image in range(trajectory.batch)]
+    places = [(number, image) for number, trajectory in enumerate(trajectories) for image in range(trajectory.images)]
     weights: dict[Entry, float] = {}
     for step_index, image in picks:
         if not 0 <= image < len(places) or not 0 <= step_index < len(trajectories[places[image][0]].steps):
@@ -84,7 +84,7 @@ def at_steps(trajectories: Sequence[Trajectory], picks: Sequence[tuple[int, int]
         number, place = places[image]
         trajectory = trajectories[number]
         rows = sum(call.prediction.shape[0] for call in trajectory.steps[step_index].calls)
-        for row in range(place, rows, trajectory.batch):
+        for row in range(place, rows, trajectory.images):
             entry = (number, step_index, row)
             weights[entry] = weights.get(entry, 0.0) + 1.0
     return CalibrationSet(tuple(weights), tuple(weights.values()))
@@ -114,8 +114,8 @@ def hold_out(trajectories: Sequence[Trajectory], chosen: CalibrationSet, *, shar
     Raises CalibrationError if no image is left to calibrate on.
     """
     steps = _step_groups(sorted({step for _, step, _ in chosen.entries}), groups)
-    every = [(number, image) for number, trajectory in enumerate(trajectories) for image in range(trajectory.batch)]
-    image_of = {entry: (entry[0], entry[2] % trajectories[entry[0]].batch) for entry in chosen.entries}
+    every = [(number, image) for number, trajectory in enumerate(trajectories) for image in range(trajectory.images)]
+    image_of = {entry: (entry[0], entry[2] % trajectories[entry[0]].images) for entry in chosen.entries}
     used = set(image_of.values())
     rows = len(at_steps(trajectories, [(steps[0][0], 0)]))
     pairs = max(1, math.ceil(share * len(chosen) / (rows * len(steps))))
@@ -162,9 +162,9 @@ def _spread(steps: Sequence[int], images: Sequence[int], pairs: int, *, first: i
 
 
 def _rows_of(trajectory: Trajectory, step_index: int, images: int) -> list[int]:
-    """The rows of the first images: row r belongs to image r modulo the batch."""
+    """The rows of the first images: row r belongs to image r modulo their number."""
     rows = sum(call.prediction.shape[0] for call in trajectory.steps[step_index].calls)
-    return [row for row in range(rows) if row % trajectory.batch < images]
+    return [row for row in range(rows) if row % trajectory.images < images]
 
 
 def inputs(

@@ -139,7 +139,7 @@ class ChooseStepBits:
     def _judged(self, job: Job) -> list[Trajectory]:
         chosen: list[Trajectory] = []
         for trajectory in job.handed["trajectories"]:
-            if sum(one.batch for one in chosen) < self.images:
+            if sum(one.images for one in chosen) < self.images:
                 chosen.append(trajectory)
         return chosen
 

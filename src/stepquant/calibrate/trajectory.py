@@ -104,6 +104,11 @@ class Trajectory:
         """Rows of the sample. Twice the images where the pipeline carries doubled latents (DiT with guidance)."""
         return self.steps[0].sample.shape[0]
 
+    @property
+    def images(self) -> int:
+        """Images of the batch: row r of a call belongs to image r modulo this."""
+        return self.batch // 2 if self.form is not None and self.form.doubled else self.batch
+
 
 @dataclass(frozen=True)
 class State:

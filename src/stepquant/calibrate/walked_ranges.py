@@ -133,7 +133,7 @@ class _Walk:
     def begin(cls, stage: FitRangesProgressively, job: Job) -> _Walk:
         chosen: list[Trajectory] = []
         for trajectory in job.handed["trajectories"]:
-            if sum(one.batch for one in chosen) < stage.samples:
+            if sum(one.images for one in chosen) < stage.samples:
                 chosen.append(trajectory)
         layers = quantized_layers(job.denoiser)
         for name, scheme in _plan(job).items():
@@ -155,7 +155,7 @@ class _Walk:
 
     @property
     def images(self) -> int:
-        return sum(trajectory.batch for trajectory in self.trajectories)
+        return sum(trajectory.images for trajectory in self.trajectories)
 
     def calibrate(self, index: int) -> None:
         """Observe step `index` and freeze the timesteps in it that are new."""

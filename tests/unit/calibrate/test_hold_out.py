@@ -18,6 +18,7 @@ def recorded(steps: int, *batches: int, halves: int = 1) -> list[Any]:
     return [
         SimpleNamespace(
             batch=batch,
+            images=batch,
             steps=[
                 SimpleNamespace(calls=[SimpleNamespace(prediction=torch.zeros(batch * halves, 1))])
                 for _ in range(steps)

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from stepquant.calibrate.select import CalibrationSet, inputs, uniform
+import tiny_pipelines
+from stepquant.calibrate.select import CalibrationSet, at_steps, hold_out, inputs, uniform
 from stepquant.calibrate.steps import DenoiserCall
+from stepquant.calibrate.trajectory import record, seal
 from stepquant.errors import CalibrationError, SpecError
+from stepquant.run import Run
 
 
 def call(rows: int, timestep: Any, *, width: int = 3, **extra: Any) -> DenoiserCall:
@@ -20,7 +23,7 @@ def call(rows: int, timestep: Any, *, width: int = 3, **extra: Any) -> DenoiserC
 
 
 def trajectory(*steps: tuple[DenoiserCall, ...], batch: int) -> Any:
-    return SimpleNamespace(steps=[SimpleNamespace(calls=calls) for calls in steps], batch=batch)
+    return SimpleNamespace(steps=[SimpleNamespace(calls=calls) for calls in steps], batch=batch, images=batch)
 
 
 def test_uniform_takes_strided_steps_and_both_halves_of_the_first_images() -> None:
@@ -34,6 +37,24 @@ def test_uniform_takes_strided_steps_and_both_halves_of_the_first_images() -> No
 def test_uniform_counts_images_over_all_trajectories() -> None:
     plain = [trajectory((call(2, torch.tensor(5)),), batch=2) for _ in range(3)]
     assert uniform(plain, every=1, samples_per_step=3).entries == ((0, 0, 0), (0, 0, 1), (1, 0, 0))
+
+
+def test_images_of_doubled_latents_bring_both_halves() -> None:
+    """DiT carries its latents twice, so that a trajectory's batch has twice as many rows as images."""
+    pipe = tiny_pipelines.dit()
+    arguments = {"class_labels": [1, 2, 3], "guidance_scale": 3.0}
+    found = record(pipe, pipe.transformer, seeds=range(3), steps=2, batch_size=3, run=Run(), arguments=arguments)
+    (recorded,) = [seal(one) for one in found]
+    assert (recorded.batch, recorded.images) == (6, 3)
+    assert uniform([recorded], every=2, samples_per_step=2).entries == ((0, 0, 0), (0, 0, 1), (0, 0, 3), (0, 0, 4))
+    assert at_steps([recorded], [(1, 2)]).entries == ((0, 1, 2), (0, 1, 5))
+    with pytest.raises(CalibrationError, match="there are 3 images"):
+        at_steps([recorded], [(1, 3)])
+    held = hold_out([recorded], uniform([recorded], every=1, samples_per_step=None), share=0.1, groups=2)
+    training = {row % 3 for _, _, row in held.training.entries}
+    validation = [row for group in held.groups for _, _, row in group.entries]
+    assert training.isdisjoint(row % 3 for row in validation)
+    assert len([row for row in validation if row < 3]) == len([row for row in validation if row >= 3]) > 0
 
 
 def test_inputs_cuts_rows_and_joins_timesteps() -> None:
