@@ -103,6 +103,11 @@ class Recipe:
                     f"Stage {number + 1} of recipe {self.name!r}, {type(stage).__name__}, fits a correction, and a "
                     "stage before it has fitted one already, which it would replace. Keep one of them."
                 )
+            if "correction" in have and {"model", "plan"} & stage.gives:
+                raise SpecError(
+                    f"Stage {number + 1} of recipe {self.name!r}, {type(stage).__name__}, changes the quantized model, "
+                    "and a stage before it has fitted a correction to the model as it was. Put the correction last."
+                )
             self._refuse_lost_bits(number)
             have |= stage.gives
 

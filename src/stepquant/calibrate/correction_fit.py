@@ -259,6 +259,10 @@ class _Chain:
             self.before = self.latest
         self.row, self.latest = row, guided
 
+    def painted(self, images: Tensor) -> Tensor | None:
+        """The positions of some images, bool `[B]`, that the pipeline leaves to the sampler; None for all."""
+        return None if self.trajectory.painted is None else self.trajectory.painted[images]
+
 
 @dataclass
 class Problem:
@@ -352,10 +356,13 @@ class Problem:
     def _final_error(self, chains: Sequence[_Chain]) -> float:
         """Root mean square over the held-out images' values."""
         squares = [
-            (chain.state.sample.double() - chain.trajectory.steps[-1].next_sample.double())[chain.held].square()
+            self.rows.by_channel(
+                (chain.state.sample.double() - chain.trajectory.steps[-1].next_sample.double())[chain.held].square(),
+                chain.painted(chain.held),
+            ).flatten()
             for chain in chains
         ]
-        mean = float(torch.cat([square.flatten() for square in squares]).mean())
+        mean = float(torch.cat(squares).mean())
         return math.sqrt(mean) if math.isfinite(mean) else math.inf
 
     def _met(self, chains: Sequence[_Chain], index: int, estimator: Estimator) -> tuple[Moments, Moments]:
@@ -392,8 +399,9 @@ class Problem:
             values = values * weight.double()
         found = []
         for rows in (~chain.held, chain.held):
-            design = torch.stack([self.rows.by_channel(regressor[rows]) for regressor in values], dim=1)  # [C, 4, N]
-            target = self.rows.by_channel(error[rows])  # [C, N]
+            own = chain.painted(rows)
+            design = torch.stack([self.rows.by_channel(regressor[rows], own) for regressor in values], dim=1)
+            target = self.rows.by_channel(error[rows], own)  # [C, N], design [C, 4, N]
             products = design @ design.mT
             found.append(Moments(products.cpu(), (design @ target[:, :, None])[:, :, 0].cpu()))
         return found[0], found[1]
@@ -462,10 +470,7 @@ def _trajectory_error(chain: _Chain, index: int) -> tuple[Tensor, Tensor]:
 
 def held_out_images(trajectories: Sequence[Trajectory], every: int) -> list[Tensor]:
     """Which rows of each trajectory's batch are held out; the last image if there are fewer than `every`."""
-    images = [
-        trajectory.batch // 2 if trajectory.form is not None and trajectory.form.doubled else trajectory.batch
-        for trajectory in trajectories
-    ]
+    images = [trajectory.images for trajectory in trajectories]
     total, start, masks = sum(images), 0, []
     if total < 2:
         raise CalibrationError(

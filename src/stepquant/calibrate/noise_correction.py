@@ -236,7 +236,8 @@ def noise_moments(
         for step, row in zip(trajectory.steps, rows.of_step, strict=True):
             guided = predict(denoiser, trajectory, step.index, state_at(trajectory, step.index))
             error = guided.double() - step.guided.double()
-            own = NoiseMoments.of(rows.by_channel(step.guided), rows.by_channel(error))
+            painted = trajectory.painted
+            own = NoiseMoments.of(rows.by_channel(step.guided, painted), rows.by_channel(error, painted))
             found[row] = found[row] + own if row in found else own
             advance(1)
     return [found[row] for row in range(len(rows.timesteps))]

@@ -60,6 +60,13 @@ class StepRows:
             shared=shared,
         )
 
-    def by_channel(self, tensor: Tensor) -> Tensor:
-        """`[B, C, ...]` or `[B, T, C]` -> `[C, values]`; one row if coefficients are shared."""
-        return tensor.reshape(1, -1) if self.shared else tensor.movedim(self.axis, 0).flatten(1)
+    def by_channel(self, tensor: Tensor, painted: Tensor | None = None) -> Tensor:
+        """`[B, C, ...]` or `[B, T, C]` -> `[C, values]`; one row if coefficients are shared.
+
+        painted: as `Trajectory.painted`; values of other positions, which the pipeline writes over, are left out.
+        """
+        rows = tensor.reshape(1, -1) if self.shared else tensor.movedim(self.axis, 0).flatten(1)
+        if painted is None:
+            return rows
+        kept: Tensor = self.by_channel(painted.to(tensor.device).expand_as(tensor))
+        return rows[:, kept[0]]

@@ -152,7 +152,10 @@ class _Walk:
         if self.stage.input_bias and index + 1 < len(self.rows.of_step) and self._once(row):
             self.shift[row] = -self._bias(index + 1)
             self._check(row, index)
-            self.states = [State(self._moved(state.sample, row), state.history) for state in self.states]
+            self.states = [
+                State(self._moved(trajectory, state.sample, row), state.history)
+                for trajectory, state in zip(self.trajectories, self.states, strict=True)
+            ]
 
     def _count(self) -> None:
         self.evaluations += sum(trajectory.batch for trajectory in self.trajectories)
@@ -170,32 +173,41 @@ class _Walk:
     def _gain(self, predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         found = [
             gains(
-                self._positions(prediction),
-                self._positions(target),
+                prediction,
+                target,
                 relative=self.stage.relative,
                 nearness=self.stage.nearness,
                 threshold=self.stage.threshold,
             )
-            for prediction, target in zip(predictions, targets, strict=True)
+            for trajectory, *both in zip(self.trajectories, predictions, targets, strict=True)
+            for prediction, target in zip(*(self._positions(one, trajectory.painted) for one in both), strict=True)
         ]
         return torch.cat(found).mean(dim=0).float().cpu()
 
     def _bias(self, index: int) -> Tensor:
         """Mean `[C]` of what the states before step `index` differ from the recorded samples by."""
         differences = [
-            self.rows.by_channel(state.sample.double() - trajectory.steps[index].sample.double())
+            self.rows.by_channel(state.sample.double() - trajectory.steps[index].sample.double(), trajectory.painted)
             for trajectory, state in zip(self.trajectories, self.states, strict=True)
         ]
         return torch.cat(differences, dim=1).mean(dim=1).float().cpu()
 
-    def _positions(self, sample: Tensor) -> Tensor:
-        """`[B, C, ...]` or `[B, T, C]` -> `[B, C, positions]`."""
-        return sample.movedim(self.rows.axis, 1).flatten(2)
+    def _positions(self, sample: Tensor, painted: Tensor | None) -> list[Tensor]:
+        """`[B, C, ...]` or `[B, T, C]` -> `[B, C, positions]`, or `[1, C, positions]` of each image where the sampler
+        has a part of them only.
+        """
+        values = sample.movedim(self.rows.axis, 1).flatten(2)
+        if painted is None:
+            return [values]
+        kept = painted.to(sample.device).expand_as(sample).movedim(self.rows.axis, 1).flatten(2)[:, 0]
+        return [own[None, :, where] for own, where in zip(values, kept, strict=True)]
 
-    def _moved(self, sample: Tensor, row: int) -> Tensor:
+    def _moved(self, trajectory: Trajectory, sample: Tensor, row: int) -> Tensor:
+        """The sample with the row's shift, but for the known part of a picture, which the pipeline writes anew."""
         shape = [1] * sample.ndim
         shape[self.rows.axis] = self.rows.channels
-        return (sample + self.shift[row].to(sample.device).reshape(shape)).to(sample.dtype)
+        moved = (sample + self.shift[row].to(sample.device).reshape(shape)).to(sample.dtype)
+        return moved if trajectory.painted is None else torch.where(trajectory.painted, moved, sample)
 
     def _once(self, row: int) -> bool:
         """Whether the sampling run comes to this timestep only once."""
@@ -227,7 +239,11 @@ class _Walk:
     def final_error(self) -> float:
         """Root mean square of where the corrected model ends, from where full precision did, over all images."""
         ends = [
-            (state.sample.double() - trajectory.steps[-1].next_sample.double()).square().flatten().cpu()
+            self.rows.by_channel(
+                (state.sample.double() - trajectory.steps[-1].next_sample.double()).square(), trajectory.painted
+            )
+            .flatten()
+            .cpu()
             for trajectory, state in zip(self.trajectories, self.states, strict=True)
         ]
         return math.sqrt(float(torch.cat(ends).mean()))

@@ -392,7 +392,8 @@ class WeightLearner:
 
         validation_loss, matching, cosine: before and after, on one mini-batch: mean L_t(theta*), L_GM, and the mean
             cosine between the groups' g_t over pairs.
-        effective_samples: 1 / sum omega^2. mass: sum of omega in each timestep group, noise first.
+        effective_samples: 1 / sum omega^2. mass: sum of omega in each timestep group, noise first; mass_of_steps: of
+            each step that calibrates, by its index.
         """
         setting = self.setting
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward derivative and no second one
@@ -416,10 +417,12 @@ class WeightLearner:
             )
         omega = self.weights / len(self.logits)
         mass = torch.zeros(int(self._groups.max()) + 1, dtype=torch.float64).index_add_(0, self._groups, omega)
+        by_step = torch.zeros(int(self.strata.max()) + 1, dtype=torch.float64).index_add_(0, self.strata, omega)
         return {
             **{name: [before[name], after[name]] for name in before},
             "effective_samples": float(1 / omega.square().sum()),
             "mass": mass.tolist(),
+            "mass_of_steps": {str(step): float(by_step[step]) for step in sorted(set(self.strata.tolist()))},
         }
 
     def _coefficient(self, level: float, samples: int) -> float:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from stepquant.errors import SpecError, UnsupportedPipeline
+from stepquant.model.schedule import guarded_by, same_timestep
 
 __all__ = [
     "CORRECTION_FIELDS",
@@ -54,7 +55,7 @@ class StepCorrection:
     previous `[S, C]`: of the prediction at the timestep before. None where it is not used: then nothing is kept
         between steps.
     shift `[S, C]`: added to the sample that the step returns, so that the denoiser reads it at the next timestep (the
-        input bias of TAC, with the other sign). None where it is not used.
+        input bias of TAC, with the other sign); once, where several steps in a row use it. None where it is not used.
     """
 
     timesteps: Tensor
@@ -149,8 +150,21 @@ class StepCorrection:
         guided: corrected already. args, kwargs: the others of `step`.
         The noise is that of the same step, from the same generators, of a prediction and a sample that are 0.
         """
+        return self._finished(True, step, guided, timestep, sample, *args, **kwargs)
+
+    def _finished(
+        self,
+        shifted: bool,
+        step: Callable[..., Any],
+        guided: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """shifted: whether the row's shift is still to be added."""
         row = self.row(timestep)
-        share, shift = self.variance[row], None if self.shift is None else self.shift[row]
+        share, shift = self.variance[row], self.shift[row] if shifted and self.shift is not None else None
         change: Tensor | None = None
         if bool((share != 0).any()):
             with torch.no_grad(), _rewound(step, guided, timestep, sample, *args, **kwargs):
@@ -278,6 +292,7 @@ class CorrectedScheduler(_Remembering):
     """
 
     _schedule: Any = None
+    _shifted: int | None = None  # the row whose shift the sample has
 
     def __init__(self, scheduler: Any, correction: StepCorrection) -> None:
         if correction.scales_noise and not noise_can_be_scaled(scheduler):
@@ -314,7 +329,22 @@ class CorrectedScheduler(_Remembering):
         schedule = getattr(self._scheduler, "timesteps", None)
         if schedule is not self._schedule:
             self._forget()
-            self._schedule = schedule
+            self._schedule, self._shifted = schedule, None
+
+    def _refuse_elsewhere(self, timestep: Any) -> None:
+        """Where the schedule is guarded, a step without a row of its own is an error.
+
+        The guard sees all timesteps of the scheduler, of which a pipeline may walk a part (image to image).
+        """
+        if guarded_by(self) is None:
+            return
+        own = self._correction.timesteps
+        if not any(same_timestep(float(timestep), one) for one in own.tolist()):
+            raise SpecError(
+                f"The correction has no row for timestep {float(timestep):g}: it was fitted from {float(own[0]):g} to "
+                f"{float(own[-1]):g}. Sample from where it was fitted (with image to image the same strength or less), "
+                'fit it anew, or load the checkpoint with schedule="nearest" to use the nearest row.'
+            )
 
     def __len__(self) -> int:
         return len(self._scheduler)
@@ -353,5 +383,9 @@ def _corrected_step(
     **kwargs: Any,
 ) -> Any:
     standing._start_anew_if_asked()
+    standing._refuse_elsewhere(timestep)
     guided = standing._corrected(model_output, timestep, sample)
-    return standing.correction.finish(inner, guided, timestep, sample, *args, **kwargs)
+    row = standing.correction.row(timestep)
+    # Gains follow what a step makes of its prediction, a shift does not: on a finer schedule it is still added once.
+    first, standing._shifted = row != standing._shifted, row
+    return standing.correction._finished(first, inner, guided, timestep, sample, *args, **kwargs)

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from stepquant.errors import SpecError
 
-__all__ = ["ScheduleFingerprint", "guard_schedule", "guarded_by", "with_constants"]
+__all__ = ["ScheduleFingerprint", "guard_schedule", "guarded_by", "same_timestep", "with_constants"]
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,12 @@ def _timesteps(scheduler: Any) -> tuple[float, ...]:
 
 def _same(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     """Equal up to the rounding of float32, which may differ between devices and numpy versions."""
-    return len(one) == len(other) and all(
-        math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6) for a, b in zip(one, other, strict=True)
-    )
+    return len(one) == len(other) and all(map(same_timestep, one, other))
+
+
+def same_timestep(one: float, other: float) -> bool:
+    """Equal up to the rounding of float32."""
+    return math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-6)
 
 
 def _shown(timesteps: tuple[float, ...]) -> str:

@@ -22,6 +22,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+import tiny_pipelines
 from stepquant.calibrate.compensation import Compensate, candidates
 from stepquant.calibrate.correction_fit import RIDGE, Estimator, Fitted, Moments, fit, held_out_images
 from stepquant.calibrate.forms import DoubledLatentsGuidance
@@ -652,3 +653,54 @@ def test_trajectories_that_do_not_go_together_are_refused() -> None:
     learnt = replace(one.steps[0], guided=torch.cat([one.steps[0].guided] * 2, dim=1))
     with pytest.raises(UnsupportedPipeline, match="learned variance"):
         fitted(rough(), [replace(one, steps=(learnt, *one.steps[1:]))], Estimator("bias"))
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [Estimator("trajectory", ridge=0.0), Estimator("closed_loop", ridge=0.0), Estimator("scale", ridge=0.0)],
+    ids=lambda estimator: estimator.name,
+)
+def test_positions_that_the_pipeline_writes_over_teach_nothing(estimator: Estimator) -> None:
+    painted = torch.zeros(len(SEEDS), 1, 4, 4, dtype=torch.bool)
+    painted[..., :2] = True
+
+    class Half(Denoiser):
+        """1.1 times as much where something is painted, 0.6 times where the pipeline writes what is known."""
+
+        def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+            return torch.where(painted, 1.1, 0.6) * super().forward(sample, timestep)
+
+    trajectories = [replace(one, painted=painted) for one in recorded(DDIMScheduler(clip_sample=False))]
+    found = fitted(Half(), trajectories, estimator)
+    moving = rows_that_move(trajectories[0])
+    assert found.correction.gain[moving].flatten().tolist() == pytest.approx([1 / 1.1] * 2 * len(moving), rel=1e-3)
+    # Compared where something was painted, of which a half of all positions is no part.
+    uncorrected = fitted(Half(), trajectories, Estimator("bias", ridge=1e12)).held_out_rms
+    assert found.held_out_rms < 0.01 * uncorrected
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_guided_prediction_is_what_is_corrected(eta: float) -> None:
+    """An error in one half of a doubled batch, which is a factor of the guided prediction and of nothing else."""
+    scale = 3.0
+    pipe = tiny_pipelines.sd15()
+    pipe.scheduler = DDIMScheduler(clip_sample=False)
+    arguments = {**tiny_pipelines.FAMILIES["sd15"].arguments(), "guidance_scale": scale, "eta": eta}
+    quantized = copy.deepcopy(pipe.unet)
+    plain = quantized.forward
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        (found,) = plain(*args, **{**kwargs, "return_dict": False})
+        without, told = found.chunk(2)
+        guided = without + scale * (told - without)
+        return (torch.cat([without, told + 0.1 * guided]),)
+
+    quantized.forward = wrong
+    found = record(pipe, pipe.unet, seeds=range(2), steps=3, batch_size=2, run=Run(), arguments=arguments)
+    trajectories = [seal(one) for one in found]
+    assert trajectories[0].fingerprint.guidance == "cfg(3)"
+    correction = fit(
+        quantized, trajectories, Estimator("regression", ("prediction", "one"), 0.0), full_precision=pipe.unet
+    ).correction
+    gain = 1 / (1 + 0.1 * scale)
+    assert correction.gain.flatten().tolist() == pytest.approx([gain] * correction.gain.numel(), rel=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -309,3 +310,13 @@ def test_a_recipe_has_one_correction() -> None:
 
     with pytest.raises(SpecError, match="a stage before it has fitted one already"):
         Recipe("twice", (*rtn().stages, CorrectNoise(), CorrectNoise(regress_on="quantized")))
+
+
+def test_positions_that_the_pipeline_writes_over_teach_nothing() -> None:
+    trajectory = recorded(DDPMScheduler(clip_sample=False))
+    painted = torch.zeros(len(SEEDS), 1, *trajectory.steps[0].sample.shape[2:], dtype=torch.bool)
+    painted[..., :3] = True
+    factor = torch.where(painted, 1.25, 0.3)
+    quantized = Remembered({int(step.timestep): factor * step.guided.double() for step in trajectory.steps})
+    found, _ = fitted(replace(trajectory, painted=painted), quantized)
+    assert found.gain.flatten().tolist() == pytest.approx([0.8] * 3 * STEPS, rel=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -245,3 +246,36 @@ def test_the_trajectories_stay_as_they_were() -> None:
     fitted(trajectories, Denoiser(0.3))
     after = [step.sample for one in trajectories for step in one.steps]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def test_positions_that_the_pipeline_writes_over_teach_nothing() -> None:
+    painted = torch.zeros(len(SEEDS), 1, 4, 4, dtype=torch.bool)
+    painted[..., :2] = True
+    factor = torch.where(painted[:1], 1.25, 0.5)
+
+    class Half(Denoiser):
+        def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+            return factor * super().forward(sample, timestep)
+
+    trajectories = [replace(one, painted=painted) for one in recorded(ddim(), batch=3)]
+    found, figures = fitted(trajectories, Half(), nearness=0.0, input_bias=False)
+    assert found.gain.flatten().tolist() == pytest.approx([0.8] * 2 * STEPS, rel=1e-6)
+    assert figures["final_error"] < 1e-5
+
+    class Shifted(Denoiser):
+        def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+            return super().forward(sample, timestep) + torch.where(painted[:1], 0.2, -5.0)
+
+    whole, _ = fitted(recorded(ddim(), batch=3), moved_by(0.2), gain=False)
+    part, _ = fitted(trajectories, Shifted(), gain=False)
+    assert whole.shift is not None
+    assert part.shift is not None
+    assert part.shift.tolist() == [pytest.approx(row, rel=0.3, abs=1e-6) for row in whole.shift.tolist()]
+
+
+def moved_by(amount: float) -> Denoiser:
+    class Moved(Denoiser):
+        def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+            return super().forward(sample, timestep) + amount
+
+    return Moved()

@@ -535,6 +535,7 @@ def test_weights_go_on_from_unit_to_unit_and_are_measured() -> None:
     for entry in found:
         assert sum(entry["mass"]) == pytest.approx(1)
         assert len(entry["mass"]) == 5
+        assert sum(entry["mass_of_steps"].values()) == pytest.approx(1)
         assert all(-1 <= cosine <= 1 for cosine in entry["cosine"])
     once = SampleWeighting(iterations=3, batch=4).unit_evaluations(25, 5, 5)
     assert figures["block_evaluations"] == 3 * once

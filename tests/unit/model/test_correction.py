@@ -255,3 +255,39 @@ def _set(scheduler: DDIMScheduler, steps: int) -> DDIMScheduler:
     free = DDIMScheduler.from_config(scheduler.config)
     free.set_timesteps(steps)
     return free
+
+
+def with_shift(timesteps: torch.Tensor, amount: float) -> StepCorrection:
+    identity = StepCorrection.identity(timesteps, 1)
+    shift = torch.zeros_like(identity.gain)
+    shift[0] = amount
+    return replace(identity, shift=shift)
+
+
+@pytest.mark.parametrize("steps", [4, 8, 20])
+def test_a_shift_is_added_once_on_a_finer_schedule(steps: int) -> None:
+    coarse, fine = DDIMScheduler(clip_sample=False), DDIMScheduler(clip_sample=False)
+    coarse.set_timesteps(4)
+    fine.set_timesteps(steps)
+    standing = CorrectedScheduler(fine, with_shift(coarse.timesteps.float(), 0.5))
+    for _ in range(2):  # and once more in another run
+        standing.set_timesteps(steps)
+        moved = 0.0
+        for timestep in standing.timesteps:
+            nothing = torch.zeros(1, 1, 2, 2), timestep, torch.zeros(1, 1, 2, 2)
+            moved += float(standing.step(*nothing).prev_sample.mean())
+        assert moved == pytest.approx(0.5)
+
+
+def test_a_guarded_correction_refuses_a_step_it_was_not_fitted_on() -> None:
+    """Image to image fits the tail of a schedule; a greater strength begins before it."""
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(5)
+    fitted = scheduler.timesteps[2:].float()
+    standing = CorrectedScheduler(scheduler, StepCorrection.identity(fitted, 1))
+    step = torch.zeros(1, 1, 2, 2), scheduler.timesteps[0], torch.zeros(1, 1, 2, 2)
+    standing.step(*step)  # without a guard the nearest row serves
+    guard_schedule(standing, ScheduleFingerprint.of(standing, steps=5, guidance="none"))
+    with pytest.raises(SpecError, match="no row for timestep 800: it was fitted from 400 to 0"):
+        standing.step(*step)
+    standing.step(step[0], scheduler.timesteps[2], step[2])
