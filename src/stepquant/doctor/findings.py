@@ -131,8 +131,17 @@ KINDS: Mapping[str, KindOfFinding] = {
         "warning", "activations", "Keep the activation in full precision, or move the outliers into the weight."
     ),
     "float16_overflow": KindOfFinding("warning", "none", "Sample in bfloat16 or float32, never in float16."),
+    "drift_elsewhere": KindOfFinding(
+        "error",
+        "none",
+        "No bits mend it: load or convert the model again. Where no module is named, compare the two models' settings, "
+        "dtypes and step corrections.",
+    ),
     "low_cosine": KindOfFinding("warning", "both", "Give the layer more bits."),
     "drives_drift": KindOfFinding("warning", "both", "Give the layer more bits."),
+    "spread_drift": KindOfFinding(
+        "warning", "none", "Give all layers more bits, take a stronger method, or raise --top to measure more layers."
+    ),
 }
 """Kinds of findings, those that explain others first."""
 

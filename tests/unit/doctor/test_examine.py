@@ -198,7 +198,7 @@ def test_a_planted_fault_is_found_in_its_layer_and_step(
 
 
 def test_every_kind_has_a_planted_fault() -> None:
-    elsewhere = {"black_image", "constant_image", "drives_drift"}
+    elsewhere = {"black_image", "constant_image", "drives_drift", "drift_elsewhere", "spread_drift"}
     assert {fault[1] for fault in QUANTIZED_FAULTS} | elsewhere == set(KINDS)
 
 
@@ -227,6 +227,57 @@ def test_estimates_that_do_not_add_up_are_called_so(patient: Any, exact: Any, qu
     notes = examined(patient, exact, top=0).notes
     assert [note for note in notes if "add up to" in note]
     assert examined(quantized, exact, top=0).notes == ()
+
+
+def unet_pipe(net: nn.Module) -> DDIMPipeline:
+    pipe = DDIMPipeline(net, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def quantized_unet() -> tuple[Any, Any]:
+    exact = unet_pipe(tiny.tiny_unet())
+    return exact, quantize(exact, rtn(weights=8, activations=8, samples=2, batch=2), steps=3).pipe
+
+
+@pytest.mark.parametrize("factor", [0.2, -1.0])
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_drift_that_comes_from_a_norm_is_an_error_that_names_it(
+    quantized_unet: tuple[Any, Any], factor: float, is_quantized: bool
+) -> None:
+    exact, eight = quantized_unet
+    sick = copy.deepcopy(eight.unet if is_quantized else exact.unet)
+    norm = "down_blocks.0.resnets.0.norm1"
+    sick.get_submodule(norm).weight.data *= factor
+    sick.get_submodule("conv_norm_out").weight.data *= factor
+    pipe = with_denoiser(eight, "unet", sick) if is_quantized else unet_pipe(sick)
+    diagnosis = examine(pipe, exact, seeds=[5, 6], steps=3, top=1)
+    assert not diagnosis.healthy
+    found = [finding for finding in diagnosis.findings if finding.kind == "drift_elsewhere"]
+    assert {finding.layer for finding in found} == {norm, "conv_norm_out"}
+    assert {finding.severity for finding in found} == {"error"}
+    assert (found[0].value or 0) > 0.1
+    assert diagnosis.relative_drift == found[0].value or is_quantized
+    assert norm not in [rule.pattern for rule in diagnosis.rules]
+
+
+def test_drift_that_no_module_accounts_for_is_an_error_of_its_own(exact: Any) -> None:
+    class Darker(Net):
+        def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+            return 0.5 * super().forward(sample, timestep)
+
+    finding = the(examined(pipeline(Darker().eval()), exact), "drift_elsewhere")
+    assert (finding.layer, finding.severity) == (None, "error")
+    assert "no other module" in finding.what
+
+
+def test_drift_of_all_layers_together_is_a_finding_though_none_stands_out(patient: Any, exact: Any) -> None:
+    for layer in layers(patient).values():
+        layer.weight.data *= 1.3
+    diagnosis = examined(patient, exact, top=0)
+    assert (diagnosis.relative_drift or 0) > 0.1
+    assert the(diagnosis, "spread_drift").value == diagnosis.relative_drift
 
 
 def black(net: Any) -> None:
