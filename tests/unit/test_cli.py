@@ -455,6 +455,49 @@ def test_report_evaluates_only_what_is_missing(run: Run, library: Library, tmp_p
     assert "--overwrite" in err
 
 
+def evaluated(run: Run, folder: Path, *options: str, **changes: Any) -> Path:
+    """A checkpoint with an evaluation, changed."""
+    run("evaluate", a_checkpoint(folder), "--seeds", "1000-1003", *options)
+    path = folder.with_name(folder.name + ".evaluation.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def test_report_samples_each_checkpoint_with_its_own_steps(run: Run, library: Library, tmp_path: Path) -> None:
+    one, two = evaluated(run, tmp_path / "one"), evaluated(run, tmp_path / "two", "--steps", "10")
+    status, _, err = run("report", one, two, "-o", tmp_path / "r.html")
+    assert status == 0, err
+    assert [asked["steps"] for asked in library.asked("sample")] == [20, 20, 10]
+    page = (tmp_path / "r.html").read_text()
+    assert "not ranked" in page
+    assert "images have 20 steps, those of two with 10" in page
+    assert "No films and no errors of layers: the evaluations have different numbers of steps." in page
+
+
+def test_report_refuses_other_references_before_anything_is_sampled(run: Run, library: Library, tmp_path: Path) -> None:
+    one, two = evaluated(run, tmp_path / "one"), evaluated(run, tmp_path / "two", against="other")
+    status, _, err = run("report", one, two, a_checkpoint(tmp_path / "three"), "-o", tmp_path / "r.html")
+    assert status == 1
+    assert f"stepquant evaluate {two} --against digits-unet --seeds 1000-1003 --steps 20" in err.replace("\n", " ")
+    assert len(library.asked("evaluate")) == 2
+    assert library.asked("sample") == []
+
+
+def test_report_loads_the_other_denoiser_or_says_that_it_is_gone(run: Run, library: Library, tmp_path: Path) -> None:
+    other = a_checkpoint(tmp_path / "other")
+    one = evaluated(run, tmp_path / "one", onto=str(other))
+    library.calls.clear()
+    assert run("report", one, "-o", tmp_path / "r.html")[0] == 0
+    assert [asked["folder"] for asked in library.asked("load")] == [other, one]
+    assert "onto" in library.asked("load")[1]
+    library.calls.clear()
+    one = evaluated(run, tmp_path / "one", onto=str(tmp_path / "gone"))
+    status, _, err = run("report", one, "-o", tmp_path / "r.html", "--overwrite")
+    assert status == 0, err
+    assert library.asked("sample") == []
+    assert "/gone, which is gone." in (tmp_path / "r.html").read_text()
+
+
 def test_report_names_a_damaged_evaluation(run: Run, library: Library, tmp_path: Path) -> None:
     checkpoint = a_checkpoint(tmp_path / "c")
     (tmp_path / "c.evaluation.json").write_text("{")

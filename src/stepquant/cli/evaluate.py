@@ -23,7 +23,7 @@ from stepquant.evaluate.gates import check_gates, parse_gates
 from stepquant.evaluate.lpips import Lpips
 from stepquant.evaluate.named_features import features_named
 from stepquant.evaluate.seeds import refuse_calibration_seeds
-from stepquant.evaluate.source import Source, open_source
+from stepquant.evaluate.source import ImageFolder, Source, open_source
 from stepquant.evaluate.weights import MissingWeights
 from stepquant.inspection import inspect_checkpoint
 from stepquant.manifest import MANIFEST_NAME
@@ -140,7 +140,14 @@ def measure(
     # What ran checkpoints; models and folders of images have no engine.
     checkpoints = [name for name in (candidate, base) if (Path(name) / MANIFEST_NAME).is_file()]
     engine = sampling.engine if checkpoints else None
-    named = {"candidate": str(Path(candidate)), "against": base, "engine": engine, "command": settings.command}
+    kind = "images" if isinstance(reference, ImageFolder) else "checkpoint" if base in checkpoints else "model"
+    named = {
+        "candidate": str(Path(candidate)),
+        "against": base,
+        "reference_kind": kind,
+        "engine": engine,
+        "command": settings.command,
+    }
     return {**results, **named, **({} if sampling.onto is None else {"onto": str(sampling.onto)})}
 
 
