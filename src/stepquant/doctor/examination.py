@@ -29,7 +29,7 @@ from stepquant.doctor.advice import as_yaml, plain_rules, rules_for
 from stepquant.doctor.cosines import LayerError, layer_errors
 from stepquant.doctor.drivers import Driver, Expansion, contributions, drift, restored_drift
 from stepquant.doctor.findings import KINDS, Finding, Thresholds
-from stepquant.doctor.health import ChannelSpread, Health, watching
+from stepquant.doctor.health import MOST_NAMED, ChannelSpread, Health, watching
 from stepquant.doctor.layers import differing_modules, paired_layers
 from stepquant.doctor.weights import static_findings
 from stepquant.errors import SpecError
@@ -220,6 +220,14 @@ def _notes(denoiser: nn.Module, health: Health, compared: _Comparison | None) ->
     notes = []
     if health.broken > 1:
         notes.append(f"{health.broken} modules gave values that are not finite; the first of them is named.")
+    if outliers := health.outliers():
+        shown = ", ".join(str(finding.layer) for finding in outliers[:MOST_NAMED])
+        more = f" and {len(outliers) - MOST_NAMED} more" if len(outliers) > MOST_NAMED else ""
+        notes.append(
+            f"If you quantize this model: the inputs of {shown}{more} have channels up to "
+            f"{max(finding.value or 0.0 for finding in outliers):.3g} times as large as the median channel. Keep these "
+            "activations in full precision, or move the outliers into the weight."
+        )
     if compared is None:
         notes.append("Without the full-precision model there are no errors of layers and no drift.")
     if not health.outputs:

@@ -15,7 +15,7 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from torch import Tensor, nn
 
 import tiny
-from stepquant.api import quantize, sample, with_denoiser
+from stepquant.api import open_model, quantize, sample, with_denoiser
 from stepquant.doctor import Diagnosis, Finding, Thresholds, examine
 from stepquant.doctor.advice import as_yaml, rules_for
 from stepquant.doctor.findings import KINDS, Sightings
@@ -307,7 +307,6 @@ def test_images_without_content_are_found_in_an_ordinary_pipeline(plant: Callabl
     [
         (nan_weight, "not_finite", "middle", 0),
         (dead_channel, "dead_channels", "middle", 0),
-        (outlier, "outlier_channels", "middle", 0),
         (large_for_float16, "float16_overflow", "middle", 0),
         (large_weight, "float16_overflow", "middle", None),
     ],
@@ -382,6 +381,34 @@ def test_a_range_of_run_time_shows_outliers_too(patient: Any) -> None:
     patient.denoiser.middle.input_quantizer = DynamicQuantizer(QuantSpec(8, dynamic=True))
     outlier(patient.denoiser)
     assert the(examined(patient), "outlier_channels").layer == "middle"
+
+
+def test_outliers_of_a_model_that_is_not_quantized_are_a_note() -> None:
+    pipe = pipeline(Net().eval())
+    outlier(pipe.denoiser)
+    diagnosis = examined(pipe)
+    assert (diagnosis.findings, diagnosis.rules) == ((), ())
+    (note,) = [note for note in diagnosis.notes if note.startswith("If you quantize")]
+    assert "the inputs of middle have channels" in note
+
+
+def test_an_input_of_one_row_an_image_has_no_outliers(patient: Any) -> None:
+    """The size of a channel of a timestep's embedding is that of one value."""
+    health = Health(patient.denoiser, Thresholds())
+    x = torch.ones(2, 8)
+    x[:, 3] = 1000
+    health.see_call((torch.zeros(2, 2, 8, 8),))
+    health.see_outliers("time", -1, x)
+    assert health.findings() == []
+    health.see_outliers("tokens", -1, x[:, None].expand(2, 4, 8))
+    assert [finding.layer for finding in health.findings()] == ["tokens"]
+
+
+@pytest.mark.parametrize("model", ["digits-unet", "digits-dit"])
+def test_the_shipped_models_are_healthy(model: str) -> None:
+    diagnosis = examine(open_model(model), seeds=[1000, 1001], steps=4)
+    assert diagnosis.findings == ()
+    assert (diagnosis.healthy, diagnosis.rules) == (True, ())
 
 
 def test_nothing_is_found_where_nothing_is_wrong(exact: Any, quantized: Any) -> None:
