@@ -36,7 +36,7 @@ class Thresholds:
         fewest that stepquant offers; of two bits half of the levels are enough.
     used_range: so much of the levels should be reached by the weights of a scale (0 counts as reached). A quarter:
         two bits are wasted.
-    outlier_ratio: largest magnitude of a channel over the median of all channels. At 32 the median
+    outlier_ratio: largest magnitude of a channel over the median of all channels that are not zero. At 32 the median
         channel is left with 8 of 256 levels where all share one scale.
     dead_spread: a channel is dead if it varies less than this part of the layer's median channel. 1e-6: ten times
         float32's rounding.

@@ -143,7 +143,10 @@ class Health:
         if x.shape[axis] < LEAST_CHANNELS or x.numel() // x.shape[axis] <= self._batch:
             return
         largest = x.detach().abs().amax([which for which in range(x.ndim) if which != axis]).float()
-        ratios = largest / largest.median()
+        alive = largest[largest > 0]  # most channels may be zero, behind a ReLU or where pruned
+        if not len(alive):
+            return
+        ratios = largest / alive.median()
         worst = float(ratios.max())
         if not worst > self._limits.outlier_ratio or worst == float("inf"):
             return

@@ -404,6 +404,20 @@ def test_an_input_of_one_row_an_image_has_no_outliers(patient: Any) -> None:
     assert [finding.layer for finding in health.findings()] == ["tokens"]
 
 
+def test_outliers_show_where_most_channels_are_zero(patient: Any) -> None:
+    health = Health(patient.denoiser, Thresholds())
+    x = torch.zeros(2, 16, 4, 4)
+    health.see_outliers("nothing", -3, x)
+    x[:, :5] = 1.0
+    health.see_outliers("alike", -3, x)
+    assert health.findings() == []
+    x[:, 2] = 100.0
+    health.see_outliers("sparse", -3, x)
+    (finding,) = health.findings()
+    assert (finding.layer, finding.value) == ("sparse", 100)
+    assert "channel 2 reaches up to 100 times" in finding.what
+
+
 @pytest.mark.parametrize("model", ["digits-unet", "digits-dit"])
 def test_the_shipped_models_are_healthy(model: str) -> None:
     diagnosis = examine(open_model(model), seeds=[1000, 1001], steps=4)
