@@ -28,11 +28,11 @@ from stepquant.evaluate.drift import drift_curves, flat_field, summary
 from stepquant.evaluate.features import DigitFeatures, Features, extract, input_size
 from stepquant.evaluate.folder import EvaluationFolder, evaluation_folder
 from stepquant.evaluate.frechet import FeatureStatistics, frechet_distance
-from stepquant.evaluate.images import check_images
+from stepquant.evaluate.images import check_images, to_uint8
 from stepquant.evaluate.lpips import Lpips
 from stepquant.evaluate.paired import SSIM_WINDOW, Interval, intervals, paired_columns
 from stepquant.evaluate.protocol import Protocol, protocol_named
-from stepquant.evaluate.source import PipelineSource, Source, as_source, check_same_schedule
+from stepquant.evaluate.source import ImageFolder, PipelineSource, Source, as_source, check_same_schedule
 from stepquant.model.correction import correction_of
 from stepquant.model.families import find_denoiser, several_denoisers
 from stepquant.model.pipeline import arguments_of_batch
@@ -108,6 +108,11 @@ class _Setting:
             shipped = features_for(torch.empty(0, *shape)) if self.features == "shipped" else None
             self.extractor = shipped if isinstance(self.features, str) else self.features
 
+    @property
+    def folders(self) -> list[ImageFolder]:
+        """Sides that are folders of 8-bit images: both sides are rounded then, or equal images would not be equal."""
+        return [source for source in (self.candidate, self.against) if isinstance(source, ImageFolder)]
+
     def identity(self) -> dict[str, Any]:
         """What must be the same for an evaluation to go on."""
         return {
@@ -163,6 +168,11 @@ def evaluate(
         "shipped" if features is None else features, protocol, lpips, clip, list(remarks),
     )  # fmt: skip
     _check(setting)
+    if len(setting.folders) == 1:
+        (folder_side,) = setting.folders
+        setting.notes.append(
+            f"Both sides are rounded to 8 bits before every figure, because {folder_side.name} holds 8-bit images."
+        )
     identity = setting.identity()
     processes = run.processes
     processes.check_same("evaluations", identity)
@@ -313,6 +323,8 @@ def _measure(setting: _Setting, batch: slice, shape: tuple[int, ...] | None) -> 
     sampled = time.perf_counter()
     ours, theirs = (tuple(images[side].shape[1:]) for side in ("candidate", "reference"))
     images = {side: _pictures(found) for side, found in images.items()}
+    if setting.folders:
+        images = {side: to_uint8(found).float() / 255 for side, found in images.items()}
     if ours != theirs:
         raise EvaluationError(
             f"{setting.candidate.name} and {setting.against.name} give images of different shapes: {list(ours)} and "

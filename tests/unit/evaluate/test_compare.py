@@ -252,23 +252,35 @@ def test_a_folder_on_one_side(tmp_path: Path) -> None:
     results = evaluate(folder, reference, seeds=SEEDS, steps=STEPS, batch_size=4)
     metrics = results["metrics"]
     assert set(metrics) == {"psnr", "ssim", "mae"}
-    # Nothing but rounding to 8 bits: at most half a level.
-    error = (to_uint8(images).float() / 255 - images).abs().flatten(1).mean(1)
-    assert 0 < metrics["mae"]["value"] <= 0.5 / 255
-    assert metrics["mae"]["value"] == pytest.approx(float(error.mean()), rel=1e-3)
+    # Both sides are rounded to 8 bits: a model is identical to its own images.
+    assert (metrics["mae"]["value"], metrics["psnr"]["identical"]) == (0, len(SEEDS))
+    turned = evaluate(reference, folder, seeds=SEEDS, steps=STEPS, batch_size=4)
+    assert turned["metrics"]["psnr"]["identical"] == len(SEEDS)
+    assert any(note.startswith("Both sides are rounded to 8 bits") for note in results["notes"])
+    candidate = copy.deepcopy(reference)
+    candidate.denoiser = Shrinking(0.69)
+    rounded = [to_uint8(sample(pipe, seeds=SEEDS, steps=STEPS)).float() / 255 for pipe in (candidate, reference)]
+    error = (rounded[0] - rounded[1]).abs().flatten(1).mean(1)
+    found = evaluate(candidate, folder, seeds=SEEDS, steps=STEPS)["metrics"]["mae"]["value"]
+    assert found == pytest.approx(float(error.mean()), rel=1e-6)
     assert any("No drift: it needs two pipelines" in note for note in results["notes"])
     assert results["drift"] == {}
     assert results["scheduler"] == "DDIMScheduler"
     both = evaluate(folder, folder, seeds=SEEDS, steps=None)
     assert (both["steps"], both["scheduler"]) == (None, None)
     assert both["metrics"]["psnr"]["identical"] == len(SEEDS)
+    assert not any("8 bits" in note for note in both["notes"])
 
 
 class Shrinking(nn.Module):
     """The noise is a part of the sample."""
 
+    def __init__(self, part: float = 0.7) -> None:
+        super().__init__()
+        self.part = part
+
     def forward(self, sample: Tensor, timestep: Any) -> Tensor:
-        return 0.7 * sample
+        return self.part * sample
 
 
 def test_two_sides_that_do_not_go_together() -> None:
