@@ -22,7 +22,6 @@ from stepquant.evaluate.folder import discard
 from stepquant.evaluate.gates import check_gates, parse_gates
 from stepquant.evaluate.lpips import Lpips
 from stepquant.evaluate.named_features import features_named
-from stepquant.evaluate.seeds import refuse_calibration_seeds
 from stepquant.evaluate.source import ImageFolder, Source, open_source
 from stepquant.evaluate.weights import MissingWeights
 from stepquant.inspection import inspect_checkpoint
@@ -109,9 +108,6 @@ def measure(
     reference = open_source(base, **options)
     seeds = sampling.seeds or source.seeds or reference.seeds or list(_EVALUATED)
     arguments = sampling.pipeline_arguments(len(seeds))
-    if not measuring.allow_calibration_seeds:
-        for name in (str(candidate), base, *([str(sampling.onto)] if sampling.onto is not None else [])):
-            refuse_calibration_seeds(seeds, _description(name).get("manifest") or {}, name=name)
     features, lpips, clip, remarks = _networks(measuring, device)
     work, processes = _evaluation_work(candidate), joined()
     with (
@@ -136,6 +132,7 @@ def measure(
             clip=clip,
             resume=measuring.resume,
             remarks=remarks,
+            allow_calibration_seeds=measuring.allow_calibration_seeds,
         )
     # What ran checkpoints; models and folders of images have no engine.
     checkpoints = [name for name in (candidate, base) if (Path(name) / MANIFEST_NAME).is_file()]

@@ -32,6 +32,7 @@ from stepquant.evaluate.images import check_images, to_uint8
 from stepquant.evaluate.lpips import Lpips
 from stepquant.evaluate.paired import SSIM_WINDOW, Interval, intervals, paired_columns
 from stepquant.evaluate.protocol import Protocol, protocol_named
+from stepquant.evaluate.seeds import refuse_calibration_seeds
 from stepquant.evaluate.source import ImageFolder, PipelineSource, Source, as_source, check_same_schedule
 from stepquant.model.correction import correction_of
 from stepquant.model.families import find_denoiser, several_denoisers
@@ -145,6 +146,7 @@ def evaluate(
     clip: ClipScore | None = None,
     resume: bool = False,
     remarks: Sequence[str] = (),
+    allow_calibration_seeds: bool = False,
 ) -> dict[str, Any]:
     """Compare two sources of images on equal seeds; JSON values of schema 1.
 
@@ -157,6 +159,8 @@ def evaluate(
         processes take turns with the batches; figures are made from them in order, so they are the same for any number
         of processes.
     remarks: sentences about figures that the caller could not provide for; they go before the notes.
+    allow_calibration_seeds: whether seeds may be among those that either side was calibrated on, as far as a pipeline
+        of `quantize`, `compensate` or `load` says it. Images of these look better than others.
 
     Figures that cannot be measured are left out, and `notes` says why. Raises EvaluationError for two sources that
     cannot be compared (sizes, channels, schedules, seeds) and for images that are not in [0, 1]; SpecError for settings
@@ -168,6 +172,8 @@ def evaluate(
         "shipped" if features is None else features, protocol, lpips, clip, list(remarks),
     )  # fmt: skip
     _check(setting)
+    if not allow_calibration_seeds:
+        _refuse_calibration_seeds(setting)
     if len(setting.folders) == 1:
         (folder_side,) = setting.folders
         setting.notes.append(
@@ -241,6 +247,12 @@ def _check(setting: _Setting) -> None:
     candidate, against, steps = setting.candidate, setting.against, setting.steps
     if isinstance(candidate, PipelineSource) and isinstance(against, PipelineSource) and steps is not None:
         check_same_schedule(candidate, against, steps)
+
+
+def _refuse_calibration_seeds(setting: _Setting) -> None:
+    for source in (setting.candidate, setting.against):
+        for calibration in source.calibrations if isinstance(source, PipelineSource) else ():
+            refuse_calibration_seeds(setting.seeds, calibration, name=source.name)
 
 
 def _seeds(seeds: Sequence[int]) -> list[int]:

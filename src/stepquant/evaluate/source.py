@@ -91,6 +91,11 @@ class PipelineSource:
     def seeds(self) -> list[int] | None:
         return None
 
+    @property
+    def calibrations(self) -> tuple[Mapping[str, Any], ...]:
+        """How it was calibrated, as in manifests; empty for a pipeline that stepquant did not make."""
+        return api.calibrations_of(self.pipe)
+
     def images(self, seeds: Sequence[int], *, steps: int | None, arguments: Mapping[str, Any]) -> Tensor:
         if steps is None:
             raise EvaluationError(f"{self.name} has to be sampled: say with how many steps.")
