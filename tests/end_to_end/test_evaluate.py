@@ -182,6 +182,14 @@ def test_overwrite_starts_anew(stepquant: Stepquant, here: Path) -> None:
     assert written(here) == ["images.evaluation.json"]
 
 
+def test_nothing_is_left_of_a_shipped_model_that_was_evaluated(stepquant: Stepquant, here: Path) -> None:
+    for _ in range(2):
+        status, out, err = stepquant("digits-unet", "--against", "digits-unet", "--steps", 1, "--seeds", "0-1")
+        assert status == 0, err
+        assert "digits-unet beside digits-unet" in out
+        assert written(here) == []
+
+
 def test_bad_images_are_named_and_nothing_is_left(stepquant: Stepquant, here: Path, models: Path) -> None:
     def folder(name: str) -> Path:
         copied = here / name

@@ -76,12 +76,12 @@ def evaluate(
     kept = _keep(results, Path(candidate))
     if json_target is not None:
         write_json(results, json_target)
-    if kept or json_target is not None:
-        discard(_evaluation_work(candidate))
     if json_target != "-" and not settings.quiet:
         views.show_results(results)
         if kept:
             stdout_console().print(f"Kept as {evaluation_path(Path(candidate))} for `stepquant report`.")
+    # Also where nothing could be kept, as of a shipped model: it is finished, and would pass for one that was not.
+    discard(_evaluation_work(candidate))
     views.complain_of_gates(failed)
     return not failed
 
