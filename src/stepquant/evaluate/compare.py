@@ -244,6 +244,8 @@ def _check(setting: _Setting) -> None:
             )
         if isinstance(source, PipelineSource) and setting.steps is None:
             raise EvaluationError(f"{source.name} has to be sampled: say with how many steps.")
+    for folder in setting.folders:
+        folder.check(setting.seeds)  # a damaged file must not end an evaluation that has sampled for hours
     candidate, against, steps = setting.candidate, setting.against, setting.steps
     if isinstance(candidate, PipelineSource) and isinstance(against, PipelineSource) and steps is not None:
         check_same_schedule(candidate, against, steps)

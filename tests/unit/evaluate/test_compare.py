@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +270,36 @@ def test_a_folder_on_one_side(tmp_path: Path) -> None:
     assert (both["steps"], both["scheduler"]) == (None, None)
     assert both["metrics"]["psnr"]["identical"] == len(SEEDS)
     assert not any("8 bits" in note for note in both["notes"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:60]), "000052.png cannot be read as a PNG image"),
+        (
+            lambda path: save_png(torch.rand(1, 12, 11), path.parent, seed=52),
+            r"000052.png is \(1, 12, 11\), but 000040",
+        ),
+        (
+            lambda path: save_png(torch.rand(3, 12, 12), path.parent, seed=52),
+            r"000052.png is \(3, 12, 12\), but 000040",
+        ),
+    ],
+)
+def test_a_damaged_file_is_named_before_anything_is_sampled(
+    tmp_path: Path, damage: Callable[[Path], Any], words: str
+) -> None:
+    from stepquant.evaluate.source import ImageFolder
+
+    ours, theirs = given()
+    for image, seed in zip(theirs.images(theirs.seeds, steps=None, arguments={}), theirs.seeds, strict=True):
+        save_png(image, tmp_path, seed=seed)
+    damage(tmp_path / "000052.png")
+    folder = ImageFolder(tmp_path)
+    with pytest.raises(EvaluationError, match=words):
+        evaluate(ours, folder, seeds=ours.seeds, steps=None, batch_size=4)
+    assert ours.asked == []
+    assert evaluate(ours, folder, seeds=ours.seeds[:-1], steps=None)["n"] == 12  # a seed that is not wanted
 
 
 class Shrinking(nn.Module):
