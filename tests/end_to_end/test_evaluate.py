@@ -125,6 +125,26 @@ def test_gates(stepquant: Stepquant, here: Path, gates: list[str], status: int, 
     assert sum(gate["failed"] for gate in kept["gates"]) == len(complaints)
 
 
+def test_images_that_are_not_finite_fail_the_gates(stepquant: Stepquant, here: Path) -> None:
+    unet = tiny.tiny_unet()
+    unet.conv_norm_out.bias.data[0] = torch.inf
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(here / "sick")
+    before = written(here)
+    command = ["sick", "--against", "images", "--steps", STEPS, "--json"]
+    words = "4 of 4 images of sick, seeds 5-8, hold NaN or infinite values. `stepquant doctor sick` names the layer"
+    status, out, err = stepquant(*command)
+    results = json.loads(out)
+    assert (status, results["metrics"], results["candidate"]) == (1, {}, "sick")
+    assert words in err
+    assert words in results["notes"][-1]
+    status, out, err = stepquant(*command, "--fail-if", "psnr<1")
+    assert status == 3
+    assert words in err
+    assert "Failed: psnr<1 (it was not measured)" in err
+    assert json.loads(out)["gates"] == [{"gate": "psnr<1", "value": None, "failed": True}]
+    assert written(here) == before
+
+
 def test_a_gate_on_nothing_is_refused_before_any_work(stepquant: Stepquant, here: Path) -> None:
     status, _, err = stepquant("checkpoint", "--fail-if", "pnsr<28")
     assert status == 1

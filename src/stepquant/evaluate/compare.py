@@ -28,7 +28,7 @@ from stepquant.evaluate.drift import drift_curves, flat_field, summary
 from stepquant.evaluate.features import DigitFeatures, Features, extract, input_size
 from stepquant.evaluate.folder import EvaluationFolder, evaluation_folder
 from stepquant.evaluate.frechet import FeatureStatistics, frechet_distance
-from stepquant.evaluate.images import check_images, to_uint8
+from stepquant.evaluate.images import check_images, not_finite, to_uint8
 from stepquant.evaluate.lpips import Lpips
 from stepquant.evaluate.paired import SSIM_WINDOW, Interval, intervals, paired_columns
 from stepquant.evaluate.protocol import Protocol, protocol_named
@@ -39,7 +39,7 @@ from stepquant.model.families import find_denoiser, several_denoisers
 from stepquant.model.pipeline import arguments_of_batch
 from stepquant.run import Run
 
-__all__ = ["METRICS", "SCHEMA", "evaluate", "features_for"]
+__all__ = ["METRICS", "SCHEMA", "NotFiniteImages", "evaluate", "features_for"]
 
 SCHEMA = 1
 DRIFT_SEEDS = 64
@@ -64,6 +64,16 @@ METRICS = (
     "white_point_shift",
 )
 """Every key that `metrics` of a result may have."""
+
+
+class NotFiniteImages(EvaluationError):  # noqa: N818 - says what was found
+    """Images with NaN or infinity: there is nothing to compare.
+
+    results: those of `evaluate`, without figures and with this error's message as a note.
+    """
+
+    results: dict[str, Any]
+
 
 _Features = Features | Literal["shipped", "none"]
 
@@ -163,8 +173,8 @@ def evaluate(
         of `quantize`, `compensate` or `load` says it. Images of these look better than others.
 
     Figures that cannot be measured are left out, and `notes` says why. Raises EvaluationError for two sources that
-    cannot be compared (sizes, channels, schedules, seeds) and for images that are not in [0, 1]; SpecError for settings
-    that make no sense.
+    cannot be compared (sizes, channels, schedules, seeds) and for images that are not in [0, 1], NotFiniteImages for
+    images with NaN or infinity; SpecError for settings that make no sense.
     """
     run = run or Run()
     setting = _Setting(
@@ -183,14 +193,31 @@ def evaluate(
     processes = run.processes
     processes.check_same("evaluations", identity)
     # The folder of another process than the first stays empty.
-    with evaluation_folder(run.work if processes.first else None, identity, resume=resume) as folder:
-        shape = _collect(setting, folder, run)
-        began = time.perf_counter()
-        metrics = processes.from_first(lambda: _metrics(setting, folder, shape))
-        distances = time.perf_counter() - began
-        curves = _drift(setting, folder, run)
-        drift = _drift_results(setting, curves, metrics)
-        seconds = processes.from_first(lambda: _seconds(setting, folder, distances, curves))
+    try:
+        with evaluation_folder(run.work if processes.first else None, identity, resume=resume) as folder:
+            shape = _collect(setting, folder, run)
+            began = time.perf_counter()
+            metrics = processes.from_first(lambda: _metrics(setting, folder, shape))
+            distances = time.perf_counter() - began
+            curves = _drift(setting, folder, run)
+            drift = _drift_results(setting, curves, metrics)
+            seconds = processes.from_first(lambda: _seconds(setting, folder, distances, curves))
+    except NotFiniteImages as error:
+        setting.notes.append(f"No figures: {error}")
+        error.results = _results(setting, identity, {}, {}, {})
+        raise
+    results = _results(setting, identity, metrics, drift, seconds)
+    return processes.from_first(lambda: results)
+
+
+def _results(
+    setting: _Setting,
+    identity: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, Any]],
+    drift: Mapping[str, Any],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """JSON values of schema 1."""
     provenance = {
         "n": len(setting.seeds),
         "seeds": _seeds_text(setting.seeds),
@@ -198,13 +225,13 @@ def evaluate(
         "candidate": identity["candidate"],
     }
     extractor = setting.extractor
-    results = {
+    return {
         "schema": SCHEMA,
         "candidate": "",
         "against": "",
         "n": len(setting.seeds),
         "seeds": _seeds(setting.seeds),
-        "steps": steps,
+        "steps": setting.steps,
         "scheduler": _scheduler(setting),
         "arguments": identity["arguments"],
         "features": None if extractor is None else f"{extractor.name} ({extractor.identity[:12]})",
@@ -219,7 +246,6 @@ def evaluate(
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-    return processes.from_first(lambda: results)
 
 
 def _check(setting: _Setting) -> None:
@@ -306,6 +332,8 @@ def _collect(setting: _Setting, folder: EvaluationFolder, run: Run) -> tuple[int
         advance(len(setting.seeds) - sum(batch.stop - batch.start for batch in missing))
         measured = run.processes.in_turn(lambda batch: _measure(setting, batch, shape), missing)
         for batch, found in zip(missing, measured, strict=True):
+            if isinstance(found, str):
+                raise NotFiniteImages(found)
             own = tuple(found["shape"].tolist())
             _check_shape(setting, batch, own, shape)
             shape = own
@@ -326,13 +354,22 @@ def _check_shape(setting: _Setting, batch: slice, ours: tuple[int, ...], shape: 
         )
 
 
-def _measure(setting: _Setting, batch: slice, shape: tuple[int, ...] | None) -> dict[str, Tensor]:
-    """What one batch leaves: `pairs.*` `[B]`, and of both sides `features`, `logits`, `spatial`, `clip`."""
+def _measure(setting: _Setting, batch: slice, shape: tuple[int, ...] | None) -> dict[str, Tensor] | str:
+    """What one batch leaves: `pairs.*` `[B]`, and of both sides `features`, `logits`, `spatial`, `clip`.
+
+    Of images that are not finite a sentence: the other processes must hear of it, too.
+    """
     began = time.perf_counter()
     seeds, arguments = setting.seeds[batch], setting.arguments_of(batch)
     images = {}
     for side, source in (("candidate", setting.candidate), ("reference", setting.against)):
         images[side] = source.images(seeds, steps=setting.steps, arguments=arguments)
+        if broken := not_finite(images[side]):
+            model = source.name if isinstance(source, PipelineSource) and source.named else "MODEL"
+            return (
+                f"{broken} of {len(seeds)} images of {source.name}, seeds {_seeds_text(seeds)}, hold NaN or infinite "
+                f"values. `stepquant doctor {model}` names the layer that they come from."
+            )
         check_images(_pictures(images[side]), what=f"Images of {source.name}, seeds {_seeds_text(seeds)},")
     sampled = time.perf_counter()
     ours, theirs = (tuple(images[side].shape[1:]) for side in ("candidate", "reference"))

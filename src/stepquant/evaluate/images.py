@@ -21,6 +21,7 @@ __all__ = [
     "check_images",
     "check_png",
     "load_png_folder",
+    "not_finite",
     "paths_by_seed",
     "read_png",
     "save_png",
@@ -49,10 +50,19 @@ def check_images(images: Tensor, *, what: str) -> None:
         raise EvaluationError(
             f"{what} have dtype {images.dtype}, expected floats in [0, 1]: divide 8-bit values by 255."
         )
+    if broken := not_finite(images):
+        raise EvaluationError(
+            f"{what} hold NaN or infinite values, {broken} of {len(images)} do: `stepquant doctor` names the first "
+            "layer that gives them."
+        )
     low, high = (float(value) for value in images.aminmax())
-    # Written so that NaN, which compares false with everything, is refused too.
-    if not (low >= 0 and high <= 1):
+    if low < 0 or high > 1:
         raise EvaluationError(f"{what} have values from {low:g} to {high:g}, expected [0, 1]: clamp or rescale them.")
+
+
+def not_finite(images: Tensor) -> int:
+    """How many of the images `[N, ...]` hold NaN or infinity."""
+    return int((~torch.isfinite(images)).flatten(1).any(dim=1).sum())
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -59,9 +59,13 @@ class PipelineSource:
     """A pipeline. `pipe` is the caller's own, and stays as it was."""
 
     def __init__(self, pipe: Any, name: str = "", *, checkpoints: Sequence[Path] = ()) -> None:
-        """name: its class if it is left empty. checkpoints: the folders that it was loaded from, if it was."""
+        """checkpoints: the folders that it was loaded from, if it was.
+
+        name: what opens it. If it is left empty, it is that of the class, and `named` is False.
+        """
         self.pipe = pipe
         self.name = name or type(pipe).__name__
+        self.named = bool(name)
         self._checkpoints = tuple(checkpoints)
 
     @property

@@ -24,7 +24,7 @@ from stepquant.api import sample
 from stepquant.calibrate.trajectory import record, seal
 from stepquant.errors import EvaluationError, SpecError
 from stepquant.evaluate.arguments import plain_arguments
-from stepquant.evaluate.compare import METRICS, evaluate
+from stepquant.evaluate.compare import METRICS, NotFiniteImages, evaluate
 from stepquant.evaluate.distributions import inception_score, kernel_distance, precision_recall
 from stepquant.evaluate.drift import measure_drift
 from stepquant.evaluate.features import Extracted, ModuleFeatures
@@ -331,9 +331,13 @@ def test_two_sides_that_do_not_go_together() -> None:
         evaluate(ours, theirs, seeds=[40, 7], steps=None)
     with pytest.raises(EvaluationError, match="say with how many steps"):
         evaluate(ours, reference, seeds=SEEDS, steps=None)
-    broken = Given({seed: torch.full((1, 12, 12), torch.nan) for seed in ours.seeds}, "broken")
-    with pytest.raises(EvaluationError, match=r"Images of broken, seeds 40-43, have values from nan"):
+    broken = Given({seed: torch.full((1, 12, 12), torch.nan if seed > 41 else 0.5) for seed in ours.seeds}, "broken")
+    with pytest.raises(
+        NotFiniteImages, match=r"2 of 4 images of broken, seeds 40-43, hold NaN .*`stepquant doctor"
+    ) as no:
         evaluate(broken, theirs, seeds=SEEDS, steps=None, batch_size=4)
+    assert (no.value.results["metrics"], no.value.results["drift"]) == ({}, {})
+    assert no.value.results["notes"] == [f"No figures: {no.value}"]
 
 
 def test_settings_that_make_no_sense() -> None:
