@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from stepquant.calibrate.estimate import Estimate
 from stepquant.cli import compensate, evaluate, report, work
 from stepquant.cli.arguments import bytes_named
 from stepquant.cli.commands import app
-from stepquant.cli.console import BarProgress, LineProgress, duration
+from stepquant.cli.console import BarProgress, LineProgress, duration, json_text
 from stepquant.cli.main import arranged, main
 from stepquant.cli.seeds import format_seeds, parse_seeds
 from stepquant.errors import ModelError, SpecError
@@ -504,6 +505,33 @@ def test_report_names_a_damaged_evaluation(run: Run, library: Library, tmp_path:
     status, _, err = run("report", checkpoint, "-o", tmp_path / "r.html")
     assert status == 1
     assert "is damaged" in err
+
+
+def test_json_has_null_for_what_is_not_finite(
+    run: Run, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = library.compare
+
+    def broken(*sources: Any, **options: Any) -> dict[str, Any]:
+        results = whole(*sources, **options)
+        flat = {"white_point": {"candidate": [[math.nan, 0.5], [0.5, 0.5]], "reference": [[0.5, 0.5], [0.5, 0.4]]}}
+        results["metrics"]["drift_final"] = {"value": math.nan}
+        return results | {"drift": {"timesteps": [9, 1], "accumulated": [0.1, math.inf], "flat_field": flat}}
+
+    monkeypatch.setattr(evaluate, "compare", broken)
+
+    def refuse(name: str) -> Any:
+        raise AssertionError(f"{name} is no JSON")
+
+    checkpoint = a_checkpoint(tmp_path / "c")
+    status, out, _ = run("evaluate", checkpoint, "--seeds", "1000-1003", "--json")
+    assert status == 0
+    results = json.loads(out, parse_constant=refuse)
+    assert results["metrics"]["drift_final"]["value"] is None
+    assert results["drift"]["accumulated"] == [0.1, None]
+    assert results["drift"]["flat_field"]["white_point"]["candidate"][0] == [None, 0.5]
+    assert run("report", checkpoint, "-o", tmp_path / "r.html")[0] == 0
+    assert json_text({"a": (1, math.inf), 1: {"b": Path("x")}}) == '{"a": [1, null], "1": {"b": "x"}}'
 
 
 def test_inspect(run: Run, library: Library, tmp_path: Path) -> None:

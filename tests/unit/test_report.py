@@ -415,6 +415,9 @@ def test_errors_of_layers_are_ranked_and_broken_ones_come_first() -> None:
 
 
 def test_losses_of_unknown_shape_are_left_out() -> None:
+    broken = [{"stage": "Fit", "losses": [1.0, None, 0.5]}, {"stage": "Two", "losses": [[0, 1.0], [0, None]]}]
+    assert len(loss_plots("a", broken, "#123456")) == 2  # what was not finite is a gap
+    assert loss_plots("a", [{"stage": "Fit", "losses": [None, None]}], "#123456") == []
     stages = [{"stage": "New", "losses": "none", "loss": [[1, 2, 3]], "history": [], "rounds": [{"loss": 1.0}]}]
     assert [re.findall(r"<!-- (New.*|a: .*?) -->", plot)[-1] for plot in loss_plots("a", stages, "#123456")] == [
         "a: New rounds"

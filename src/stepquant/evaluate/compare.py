@@ -652,6 +652,7 @@ def _drift_results(
     noise, white = flat["noise_level"], flat["white_point"]
     unit = {"unit": "of the sample", **beside}
     metrics["noise_level"] = {"value": noise["candidate"][-1], "reference_value": noise["reference"][-1], **unit}
-    shift = max(abs(a - b) for a, b in zip(white["candidate"][-1], white["reference"][-1], strict=True))
-    metrics["white_point_shift"] = {"value": shift, **unit}
+    ours, theirs = (torch.tensor(white[side][-1], dtype=torch.float64) for side in ("candidate", "reference"))
+    # torch's maximum is NaN if any value is; Python's depends on their order.
+    metrics["white_point_shift"] = {"value": float((ours - theirs).abs().max()), **unit}
     return {**found, "flat_field": flat}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
@@ -263,7 +264,7 @@ def _entries(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     found = {}
     for key, entry in result["metrics"].items():
         whole = dict(entry) if isinstance(entry, Mapping) else {"value": entry}
-        if _is_number(whole.get("value")):
+        if _is_number(whole.get("value")) and math.isfinite(whole["value"]):
             found[key] = whole
     return found
 
@@ -379,11 +380,18 @@ def _flat_field_plots(names: Sequence[str], results: Sequence[Mapping[str, Any]]
             noise.append(((name, across, flat["noise_level"]["candidate"]), colour, "-"))
         if "white_point" in flat:
             pairs = zip(flat["white_point"]["candidate"], flat["white_point"]["reference"], strict=True)
-            shifts = [max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) for ours, theirs in pairs]
+            shifts = [_largest_shift(ours, theirs) for ours, theirs in pairs]
             white.append(((name, across, shifts), colour, "-"))
     plots = (("Flat field: noise level", "of the sample", noise), ("Flat field: shift of the white point", "", white))
     # The text in the figure was escaped by matplotlib's SVG writer.
     return [Markup(curves_svg(title, unit, curves)) for title, unit, curves in plots if curves]
+
+
+def _largest_shift(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float:
+    """NaN where any channel is not finite, which is null in an evaluation."""
+    known = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    shifts = [abs(a - b) for a, b in known]
+    return max(shifts) if len(known) == len(ours) and all(map(math.isfinite, shifts)) else math.nan
 
 
 def _curve_keys(result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -364,6 +365,24 @@ def test_few_images(n: int, missing: set[str]) -> None:
     for name, words in (("precision", "No precision and recall"), ("inception_score", "No Inception score")):
         assert (words in said) == (name in missing and n > 1)
     assert ("No Frechet distances" in said) == (n == 1)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_white_point_that_is_not_finite_stays_so(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    """Whichever channel it is: Python's maximum would lose a NaN that is not the first."""
+    from stepquant.evaluate import compare
+
+    whole = compare.flat_field
+
+    def broken(curves: Any) -> Any:
+        found = whole(curves)
+        found["white_point"]["candidate"][-1][place] = math.nan
+        return found
+
+    monkeypatch.setattr(compare, "flat_field", broken)
+    candidate, reference = pipes()
+    results = evaluate(candidate, reference, seeds=[1, 2], steps=STEPS, features="none")
+    assert math.isnan(results["metrics"]["white_point_shift"]["value"])
 
 
 def test_small_images_lose_ssim_and_nothing_else() -> None:
