@@ -225,6 +225,16 @@ def test_quantize_leaves_a_checkpoint_and_its_settings(run: Run, library: Librar
     assert (asked["steps"], asked["run"].seed, asked["base_model"], asked["resume"]) == (7, 3, "digits-unet", False)
 
 
+def test_quantize_tells_the_bytes_of_the_layers_from_those_of_the_files(
+    run: Run, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocated = {"stage": "Allocate", "seconds": 0.5, "layer_bytes": 1000, "checkpoint_bytes": 1200}
+    monkeypatch.setattr(work.api, "quantize", lambda *_, **__: FakeQuantized((allocated,)))
+    _, out, _ = run("quantize", "digits-unet", "-o", tmp_path / "out")
+    assert "is a checkpoint of 1.23 kB" in out
+    assert "Its layers have 1.00 kB as a budget counts them" in out
+
+
 def test_quantize_for_machines(run: Run, library: Library, tmp_path: Path) -> None:
     status, out, _ = run("quantize", "digits-unet", "-o", tmp_path / "out", "--json")
     assert status == 0

@@ -162,12 +162,19 @@ def show_quantized(
     console = stdout_console()
     table = Table("stage", "time", title_justify="left")
     seconds = 0.0
+    figures = list(figures)
+    allocated = [figure for figure in figures if "layer_bytes" in figure]
     for figure in figures:
         table.add_row(str(figure.get("stage", "")), duration(float(figure.get("seconds", 0.0))))
         seconds += float(figure.get("seconds", 0.0))
     console.print(table)
     size = f" of {bytes_text(description['bytes'])}" if "bytes" in description else ""
     console.print(f"{out} is a checkpoint{size}, made in {duration(seconds)}.")
+    for figure in allocated:
+        console.print(
+            f"Its layers have {bytes_text(figure['layer_bytes'])} as a budget counts them; the rest is norms, "
+            "embeddings, further rows over time, descriptions and other parts of the pipeline."
+        )
     console.print(f"Its settings are in {out}.run.yaml.")
     console.print(f"Next: stepquant sample {out} -o images --grid    or: stepquant evaluate {out}")
     if resolved.preset == "quick":
