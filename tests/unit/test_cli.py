@@ -19,7 +19,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from stepquant.calibrate.estimate import Estimate
-from stepquant.cli import compensate, evaluate, report, work
+from stepquant.cli import compensate, evaluate, report, views, work
 from stepquant.cli.arguments import bytes_named
 from stepquant.cli.commands import app
 from stepquant.cli.console import BarProgress, LineProgress, duration, json_text
@@ -515,6 +515,15 @@ def test_report_names_a_damaged_evaluation(run: Run, library: Library, tmp_path:
     status, _, err = run("report", checkpoint, "-o", tmp_path / "r.html")
     assert status == 1
     assert "is damaged" in err
+
+
+def test_kept_results_are_shown_though_a_figure_was_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    kept = Library().compare(None, None, seeds=SEEDS, steps=2) | {"against": "c", "reference_kind": "checkpoint"}
+    kept["metrics"] = {"drift_final": {"value": None}, "frechet_to_fp": {"value": 1.5}}
+    views.show_results(kept)
+    out = capsys.readouterr().out
+    assert "not finite" in out
+    assert "Frechet distance to the reference" in out
 
 
 def test_json_has_null_for_what_is_not_finite(
