@@ -369,8 +369,8 @@ def test_features_of_one_metric_count_too() -> None:
 
 
 def test_different_references_are_refused_with_the_command_that_repairs_it() -> None:
-    ours, theirs = a_result("runs/a"), a_result("runs/b") | {"against": "other"}
-    wanted = "stepquant evaluate runs/b --against digits-unet --seeds 1000-1063 --steps 20"
+    ours, theirs = a_result("runs/a"), a_result("runs/b") | {"against": "other", "steps": 10}
+    wanted = "stepquant evaluate runs/b --against digits-unet --seeds 1000-1063 --steps 10"
     with pytest.raises(EvaluationError, match="runs/b was evaluated against other") as refused:
         render_report([ours, theirs], some_images(2), [an_inspection()] * 2)
     assert wanted in str(refused.value)

@@ -52,8 +52,8 @@ def _reference_hash(result: Result) -> str | None:
 def _command(first: Result, other: Result) -> str:
     words = ["stepquant", "evaluate", str(other["candidate"]), "--against", str(first["against"])]
     words += ["--seeds", _seeds_text(first)]
-    if first.get("steps") is not None:
-        words += ["--steps", str(first["steps"])]
+    if other.get("steps") is not None:  # its own: a checkpoint refuses steps that it was not calibrated for
+        words += ["--steps", str(other["steps"])]
     behind = " (and the arguments of the other evaluation)" if first.get("arguments") else ""
     return shlex.join(words) + behind
 
