@@ -52,8 +52,8 @@ def check_images(images: Tensor, *, what: str) -> None:
         )
     if broken := not_finite(images):
         raise EvaluationError(
-            f"{what} hold NaN or infinite values, {broken} of {len(images)} do: `stepquant doctor` names the first "
-            "layer that gives them."
+            f"{what} hold NaN or infinite values ({broken} of {len(images)} images): `stepquant doctor` names the "
+            "first layer that gives them."
         )
     low, high = (float(value) for value in images.aminmax())
     if low < 0 or high > 1:
