@@ -64,6 +64,7 @@ __all__ = [
     "SHIPPED_MODELS",
     "Compensated",
     "Quantized",
+    "calibrations_of",
     "compensate",
     "estimate",
     "load",
@@ -78,6 +79,19 @@ logger = logging.getLogger(__name__)
 
 SHIPPED_MODELS = ("digits-unet", "digits-dit")
 """Models inside the package: they open with no network."""
+
+
+_CALIBRATIONS = "stepquant_calibrations"
+"""Attribute of pipelines that `quantize`, `compensate` and `load` made."""
+
+
+def calibrations_of(pipe: Any) -> tuple[Mapping[str, Any], ...]:
+    """How a pipeline was calibrated: `recipe` and `run` as in a manifest, for each of its calibrations.
+
+    Empty for a pipeline that stepquant did not make, and for one that was opened by diffusers.
+    """
+    found: tuple[Mapping[str, Any], ...] = getattr(pipe, _CALIBRATIONS, ())
+    return found
 
 
 def open_model(model: str, *, device: torch.device | str | None = None) -> Any:
@@ -249,6 +263,13 @@ def quantize(
     if correction is not None:
         quantized.scheduler = CorrectedScheduler(quantized.scheduler, correction)
     guard_schedule(quantized.scheduler, trajectories[0].fingerprint)
+    # Not Recipe.to_dict: stages that somebody else wrote need not be written into files.
+    stages = [
+        {"stage": type(stage).__name__, **{key: getattr(stage, key, 0) for key in ("samples", "rounds")}}
+        for stage in recipe.stages
+    ]
+    own = {"recipe": {"stages": stages}, "run": {"seed": run.seed}}
+    setattr(quantized, _CALIBRATIONS, (*calibrations_of(pipe), own))
     return Quantized(
         pipe=quantized,
         denoiser_name=name,
@@ -415,6 +436,8 @@ def compensate(
         result.scheduler = CorrectedScheduler(result.scheduler, job.handed["correction"])
     schedule: ScheduleFingerprint = job.handed["trajectories"][0].fingerprint
     guard_schedule(result.scheduler, schedule)
+    own = {"seed": run.seed, "stages": [_summary(entry) for entry in figures]}
+    setattr(result, _CALIBRATIONS, (*calibrations_of(result), {"run": {"compensation": own}}))
     return Compensated(result, name, schedule, run.seed, tuple(figures), settings, manifest)
 
 
@@ -527,6 +550,7 @@ def load(
         raise SpecError(f"schedule must be 'strict' or 'nearest', found {schedule!r}.")
     given = None if onto is None else _parts_for(Path(folder), onto)
     pipe, manifest = load_checkpoint(folder, denoiser=denoiser, components=given)
+    setattr(pipe, _CALIBRATIONS, ({"recipe": manifest.recipe, "run": manifest.run}, *calibrations_of(onto)))
     if device is not None:
         pipe.to(device)
     if engine == "auto" and several_denoisers(pipe):

@@ -82,8 +82,8 @@ def test_a_checkpoint_beside_images_of_its_model(stepquant: Stepquant, here: Pat
 def test_a_model_beside_its_own_images(stepquant: Stepquant, here: Path) -> None:
     status, out, _ = stepquant("model", "--against", "images", "--steps", STEPS, "--json", "-")
     assert status == 0
-    # Nothing but rounding to 8 bits.
-    assert json.loads(out)["metrics"]["mae"]["value"] <= 0.5 / 255
+    metrics = json.loads(out)["metrics"]
+    assert (metrics["mae"]["value"], metrics["psnr"]["identical"]) == (0, 4)
 
 
 def test_images_beside_images(stepquant: Stepquant, here: Path) -> None:
@@ -123,6 +123,26 @@ def test_gates(stepquant: Stepquant, here: Path, gates: list[str], status: int, 
     assert kept == json.loads(out)
     assert [gate["gate"] for gate in kept["gates"]] == gates
     assert sum(gate["failed"] for gate in kept["gates"]) == len(complaints)
+
+
+def test_images_that_are_not_finite_fail_the_gates(stepquant: Stepquant, here: Path) -> None:
+    unet = tiny.tiny_unet()
+    unet.conv_norm_out.bias.data[0] = torch.inf
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(here / "sick")
+    before = written(here)
+    command = ["sick", "--against", "images", "--steps", STEPS, "--json"]
+    words = "4 of 4 images of sick, seeds 5-8, hold NaN or infinite values. `stepquant doctor sick` names the layer"
+    status, out, err = stepquant(*command)
+    results = json.loads(out)
+    assert (status, results["metrics"], results["candidate"]) == (1, {}, "sick")
+    assert words in err
+    assert words in results["notes"][-1]
+    status, out, err = stepquant(*command, "--fail-if", "psnr<1")
+    assert status == 3
+    assert words in err
+    assert "Failed: psnr<1 (it was not measured)" in err
+    assert json.loads(out)["gates"] == [{"gate": "psnr<1", "value": None, "failed": True}]
+    assert written(here) == before
 
 
 def test_a_gate_on_nothing_is_refused_before_any_work(stepquant: Stepquant, here: Path) -> None:
@@ -180,6 +200,14 @@ def test_overwrite_starts_anew(stepquant: Stepquant, here: Path) -> None:
     assert stepquant("images", "--against", "images")[0] == 1
     assert stepquant("images", "--against", "images", "--overwrite")[0] == 0
     assert written(here) == ["images.evaluation.json"]
+
+
+def test_nothing_is_left_of_a_shipped_model_that_was_evaluated(stepquant: Stepquant, here: Path) -> None:
+    for _ in range(2):
+        status, out, err = stepquant("digits-unet", "--against", "digits-unet", "--steps", 1, "--seeds", "0-1")
+        assert status == 0, err
+        assert "digits-unet beside digits-unet" in out
+        assert written(here) == []
 
 
 def test_bad_images_are_named_and_nothing_is_left(stepquant: Stepquant, here: Path, models: Path) -> None:

@@ -66,6 +66,14 @@ def text_of(checkpoint: Path, **options: Any) -> str:
     return card_of(given.pop("description", None) or described(checkpoint), **given)
 
 
+def test_a_figure_that_was_not_finite_and_a_reference_that_is_a_checkpoint(checkpoint: Path) -> None:
+    metrics = {**RESULTS["metrics"], "drift_final": {"value": None}}  # type: ignore[dict-item]
+    text = text_of(checkpoint, results={**RESULTS, "metrics": metrics, "reference_kind": "checkpoint"})
+    assert "last sample" not in text
+    assert "Against digits at equal seeds" in text
+    assert "the reference 341.4" in text
+
+
 def test_the_hub_reads_the_metadata(checkpoint: Path) -> None:
     found = ModelCard(text_of(checkpoint, license="apache-2.0", base_model="owner/digits")).data.to_dict()
     assert found == {

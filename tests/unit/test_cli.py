@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -18,10 +19,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 from stepquant.calibrate.estimate import Estimate
-from stepquant.cli import compensate, evaluate, report, work
+from stepquant.cli import compensate, evaluate, report, views, work
 from stepquant.cli.arguments import bytes_named
 from stepquant.cli.commands import app
-from stepquant.cli.console import BarProgress, LineProgress, duration
+from stepquant.cli.console import BarProgress, LineProgress, duration, json_text
 from stepquant.cli.main import arranged, main
 from stepquant.cli.seeds import format_seeds, parse_seeds
 from stepquant.errors import ModelError, SpecError
@@ -222,6 +223,16 @@ def test_quantize_leaves_a_checkpoint_and_its_settings(run: Run, library: Librar
     assert "method: rtn" in (tmp_path / "out.run.yaml").read_text()
     asked = library.asked("quantize")[0]
     assert (asked["steps"], asked["run"].seed, asked["base_model"], asked["resume"]) == (7, 3, "digits-unet", False)
+
+
+def test_quantize_tells_the_bytes_of_the_layers_from_those_of_the_files(
+    run: Run, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocated = {"stage": "Allocate", "seconds": 0.5, "layer_bytes": 1000, "checkpoint_bytes": 1200}
+    monkeypatch.setattr(work.api, "quantize", lambda *_, **__: FakeQuantized((allocated,)))
+    _, out, _ = run("quantize", "digits-unet", "-o", tmp_path / "out")
+    assert "is a checkpoint of 1.23 kB" in out
+    assert "Its layers have 1.00 kB as a budget counts them" in out
 
 
 def test_quantize_for_machines(run: Run, library: Library, tmp_path: Path) -> None:
@@ -455,12 +466,91 @@ def test_report_evaluates_only_what_is_missing(run: Run, library: Library, tmp_p
     assert "--overwrite" in err
 
 
+def evaluated(run: Run, folder: Path, *options: str, **changes: Any) -> Path:
+    """A checkpoint with an evaluation, changed."""
+    run("evaluate", a_checkpoint(folder), "--seeds", "1000-1003", *options)
+    path = folder.with_name(folder.name + ".evaluation.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def test_report_samples_each_checkpoint_with_its_own_steps(run: Run, library: Library, tmp_path: Path) -> None:
+    one, two = evaluated(run, tmp_path / "one"), evaluated(run, tmp_path / "two", "--steps", "10")
+    status, _, err = run("report", one, two, "-o", tmp_path / "r.html")
+    assert status == 0, err
+    assert [asked["steps"] for asked in library.asked("sample")] == [20, 20, 10]
+    page = (tmp_path / "r.html").read_text()
+    assert "not ranked" in page
+    assert "images have 20 steps, those of two with 10" in page
+    assert "No films and no errors of layers: the evaluations have different numbers of steps." in page
+
+
+def test_report_refuses_other_references_before_anything_is_sampled(run: Run, library: Library, tmp_path: Path) -> None:
+    one, two = evaluated(run, tmp_path / "one"), evaluated(run, tmp_path / "two", against="other")
+    status, _, err = run("report", one, two, a_checkpoint(tmp_path / "three"), "-o", tmp_path / "r.html")
+    assert status == 1
+    assert f"stepquant evaluate {two} --against digits-unet --seeds 1000-1003 --steps 20" in err.replace("\n", " ")
+    assert len(library.asked("evaluate")) == 2
+    assert library.asked("sample") == []
+
+
+def test_report_loads_the_other_denoiser_or_says_that_it_is_gone(run: Run, library: Library, tmp_path: Path) -> None:
+    other = a_checkpoint(tmp_path / "other")
+    one = evaluated(run, tmp_path / "one", onto=str(other))
+    library.calls.clear()
+    assert run("report", one, "-o", tmp_path / "r.html")[0] == 0
+    assert [asked["folder"] for asked in library.asked("load")] == [other, one]
+    assert "onto" in library.asked("load")[1]
+    library.calls.clear()
+    one = evaluated(run, tmp_path / "one", onto=str(tmp_path / "gone"))
+    status, _, err = run("report", one, "-o", tmp_path / "r.html", "--overwrite")
+    assert status == 0, err
+    assert library.asked("sample") == []
+    assert "/gone, which is gone." in (tmp_path / "r.html").read_text()
+
+
 def test_report_names_a_damaged_evaluation(run: Run, library: Library, tmp_path: Path) -> None:
     checkpoint = a_checkpoint(tmp_path / "c")
     (tmp_path / "c.evaluation.json").write_text("{")
     status, _, err = run("report", checkpoint, "-o", tmp_path / "r.html")
     assert status == 1
     assert "is damaged" in err
+
+
+def test_kept_results_are_shown_though_a_figure_was_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    kept = Library().compare(None, None, seeds=SEEDS, steps=2) | {"against": "c", "reference_kind": "checkpoint"}
+    kept["metrics"] = {"drift_final": {"value": None}, "frechet_to_fp": {"value": 1.5}}
+    views.show_results(kept)
+    out = capsys.readouterr().out
+    assert "not finite" in out
+    assert "Frechet distance to the reference" in out
+
+
+def test_json_has_null_for_what_is_not_finite(
+    run: Run, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = library.compare
+
+    def broken(*sources: Any, **options: Any) -> dict[str, Any]:
+        results = whole(*sources, **options)
+        flat = {"white_point": {"candidate": [[math.nan, 0.5], [0.5, 0.5]], "reference": [[0.5, 0.5], [0.5, 0.4]]}}
+        results["metrics"]["drift_final"] = {"value": math.nan}
+        return results | {"drift": {"timesteps": [9, 1], "accumulated": [0.1, math.inf], "flat_field": flat}}
+
+    monkeypatch.setattr(evaluate, "compare", broken)
+
+    def refuse(name: str) -> Any:
+        raise AssertionError(f"{name} is no JSON")
+
+    checkpoint = a_checkpoint(tmp_path / "c")
+    status, out, _ = run("evaluate", checkpoint, "--seeds", "1000-1003", "--json")
+    assert status == 0
+    results = json.loads(out, parse_constant=refuse)
+    assert results["metrics"]["drift_final"]["value"] is None
+    assert results["drift"]["accumulated"] == [0.1, None]
+    assert results["drift"]["flat_field"]["white_point"]["candidate"][0] == [None, 0.5]
+    assert run("report", checkpoint, "-o", tmp_path / "r.html")[0] == 0
+    assert json_text({"a": (1, math.inf), 1: {"b": Path("x")}}) == '{"a": [1, null], "1": {"b": "x"}}'
 
 
 def test_inspect(run: Run, library: Library, tmp_path: Path) -> None:

@@ -192,6 +192,12 @@ def test_advice_ends_with_rules_and_commands(call: Call, asked: Asked, made: tup
     assert (status, len(json.loads(out)["findings"])) == (0, 10)
 
 
+def test_the_drift_is_said_whatever_was_found(call: Call, asked: Asked, made: tuple[Path, Path]) -> None:
+    asked.answer = Diagnosis((), (), (), 0.25, 0.125, None, (), (7, 8), 3, Thresholds(), ())
+    _, text, _ = call("doctor", made[1], *OPTIONS)
+    assert "Final drift 0.25, 12.5 % of the sample." in text
+
+
 def test_mistakes_are_told_before_anything_is_sampled(call: Call, asked: Asked, tmp_path: Path) -> None:
     there = tmp_path / "there.yaml"
     there.write_text("model: mine\n")

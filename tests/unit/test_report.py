@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import html.parser
 import math
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from stepquant.errors import EvaluationError
+from stepquant.report.comparable import reference_words, refuse_other_references
 from stepquant.report.figures import comparison_picture, difference, fitted, levels
 from stepquant.report.layers import error_map
 from stepquant.report.losses import loss_plots
@@ -333,6 +335,68 @@ def test_no_checkpoint_is_called_the_closest_of_equals() -> None:
     assert "a and b are equally close" in page
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("seeds", [2000, 2063], "seeds (1000-1063 for a, 2000-2063 for b)"),
+        ("n", 32, "n (64 for a, 32 for b)"),
+        ("steps", 10, "steps (20 for a, 10 for b)"),
+        ("scheduler", "DPMSolver", "scheduler (DDIMScheduler for a, DPMSolver for b)"),
+        ("arguments", {"eta": 1.0}, 'arguments ({} for a, {"eta": 1.0} for b)'),
+        ("features", "inception 5678", "features (digits 1234abcd for a, inception 5678 for b)"),
+        ("protocol", "clean", "protocol (as-sampled for a, clean for b)"),
+    ],
+)
+def test_evaluations_that_differ_are_shown_but_not_ranked(key: str, value: Any, told: str) -> None:
+    alike = {"arguments": {}, "protocol": "as-sampled"}
+    ours, theirs = a_result("x/a") | alike, a_result("x/b", scale=2.0) | alike
+    page = render_report([ours, theirs], some_images(2), [an_inspection()] * 2)
+    assert 'class="best"' in page
+    assert "a is closest" in page
+    page = html.unescape(render_report([ours, theirs | {key: value}], some_images(2), [an_inspection()] * 2))
+    assert 'class="best"' not in page
+    assert "is closest" not in page
+    assert '<p class="verdict warning">The checkpoints are not ranked: their evaluations differ in ' in page
+    assert told in page
+
+
+def test_features_of_one_metric_count_too() -> None:
+    ours, theirs = a_result("a"), a_result("b", scale=2.0)
+    for result, identity in ((ours, "alex"), (theirs, "vgg")):
+        result["metrics"]["lpips"] = {"value": 0.1, "feature_identity": identity}
+    page = render_report([ours, theirs], some_images(2), [an_inspection()] * 2)
+    assert "differ in features or protocol of lpips." in page
+
+
+def test_different_references_are_refused_with_the_command_that_repairs_it() -> None:
+    ours, theirs = a_result("runs/a"), a_result("runs/b") | {"against": "other", "steps": 10}
+    wanted = "stepquant evaluate runs/b --against digits-unet --seeds 1000-1063 --steps 10"
+    with pytest.raises(EvaluationError, match="runs/b was evaluated against other") as refused:
+        render_report([ours, theirs], some_images(2), [an_inspection()] * 2)
+    assert wanted in str(refused.value)
+    # The hash decides where there is one.
+    for result, identity in ((ours, "aa"), (theirs, "aa")):
+        result["metrics"]["psnr"]["reference"] = identity
+    refuse_other_references([ours, theirs])
+    theirs["against"], theirs["metrics"]["psnr"]["reference"] = "digits-unet", "bb"
+    with pytest.raises(EvaluationError, match="when that had other weights"):
+        refuse_other_references([ours, theirs])
+
+
+def test_a_reference_that_is_a_checkpoint_is_not_called_full_precision(tmp_path: Path) -> None:
+    results = [a_result(name, scale=1.0 + n) | {"reference_kind": "checkpoint"} for n, name in enumerate("ab")]
+    flat = {"noise_level": {"candidate": [0.5] * 20, "reference": [0.4] * 20}}
+    results[0]["drift"]["flat_field"] = flat
+    notes = {"notes": ["Between the least and the largest value of full precision."]}
+    page = render_report(results, some_images(2) | a_walk(2) | notes, [an_inspection()] * 2)
+    assert "full precision" not in page.replace("The script lays full precision over the others.", "")
+    assert "full-precision" not in page
+    assert "a is closest to the reference" in page
+    (tmp_path / "stepquant.json").write_text("{}")
+    assert reference_words(a_result() | {"against": str(tmp_path)}) == "the reference"
+    assert reference_words(a_result()) == "full precision"
+
+
 def test_errors_of_layers_are_ranked_and_broken_ones_come_first() -> None:
     entry = {
         "timesteps": [9.0, 1.0],
@@ -351,6 +415,9 @@ def test_errors_of_layers_are_ranked_and_broken_ones_come_first() -> None:
 
 
 def test_losses_of_unknown_shape_are_left_out() -> None:
+    broken = [{"stage": "Fit", "losses": [1.0, None, 0.5]}, {"stage": "Two", "losses": [[0, 1.0], [0, None]]}]
+    assert len(loss_plots("a", broken, "#123456")) == 2  # what was not finite is a gap
+    assert loss_plots("a", [{"stage": "Fit", "losses": [None, None]}], "#123456") == []
     stages = [{"stage": "New", "losses": "none", "loss": [[1, 2, 3]], "history": [], "rounds": [{"loss": 1.0}]}]
     assert [re.findall(r"<!-- (New.*|a: .*?) -->", plot)[-1] for plot in loss_plots("a", stages, "#123456")] == [
         "a: New rounds"

@@ -218,6 +218,7 @@ class Allocate:
             "weight_bits": round(costs.average("weights", choice), 6),
             "activation_bits": round(costs.average("activations", choice), 6),
             "layer_bytes": costs.total_bytes(choice),
+            "checkpoint_bytes": costs.total_bytes(choice) + costs.beside_bytes,
             "predicted_drift": math.sqrt(_total(scores, choice)) if self.score in ("final", "incoherent") else None,
             "measured_drift": meter.drift_of(choice),
             "measured": meter.rows,
@@ -297,7 +298,8 @@ class Allocate:
         if self.max_bytes is not None and costs.total_bytes(least) > self.max_bytes:
             raise SpecError(
                 f"{self.max_bytes} bytes for the layers are not possible: the least is {costs.total_bytes(least)}, "
-                f"with {self.bits[0]} bits in every layer that is free to choose."
+                f"with {self.bits[0]} bits in every layer that is free to choose, and about "
+                f"{costs.total_bytes(least) + costs.beside_bytes} for the denoiser's part of the checkpoint."
             )
 
     def _scores(self, job: Job, probe: Probe, used: list[Trajectory], problem: Problem) -> tuple[Scores, int]:

@@ -115,7 +115,7 @@ def _summary(found: Mapping[str, Any]) -> str:
     parts = [
         f"{found['weight_bits']:.3g} bits a weight",
         f"{found['activation_bits']:.3g} bits an activation",
-        f"{found['layer_bytes']:,} bytes of layers",
+        f"{found['layer_bytes']:,} bytes of layers (about {found['checkpoint_bytes']:,} as a checkpoint)",
     ]
     if found["predicted_drift"] is not None:
         parts.append(f"predicted drift {found['predicted_drift']:.3g}")

@@ -126,7 +126,12 @@ Target = Annotated[
     ),
 ]
 MaxBytes = Annotated[
-    int | None, typer.Option(min=1, help="Choose bits by layer: the checkpoint's layers have at most this many bytes.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Choose bits by layer: the layers have at most this many bytes. The checkpoint is larger by norms, "
+        "embeddings and descriptions; the output says both.",
+    ),
 ]
 MaxDrift = Annotated[
     float | None,

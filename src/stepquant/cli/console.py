@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -28,6 +29,7 @@ __all__ = [
     "Settings",
     "duration",
     "interruptible",
+    "json_text",
     "progress_for",
     "replace_text",
     "stderr_console",
@@ -73,8 +75,11 @@ def stderr_console() -> Console:
 
 
 def write_json(data: Any, target: str) -> None:
-    """Write JSON to a file, or to standard output if `target` is "-". A file is replaced when the new one is whole."""
-    text = json.dumps(data, indent=2, ensure_ascii=False, default=_plain) + "\n"
+    """Write JSON to a file, or to standard output if `target` is "-". A file is replaced when the new one is whole.
+
+    Numbers that are not finite are null.
+    """
+    text = json_text(data, indent=2) + "\n"
     path = Path(target)
     if target == "-":
         sys.stdout.write(text)
@@ -82,6 +87,19 @@ def write_json(data: Any, target: str) -> None:
         path.write_text(text, encoding="utf-8")
     else:
         replace_text(path, text)
+
+
+def json_text(data: Any, *, indent: int | None = None) -> str:
+    """JSON that every parser reads: numbers that are not finite are null. What JSON does not know is its `str`."""
+    return json.dumps(_finite(data), indent=indent, ensure_ascii=False, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -94,10 +112,6 @@ def replace_text(path: Path, text: str) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _plain(value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) else str(value)
 
 
 def duration(seconds: float) -> str:

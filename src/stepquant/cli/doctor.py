@@ -184,6 +184,8 @@ def _show(request: DoctorRequest, diagnosis: Diagnosis, command: str, *, written
         console.print(_findings_table(diagnosis.findings))
     if diagnosis.drivers and diagnosis.drift is not None:
         console.print(_drivers_table(diagnosis))
+    elif diagnosis.drift is not None:
+        console.print(f"{_drift_text(diagnosis)}.")
     for note in diagnosis.notes:
         console.print(f"Note: {note}")
     if not diagnosis.healthy:
@@ -226,13 +228,17 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _drivers_table(diagnosis: Diagnosis) -> Table:
+def _drift_text(diagnosis: Diagnosis) -> str:
     drift, relative = diagnosis.drift or 0.0, diagnosis.relative_drift or 0.0
+    return f"Final drift {drift:.4g}, {100 * relative:.3g} % of the sample"
+
+
+def _drivers_table(diagnosis: Diagnosis) -> Table:
     table = Table(
         Column("layer", overflow="fold"),
         Column("estimated share", justify="right"),
         Column("drift with it in full precision", justify="right"),
-        title=f"Final drift {drift:.4g}, {100 * relative:.3g} % of the sample: layers that drive it",
+        title=f"{_drift_text(diagnosis)}: layers that drive it",
         title_justify="left",
     )
     for driver in diagnosis.drivers[:_SHOWN_DRIVERS]:

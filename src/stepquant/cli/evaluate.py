@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from stepquant.cli import views
-from stepquant.cli.console import Interrupted, Settings, interruptible, progress_for, stdout_console, write_json
+from stepquant.cli.console import (
+    Interrupted,
+    Settings,
+    interruptible,
+    progress_for,
+    stderr_console,
+    stdout_console,
+    write_json,
+)
 from stepquant.cli.outputs import evaluation_path
 from stepquant.cli.work import Sampling, base_model_of, device_named, prepare, refuse_onto_a_model, steps_of
 from stepquant.errors import StepquantError
 from stepquant.evaluate.clip import ClipScore
-from stepquant.evaluate.compare import METRICS
+from stepquant.evaluate.compare import METRICS, NotFiniteImages
 from stepquant.evaluate.compare import evaluate as compare
 from stepquant.evaluate.features import Features
 from stepquant.evaluate.folder import discard
-from stepquant.evaluate.gates import check_gates, parse_gates
+from stepquant.evaluate.gates import Gate, check_gates, parse_gates
 from stepquant.evaluate.lpips import Lpips
 from stepquant.evaluate.named_features import features_named
-from stepquant.evaluate.seeds import refuse_calibration_seeds
-from stepquant.evaluate.source import Source, open_source
+from stepquant.evaluate.source import ImageFolder, Source, open_source
 from stepquant.evaluate.weights import MissingWeights
 from stepquant.inspection import inspect_checkpoint
 from stepquant.manifest import MANIFEST_NAME
@@ -68,7 +75,17 @@ def evaluate(
     processes = joined()
     if measuring.overwrite:
         processes.from_first(lambda: discard(_evaluation_work(candidate)))
-    results = measure(candidate, against, sampling, settings, measuring)
+    try:
+        results = measure(candidate, against, sampling, settings, measuring)
+    except NotFiniteImages as error:
+        if processes.first:
+            _write_broken(error, gates, json_target)
+        if not gates:
+            raise
+        if processes.first:
+            stderr_console().print(f"Error: {error}", style="red", soft_wrap=True)
+            views.complain_of_gates(check_gates(gates, {}))
+        return False
     if gates:
         results["gates"] = check_gates(gates, results["metrics"])
     failed = [gate for gate in results.get("gates", []) if gate["failed"]]
@@ -77,14 +94,21 @@ def evaluate(
     kept = _keep(results, Path(candidate))
     if json_target is not None:
         write_json(results, json_target)
-    if kept or json_target is not None:
-        discard(_evaluation_work(candidate))
     if json_target != "-" and not settings.quiet:
         views.show_results(results)
         if kept:
             stdout_console().print(f"Kept as {evaluation_path(Path(candidate))} for `stepquant report`.")
+    # Also where nothing could be kept, as of a shipped model: it is finished, and would pass for one that was not.
+    discard(_evaluation_work(candidate))
     views.complain_of_gates(failed)
     return not failed
+
+
+def _write_broken(error: NotFiniteImages, gates: Sequence[Gate], json_target: str | None) -> None:
+    """Write what there is of an evaluation without figures; nobody has seen that its gates hold, so they fail."""
+    results = {**error.results, **({"gates": check_gates(gates, {})} if gates else {})}
+    if json_target is not None:
+        write_json(results, json_target)
 
 
 def measure(
@@ -109,39 +133,48 @@ def measure(
     reference = open_source(base, **options)
     seeds = sampling.seeds or source.seeds or reference.seeds or list(_EVALUATED)
     arguments = sampling.pipeline_arguments(len(seeds))
-    if not measuring.allow_calibration_seeds:
-        for name in (str(candidate), base, *([str(sampling.onto)] if sampling.onto is not None else [])):
-            refuse_calibration_seeds(seeds, _description(name).get("manifest") or {}, name=name)
+    # What ran checkpoints; models and folders of images have no engine.
+    checkpoints = [name for name in (candidate, base) if (Path(name) / MANIFEST_NAME).is_file()]
+    kind = "images" if isinstance(reference, ImageFolder) else "checkpoint" if base in checkpoints else "model"
+    named = {
+        "candidate": str(Path(candidate)),
+        "against": base,
+        "reference_kind": kind,
+        "engine": sampling.engine if checkpoints else None,
+        "command": settings.command,
+        **({} if sampling.onto is None else {"onto": str(sampling.onto)}),
+    }
     features, lpips, clip, remarks = _networks(measuring, device)
     work, processes = _evaluation_work(candidate), joined()
     with (
         _evaluation_kept(work) if processes.first else nullcontext(),
         interruptible(f"What is measured so far is in {work}; go on with the same command and --resume."),
     ):
-        results = compare(
-            source,
-            reference,
-            seeds=seeds,
-            steps=_common_steps(sampling, (source, reference)),
-            batch_size=sampling.batch_size,
-            run=Run(
-                work=work if os.access(work.parent, os.W_OK) else None,
-                progress=progress_for(settings),
-                processes=processes,
-            ),
-            arguments=arguments,
-            features=features,
-            protocol=measuring.protocol,
-            lpips=lpips,
-            clip=clip,
-            resume=measuring.resume,
-            remarks=remarks,
-        )
-    # What ran checkpoints; models and folders of images have no engine.
-    checkpoints = [name for name in (candidate, base) if (Path(name) / MANIFEST_NAME).is_file()]
-    engine = sampling.engine if checkpoints else None
-    named = {"candidate": str(Path(candidate)), "against": base, "engine": engine, "command": settings.command}
-    return {**results, **named, **({} if sampling.onto is None else {"onto": str(sampling.onto)})}
+        try:
+            results = compare(
+                source,
+                reference,
+                seeds=seeds,
+                steps=_common_steps(sampling, (source, reference)),
+                batch_size=sampling.batch_size,
+                run=Run(
+                    work=work if os.access(work.parent, os.W_OK) else None,
+                    progress=progress_for(settings),
+                    processes=processes,
+                ),
+                arguments=arguments,
+                features=features,
+                protocol=measuring.protocol,
+                lpips=lpips,
+                clip=clip,
+                resume=measuring.resume,
+                remarks=remarks,
+                allow_calibration_seeds=measuring.allow_calibration_seeds,
+            )
+        except NotFiniteImages as error:
+            error.results |= named
+            raise
+    return results | named
 
 
 def _description(source: str | Path) -> dict[str, Any]:

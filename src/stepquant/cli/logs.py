@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from stepquant.cli.console import json_text
 
 __all__ = ["JsonLines", "log_to", "logging_set_up"]
 
@@ -31,7 +32,7 @@ class JsonLines(logging.Formatter):
             entry["data"] = data
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False, default=str)
+        return json_text(entry)
 
 
 @contextmanager

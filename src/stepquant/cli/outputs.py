@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from stepquant.cli.console import replace_text
+from stepquant.cli.console import json_text, replace_text
 from stepquant.errors import CheckpointError, EvaluationError, SpecError
 
 __all__ = [
@@ -79,7 +79,7 @@ def card_path(checkpoint: Path) -> Path:
 
 def write_figures(figures: Iterable[Mapping[str, Any]], out: Path) -> None:
     """Keep the figures of the stages beside a checkpoint, for `report`."""
-    lines = "".join(json.dumps(dict(entry)) + "\n" for entry in figures)
+    lines = "".join(json_text(entry) + "\n" for entry in figures)
     replace_text(figures_path(out), lines)
 
 

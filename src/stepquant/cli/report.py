@@ -38,10 +38,13 @@ def report(
 ) -> None:
     """Write the page; checkpoints without an evaluation are evaluated first."""
     refuse_existing(out, overwrite=overwrite)
+    from stepquant.report.comparable import refuse_other_references
+
     device, batch_size = device_and_batch
+    kept = [read_evaluation(checkpoint) for checkpoint in checkpoints]
+    refuse_other_references([found for found in kept if found is not None])  # before anything is sampled
     results = []
-    for checkpoint in checkpoints:
-        found = read_evaluation(checkpoint)
+    for checkpoint, found in zip(checkpoints, kept, strict=True):
         if found is None:
             sampling = Sampling(seeds, batch_size=batch_size, device=device, engine="simulated")
             found = evaluate_and_keep(checkpoint, sampling, settings)
@@ -59,8 +62,10 @@ def write_page(
     device_and_batch: tuple[str, int],
 ) -> dict[str, Any]:
     """Sample the images to show, write the page, and return the images (see `report.page.Images`)."""
+    from stepquant.report.comparable import refuse_other_references
     from stepquant.report.page import Origin, write_report  # matplotlib is slow to import
 
+    refuse_other_references(results)
     descriptions = [inspect_checkpoint(checkpoint) for checkpoint in checkpoints]
     origins = [cast(Origin, read_origin(checkpoint)) for checkpoint in checkpoints]
     images = _images_for(checkpoints, results, settings, device_and_batch)
@@ -81,33 +86,65 @@ def _images_for(
     from stepquant.report.groups import rows_over_time  # matplotlib is slow to import
     from stepquant.report.walks import Walks
 
-    name, batch_size = device_and_batch
-    prepare(settings)
-    device = device_named(name)
     first = results[0]
     seeds = [int(seed) for seed in first["images"]["seeds"]][:_IMAGES]
     arguments = first_of(first.get("arguments", {}), int(first["n"]), len(seeds))
     if arguments is None:
         return {"seeds": seeds, "candidates": [], "notes": [_NOT_KEPT]}
-    common: dict[str, Any] = {"seeds": seeds, "steps": int(first["steps"]), "batch_size": batch_size}
-    common["arguments"] = arguments
+    gone = [str(result["onto"]) for result in results if result.get("onto") and not Path(result["onto"]).is_dir()]
+    if gone:
+        note = f"No images: the evaluation had the pipeline's other denoiser from {gone[0]}, which is gone."
+        return {"seeds": seeds, "candidates": [], "notes": [note]}
+    name, batch_size = device_and_batch
+    prepare(settings)
+    device = device_named(name)
     progress = progress_for(settings)
+    common: dict[str, Any] = {"seeds": seeds, "batch_size": batch_size, "arguments": arguments, "progress": progress}
+    steps = [int(result["steps"]) for result in results]
+    notes = _of_images(checkpoints, results, steps)
     reference = open_source(str(first["against"]), device=device, engine="simulated", schedule="nearest")
-    found: dict[str, Any] = {"seeds": seeds, "candidates": [], "rows": []}
+    found: dict[str, Any] = {"seeds": seeds, "candidates": [], "rows": [], "notes": notes}
     with interruptible("The report was not written; evaluations that were finished are kept."):
         walks = None
         if isinstance(reference, PipelineSource):
-            found["reference"] = api.sample(reference.pipe, progress=progress, **common)
-            walks = Walks(
-                reference.pipe, seeds=seeds, steps=common["steps"], run=Run(progress=progress), arguments=arguments
-            )
+            found["reference"] = api.sample(reference.pipe, steps=steps[0], **common)
+            if len(set(steps)) == 1:
+                run = Run(progress=progress)
+                walks = Walks(reference.pipe, seeds=seeds, steps=steps[0], run=run, arguments=arguments)
+            else:
+                notes.append("No films and no errors of layers: the evaluations have different numbers of steps.")
         else:
             found["reference"] = reference.images(seeds, steps=None, arguments={})
-            found["notes"] = ["No films and no errors of layers: the reference is a folder of images."]
-        for checkpoint in checkpoints:
-            pipe = api.load(checkpoint, device=device, engine="simulated", schedule="nearest")
-            found["candidates"].append(api.sample(pipe, progress=progress, **common))
+            notes.append("No films and no errors of layers: the reference is a folder of images.")
+        for checkpoint, result, own in zip(checkpoints, results, steps, strict=True):
+            pipe = _loaded(checkpoint, result, device)
+            found["candidates"].append(api.sample(pipe, steps=own, **common))
             found["rows"].append(rows_over_time(pipe))
             if walks is not None:
                 walks.add(pipe)
-    return found if walks is None else found | walks.found()
+    if walks is None:
+        return found
+    walked = walks.found()
+    return {**found, **walked, "notes": [*notes, *walked["notes"]]}
+
+
+def _loaded(checkpoint: Path, result: Mapping[str, Any], device: Any) -> Any:
+    """The checkpoint as it was evaluated, with the other denoiser of `--onto`."""
+    options: dict[str, Any] = {"engine": "simulated", "schedule": "nearest"}
+    onto = result.get("onto")
+    other = {} if onto is None else {"onto": api.load(Path(onto), **options)}
+    return api.load(checkpoint, device=device, **options, **other)
+
+
+def _of_images(checkpoints: Sequence[Path], results: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> list[str]:
+    """What must be said about the images of evaluations that differ."""
+    notes = []
+    other = [f"{path.name} with {own}" for path, own in zip(checkpoints, steps, strict=True) if own != steps[0]]
+    if other:
+        notes.append(
+            f"The reference's images have {steps[0]} steps, those of {', '.join(other)}: their differences hold what "
+            "the steps change, too."
+        )
+    if any(result.get("arguments", {}) != results[0].get("arguments", {}) for result in results):
+        notes.append(f"All images are made with the arguments that {checkpoints[0].name} was evaluated with.")
+    return notes

@@ -162,12 +162,19 @@ def show_quantized(
     console = stdout_console()
     table = Table("stage", "time", title_justify="left")
     seconds = 0.0
+    figures = list(figures)
+    allocated = [figure for figure in figures if "layer_bytes" in figure]
     for figure in figures:
         table.add_row(str(figure.get("stage", "")), duration(float(figure.get("seconds", 0.0))))
         seconds += float(figure.get("seconds", 0.0))
     console.print(table)
     size = f" of {bytes_text(description['bytes'])}" if "bytes" in description else ""
     console.print(f"{out} is a checkpoint{size}, made in {duration(seconds)}.")
+    for figure in allocated:
+        console.print(
+            f"Its layers have {bytes_text(figure['layer_bytes'])} as a budget counts them; the rest is norms, "
+            "embeddings, further rows over time, descriptions and other parts of the pipeline."
+        )
     console.print(f"Its settings are in {out}.run.yaml.")
     console.print(f"Next: stepquant sample {out} -o images --grid    or: stepquant evaluate {out}")
     if resolved.preset == "quick":
@@ -215,13 +222,20 @@ def show_results(results: Mapping[str, Any]) -> None:
     )
     if results.get("features"):
         console.print(f"Features: {results['features']}, protocol {results.get('protocol', 'as-sampled')}")
+    from stepquant.report.comparable import reference_words
+
+    words = reference_words(results)
     table = Table("metric", "value", "95 % interval")
     for key, metric in results["metrics"].items():
+        name = _METRIC_NAMES.get(key, key).replace("full precision", words)
+        if metric.get("value") is None:  # as a kept evaluation has what was not finite
+            table.add_row(name, "not finite", "")
+            continue
         unit = f" {metric['unit']}" if metric.get("unit") else ""
         low, high = metric.get("low"), metric.get("high")
         interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
-        beside = f" (full precision {metric['reference_value']:.4g})" if "reference_value" in metric else ""
-        table.add_row(_METRIC_NAMES.get(key, key), f"{metric['value']:.4g}{unit}{beside}", interval)
+        beside = f" ({words} {metric['reference_value']:.4g})" if metric.get("reference_value") is not None else ""
+        table.add_row(name, f"{metric['value']:.4g}{unit}{beside}", interval)
     console.print(table)
     for note in results.get("notes", []):
         console.print(f"Note: {note}")

@@ -28,7 +28,7 @@ full-precision network (`at="full_precision"`): the same to first order in the e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -251,11 +251,15 @@ def _tap(
 @torch.no_grad()
 def restored_drift(
     candidate: nn.Module,
-    name: str,
-    exact: nn.Module,
+    exact: Mapping[str, nn.Module],
     trajectories: Sequence[Trajectory],
     correction: StepCorrection | None = None,
 ) -> float:
-    """The final drift with layer `name` in full precision: a free run of its own. The candidate is put back."""
-    with swapped(candidate, name, exact):
+    """The final drift with these layers in full precision: a free run of its own. The candidate is put back.
+
+    exact: full-precision layers by name.
+    """
+    with ExitStack() as stack:
+        for name, layer in exact.items():
+            stack.enter_context(swapped(candidate, name, layer))
         return drift(final_states(candidate, trajectories, correction), trajectories)

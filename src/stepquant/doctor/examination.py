@@ -4,6 +4,7 @@
     own errors      each layer alone beside its original, on full-precision states             (`cosines`)
     estimate        what each layer contributes to the final drift, one reverse pass           (`drivers`)
     restored        the same for the layers that count most, measured                          (`drivers`)
+    all restored    whether the drift comes from the layers at all, where it is too large      (`drivers`)
 
 All but the first need the full-precision model.
 """
@@ -28,8 +29,8 @@ from stepquant.doctor.advice import as_yaml, plain_rules, rules_for
 from stepquant.doctor.cosines import LayerError, layer_errors
 from stepquant.doctor.drivers import Driver, Expansion, contributions, drift, restored_drift
 from stepquant.doctor.findings import KINDS, Finding, Thresholds
-from stepquant.doctor.health import ChannelSpread, Health, watching
-from stepquant.doctor.layers import paired_layers
+from stepquant.doctor.health import MOST_NAMED, ChannelSpread, Health, watching
+from stepquant.doctor.layers import differing_modules, paired_layers
 from stepquant.doctor.weights import static_findings
 from stepquant.errors import SpecError
 from stepquant.model.correction import StepCorrection, correction_of
@@ -219,6 +220,14 @@ def _notes(denoiser: nn.Module, health: Health, compared: _Comparison | None) ->
     notes = []
     if health.broken > 1:
         notes.append(f"{health.broken} modules gave values that are not finite; the first of them is named.")
+    if outliers := health.outliers():
+        shown = ", ".join(str(finding.layer) for finding in outliers[:MOST_NAMED])
+        more = f" and {len(outliers) - MOST_NAMED} more" if len(outliers) > MOST_NAMED else ""
+        notes.append(
+            f"If you quantize this model: the inputs of {shown}{more} have channels up to "
+            f"{max(finding.value or 0.0 for finding in outliers):.3g} times as large as the median channel. Keep these "
+            "activations in full precision, or move the outliers into the weight."
+        )
     if compared is None:
         notes.append("Without the full-precision model there are no errors of layers and no drift.")
     if not health.outputs:
@@ -277,7 +286,7 @@ class _Comparison:
     def blame(self, limits: Thresholds, top: int, run: Run) -> _Blame:
         """Errors of layers, final drift, and who drives it."""
         if not self.pairs:
-            return self._without_layers()
+            return self._without_layers(limits)
         images = sum(trajectory.batch for trajectory in self.trajectories) * len(self.trajectories[0].steps)
         with run.progress.track("Comparing layers", images) as done:
             layers, spreads = layer_errors(self.candidate, self.reference, self.pairs, self.trajectories, done=done)
@@ -300,7 +309,16 @@ class _Comparison:
             )
         drivers = self._restored(_drivers(by_step, found), found, top, run)
         if relative > limits.drift:
-            findings += _driving(drivers, found, limits)
+            with run.progress.track("Restoring all layers", 1) as done:
+                exact = {name: layer for name, (layer, _) in self.pairs.items()}
+                left = restored_drift(self.candidate, exact, self.trajectories, self.correction) / found * relative
+                done(1)
+            driving = _driving(drivers, found, limits)
+            if left > limits.drift:
+                findings += self._elsewhere(left, limits)
+            elif not driving:
+                findings.append(_spread(relative, limits, len(self.pairs)))
+            findings += driving
         notes = []
         together = math.fsum(driver.share for driver in drivers)
         if abs(together - 1) > NEARLY_LINEAR and relative > limits.drift:
@@ -310,12 +328,37 @@ class _Comparison:
             )
         return _Blame(findings, layers, drivers, spreads, found, relative, expansion, notes)
 
-    def _without_layers(self) -> _Blame:
+    def _without_layers(self, limits: Thresholds) -> _Blame:
         ends = final_states(self.candidate, self.trajectories, self.correction)
         finite = all(bool(torch.isfinite(end).all()) for end in ends)
         found, relative = self._drift(ends) if finite else (None, None)
         note = "No layer that both have computes anything else than in full precision, so there is none to blame."
-        return _Blame(drift=found, relative=relative, notes=[note])
+        beyond = relative is not None and relative > limits.drift
+        findings = self._elsewhere(relative, limits) if relative is not None and beyond else []
+        return _Blame(findings, drift=found, relative=relative, notes=[note])
+
+    def _elsewhere(self, left: float, limits: Thresholds) -> list[Finding]:
+        """Drift that stays with all layers in full precision: a finding for each other module that differs.
+
+        left: this drift, relative to the sample. If no module differs, one finding of the sampling as a whole.
+        """
+        layers = "With all layers in full precision" if self.pairs else "Though no layer differs,"
+        what = f"{layers} the final drift is {100 * left:.3g} % of the sample"
+        modules = differing_modules(self.reference, self.candidate)
+        if not modules:
+            what += ", and no other module that both have holds other numbers."
+            return [Finding.of("drift_elsewhere", what, value=left, threshold=limits.drift)]
+        return [
+            Finding.of(
+                "drift_elsewhere",
+                f"{what}; this module's own parameters or buffers differ from full precision's by "
+                + (f"{100 * value:.3g} %." if math.isfinite(value) else "more than their size, or in shape."),
+                layer=name,
+                value=left,
+                threshold=limits.drift,
+            )
+            for name, value in modules.items()
+        ]
 
     def _drift(self, ends: Sequence[Tensor]) -> tuple[float, float]:
         found = drift(ends, self.trajectories)
@@ -334,8 +377,8 @@ class _Comparison:
         measured = []
         with run.progress.track("Restoring layers", len(chosen)) as done:
             for driver in chosen:
-                exact = self.pairs[driver.layer][0]
-                left = restored_drift(self.candidate, driver.layer, exact, self.trajectories, self.correction)
+                exact = {driver.layer: self.pairs[driver.layer][0]}
+                left = restored_drift(self.candidate, exact, self.trajectories, self.correction)
                 measured.append(replace(driver, restored=left))
                 done(1)
         return [*sorted(measured, key=lambda driver: driver.restored or 0.0), *drivers[len(chosen) :]]
@@ -403,3 +446,11 @@ def _driving(drivers: Iterable[Driver], found: float, limits: Thresholds) -> lis
             Finding.of("drives_drift", what, layer=driver.layer, step=step, value=saved, threshold=limits.driver)
         )
     return findings
+
+
+def _spread(relative: float, limits: Thresholds, layers: int) -> Finding:
+    what = (
+        f"The final drift is {100 * relative:.3g} % of the sample. It goes with all {layers} layers in full precision, "
+        "but no single one that was measured accounts for a share of it."
+    )
+    return Finding.of("spread_drift", what, value=relative, threshold=limits.drift)

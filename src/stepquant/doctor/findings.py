@@ -36,8 +36,8 @@ class Thresholds:
         fewest that stepquant offers; of two bits half of the levels are enough.
     used_range: so much of the levels should be reached by the weights of a scale (0 counts as reached). A quarter:
         two bits are wasted.
-    outlier_ratio: largest magnitude of a channel over the median of all channels. At 32 the median channel is left
-        with 8 of 256 levels where all share one scale.
+    outlier_ratio: largest magnitude of a channel over the median of all channels that are not zero. At 32 the median
+        channel is left with 8 of 256 levels where all share one scale.
     dead_spread: a channel is dead if it varies less than this part of the layer's median channel. 1e-6: ten times
         float32's rounding.
     image_spread: an image is constant if its values lie within this. 1/255: one level of an 8-bit image.
@@ -131,8 +131,17 @@ KINDS: Mapping[str, KindOfFinding] = {
         "warning", "activations", "Keep the activation in full precision, or move the outliers into the weight."
     ),
     "float16_overflow": KindOfFinding("warning", "none", "Sample in bfloat16 or float32, never in float16."),
+    "drift_elsewhere": KindOfFinding(
+        "error",
+        "none",
+        "No bits mend it: load or convert the model again. Where no module is named, compare the two models' settings, "
+        "dtypes and step corrections.",
+    ),
     "low_cosine": KindOfFinding("warning", "both", "Give the layer more bits."),
     "drives_drift": KindOfFinding("warning", "both", "Give the layer more bits."),
+    "spread_drift": KindOfFinding(
+        "warning", "none", "Give all layers more bits, take a stronger method, or raise --top to measure more layers."
+    ),
 }
 """Kinds of findings, those that explain others first."""
 

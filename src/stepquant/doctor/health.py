@@ -17,7 +17,7 @@ from stepquant.model.quantizer import DynamicQuantizer, InputQuantizer
 from stepquant.model.surgery import quantized_layers
 from stepquant.numerics.affine import QParams
 
-__all__ = ["ChannelSpread", "Health", "watching"]
+__all__ = ["MOST_NAMED", "ChannelSpread", "Health", "watching"]
 
 MOST_NAMED = 8
 """Channels named in a sentence; of more only the number is given."""
@@ -74,6 +74,8 @@ class Health:
         self._inputs: dict[str, ChannelSpread] = {}
         self._limits = limits
         self._seen = Sightings()
+        self._outliers = Sightings()
+        self._batch = 0
         self._broken: set[str] = set()
         self._quantized = bool(quantized_layers(denoiser))
 
@@ -92,10 +94,19 @@ class Health:
                 found[name] = dead
         return found
 
+    def outliers(self) -> list[Finding]:
+        """Outlier channels of a model that is not quantized: no fault of it, but what quantizing will meet."""
+        return self._outliers.findings()
+
     @property
     def broken(self) -> int:
         """Number of layers that gave values that are not finite."""
         return len(self._broken)
+
+    def see_call(self, given: Any) -> None:
+        """Before the denoiser runs: how many images are in the batch."""
+        sample = next(tensors_in(given), None)
+        self._batch = 0 if sample is None or not sample.ndim else len(sample)
 
     def see_output(self, name: str, module: nn.Module, given: Any, output: Any) -> None:
         """After a module has run: NaN and infinity, numbers too large for float16, and the channels of layers."""
@@ -123,13 +134,19 @@ class Health:
             self.see_outliers(name, axis, x)
 
     def see_outliers(self, name: str, axis: int, x: Tensor) -> None:
-        """Channels of a tensor whose values are far larger than those of the others."""
+        """Channels of a tensor whose values are far larger than those of the others.
+
+        Passed over: few channels, and tensors of one row an image, such as embeddings of the timestep, in which the
+        size of a channel is that of a single value.
+        """
         axis %= x.ndim
-        if x.shape[axis] < LEAST_CHANNELS:
+        if x.shape[axis] < LEAST_CHANNELS or x.numel() // x.shape[axis] <= self._batch:
             return
         largest = x.detach().abs().amax([which for which in range(x.ndim) if which != axis]).float()
-        median = largest.median()
-        ratios = largest / median
+        alive = largest[largest > 0]  # most channels may be zero, behind a ReLU or where pruned
+        if not len(alive):
+            return
+        ratios = largest / alive.median()
         worst = float(ratios.max())
         if not worst > self._limits.outlier_ratio or worst == float("inf"):
             return
@@ -138,7 +155,8 @@ class Health:
             f"Of the input's {x.shape[axis]} channels, {_listed(channels)} reach{'' if len(channels) > 1 else 'es'} up "
             f"to {worst:.3g} times the median channel."
         )
-        self._seen.see("outlier_channels", name, self.step, worst, self._limits.outlier_ratio, what)
+        seen = self._seen if self._quantized else self._outliers
+        seen.see("outlier_channels", name, self.step, worst, self._limits.outlier_ratio, what)
 
     def see_quantizer(self, name: str, operand: str, quantizer: InputQuantizer, x: Tensor) -> None:
         """Before an activation is quantized: how much of it lies in the range, and how much of the range is used."""
@@ -210,6 +228,10 @@ def watching(denoiser: nn.Module, scheduler: Any, limits: Thresholds) -> Iterato
     """Look at the denoiser inside, and count the scheduler's steps; both are as before afterwards."""
     health = Health(denoiser, limits)
     with ExitStack() as stack:
+        first = denoiser.register_forward_pre_hook(
+            lambda _module, args, kwargs: health.see_call((args, kwargs)), with_kwargs=True
+        )
+        stack.callback(first.remove)
         for module, hook in _hooks(denoiser, health):
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         for name, layer in quantized_layers(denoiser).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from stepquant.model.surgery import quantizable
 __all__ = [
     "axis_of_channels",
     "bits_of",
+    "differing_modules",
     "paired_layers",
     "parts_of_layers",
     "reference_of",
@@ -46,6 +48,44 @@ def _same(one: nn.Module, other: nn.Module) -> bool:
         and torch.equal(ours[name], theirs[name])
         for name in ours
     )
+
+
+def differing_modules(reference: nn.Module, candidate: nn.Module) -> dict[str, float]:
+    """Modules that are no layers of `paired_layers` (norms, embeddings) and hold other numbers in the candidate.
+
+    Name -> |a - b| / |a| over the module's own parameters and buffers that both have, the largest first; infinite for
+    another shape.
+    """
+    layers = {id(part) for layer in quantizable(reference).values() for part in layer.modules()}
+    theirs = dict(candidate.named_modules())
+    found = {
+        name: _difference(module, theirs[name])
+        for name, module in reference.named_modules()
+        if name in theirs and id(module) not in layers
+    }
+    return {name: value for name, value in sorted(found.items(), key=lambda item: -item[1]) if value > 0}
+
+
+def _difference(one: nn.Module, other: nn.Module) -> float:
+    """Of the floating tensors that both modules hold themselves."""
+    ours, theirs = (
+        {**dict(part.named_parameters(recurse=False)), **dict(part.named_buffers(recurse=False))}
+        for part in (one, other)
+    )
+    error = norm = 0.0
+    for name in ours.keys() & theirs.keys():
+        a, b = ours[name].detach(), theirs[name].detach()
+        if not a.is_floating_point():
+            continue
+        if a.shape != b.shape:
+            return math.inf
+        exact = a.double().cpu()
+        error += float((b.double().cpu() - exact).square().sum())
+        norm += float(exact.square().sum())
+    if error == 0:
+        return 0.0
+    # NaN is found as a parameter that is not finite; here it is only different.
+    return (error / norm) ** 0.5 if norm > 0 and math.isfinite(error) else math.inf
 
 
 def parts_of_layers(denoiser: nn.Module) -> set[int]:

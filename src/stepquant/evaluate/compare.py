@@ -28,17 +28,18 @@ from stepquant.evaluate.drift import drift_curves, flat_field, summary
 from stepquant.evaluate.features import DigitFeatures, Features, extract, input_size
 from stepquant.evaluate.folder import EvaluationFolder, evaluation_folder
 from stepquant.evaluate.frechet import FeatureStatistics, frechet_distance
-from stepquant.evaluate.images import check_images
+from stepquant.evaluate.images import check_images, not_finite, to_uint8
 from stepquant.evaluate.lpips import Lpips
 from stepquant.evaluate.paired import SSIM_WINDOW, Interval, intervals, paired_columns
 from stepquant.evaluate.protocol import Protocol, protocol_named
-from stepquant.evaluate.source import PipelineSource, Source, as_source, check_same_schedule
+from stepquant.evaluate.seeds import refuse_calibration_seeds
+from stepquant.evaluate.source import ImageFolder, PipelineSource, Source, as_source, check_same_schedule
 from stepquant.model.correction import correction_of
 from stepquant.model.families import find_denoiser, several_denoisers
 from stepquant.model.pipeline import arguments_of_batch
 from stepquant.run import Run
 
-__all__ = ["METRICS", "SCHEMA", "evaluate", "features_for"]
+__all__ = ["METRICS", "SCHEMA", "NotFiniteImages", "evaluate", "features_for"]
 
 SCHEMA = 1
 DRIFT_SEEDS = 64
@@ -63,6 +64,16 @@ METRICS = (
     "white_point_shift",
 )
 """Every key that `metrics` of a result may have."""
+
+
+class NotFiniteImages(EvaluationError):  # noqa: N818 - says what was found
+    """Images with NaN or infinity: there is nothing to compare.
+
+    results: those of `evaluate`, without figures and with this error's message as a note.
+    """
+
+    results: dict[str, Any]
+
 
 _Features = Features | Literal["shipped", "none"]
 
@@ -108,6 +119,11 @@ class _Setting:
             shipped = features_for(torch.empty(0, *shape)) if self.features == "shipped" else None
             self.extractor = shipped if isinstance(self.features, str) else self.features
 
+    @property
+    def folders(self) -> list[ImageFolder]:
+        """Sides that are folders of 8-bit images: both sides are rounded then, or equal images would not be equal."""
+        return [source for source in (self.candidate, self.against) if isinstance(source, ImageFolder)]
+
     def identity(self) -> dict[str, Any]:
         """What must be the same for an evaluation to go on."""
         return {
@@ -140,6 +156,7 @@ def evaluate(
     clip: ClipScore | None = None,
     resume: bool = False,
     remarks: Sequence[str] = (),
+    allow_calibration_seeds: bool = False,
 ) -> dict[str, Any]:
     """Compare two sources of images on equal seeds; JSON values of schema 1.
 
@@ -152,10 +169,12 @@ def evaluate(
         processes take turns with the batches; figures are made from them in order, so they are the same for any number
         of processes.
     remarks: sentences about figures that the caller could not provide for; they go before the notes.
+    allow_calibration_seeds: whether seeds may be among those that either side was calibrated on, as far as a pipeline
+        of `quantize`, `compensate` or `load` says it. Images of these look better than others.
 
     Figures that cannot be measured are left out, and `notes` says why. Raises EvaluationError for two sources that
-    cannot be compared (sizes, channels, schedules, seeds) and for images that are not in [0, 1]; SpecError for settings
-    that make no sense.
+    cannot be compared (sizes, channels, schedules, seeds) and for images that are not in [0, 1], NotFiniteImages for
+    images with NaN or infinity; SpecError for settings that make no sense.
     """
     run = run or Run()
     setting = _Setting(
@@ -163,18 +182,42 @@ def evaluate(
         "shipped" if features is None else features, protocol, lpips, clip, list(remarks),
     )  # fmt: skip
     _check(setting)
+    if not allow_calibration_seeds:
+        _refuse_calibration_seeds(setting)
+    if len(setting.folders) == 1:
+        (folder_side,) = setting.folders
+        setting.notes.append(
+            f"Both sides are rounded to 8 bits before every figure, because {folder_side.name} holds 8-bit images."
+        )
     identity = setting.identity()
     processes = run.processes
     processes.check_same("evaluations", identity)
     # The folder of another process than the first stays empty.
-    with evaluation_folder(run.work if processes.first else None, identity, resume=resume) as folder:
-        shape = _collect(setting, folder, run)
-        began = time.perf_counter()
-        metrics = processes.from_first(lambda: _metrics(setting, folder, shape))
-        distances = time.perf_counter() - began
-        curves = _drift(setting, folder, run)
-        drift = _drift_results(setting, curves, metrics)
-        seconds = processes.from_first(lambda: _seconds(setting, folder, distances, curves))
+    try:
+        with evaluation_folder(run.work if processes.first else None, identity, resume=resume) as folder:
+            shape = _collect(setting, folder, run)
+            began = time.perf_counter()
+            metrics = processes.from_first(lambda: _metrics(setting, folder, shape))
+            distances = time.perf_counter() - began
+            curves = _drift(setting, folder, run)
+            drift = _drift_results(setting, curves, metrics)
+            seconds = processes.from_first(lambda: _seconds(setting, folder, distances, curves))
+    except NotFiniteImages as error:
+        setting.notes.append(f"No figures: {error}")
+        error.results = _results(setting, identity, {}, {}, {})
+        raise
+    results = _results(setting, identity, metrics, drift, seconds)
+    return processes.from_first(lambda: results)
+
+
+def _results(
+    setting: _Setting,
+    identity: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, Any]],
+    drift: Mapping[str, Any],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """JSON values of schema 1."""
     provenance = {
         "n": len(setting.seeds),
         "seeds": _seeds_text(setting.seeds),
@@ -182,13 +225,13 @@ def evaluate(
         "candidate": identity["candidate"],
     }
     extractor = setting.extractor
-    results = {
+    return {
         "schema": SCHEMA,
         "candidate": "",
         "against": "",
         "n": len(setting.seeds),
         "seeds": _seeds(setting.seeds),
-        "steps": steps,
+        "steps": setting.steps,
         "scheduler": _scheduler(setting),
         "arguments": identity["arguments"],
         "features": None if extractor is None else f"{extractor.name} ({extractor.identity[:12]})",
@@ -203,7 +246,6 @@ def evaluate(
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-    return processes.from_first(lambda: results)
 
 
 def _check(setting: _Setting) -> None:
@@ -228,9 +270,17 @@ def _check(setting: _Setting) -> None:
             )
         if isinstance(source, PipelineSource) and setting.steps is None:
             raise EvaluationError(f"{source.name} has to be sampled: say with how many steps.")
+    for folder in setting.folders:
+        folder.check(setting.seeds)  # a damaged file must not end an evaluation that has sampled for hours
     candidate, against, steps = setting.candidate, setting.against, setting.steps
     if isinstance(candidate, PipelineSource) and isinstance(against, PipelineSource) and steps is not None:
         check_same_schedule(candidate, against, steps)
+
+
+def _refuse_calibration_seeds(setting: _Setting) -> None:
+    for source in (setting.candidate, setting.against):
+        for calibration in source.calibrations if isinstance(source, PipelineSource) else ():
+            refuse_calibration_seeds(setting.seeds, calibration, name=source.name)
 
 
 def _seeds(seeds: Sequence[int]) -> list[int]:
@@ -282,6 +332,8 @@ def _collect(setting: _Setting, folder: EvaluationFolder, run: Run) -> tuple[int
         advance(len(setting.seeds) - sum(batch.stop - batch.start for batch in missing))
         measured = run.processes.in_turn(lambda batch: _measure(setting, batch, shape), missing)
         for batch, found in zip(missing, measured, strict=True):
+            if isinstance(found, str):
+                raise NotFiniteImages(found)
             own = tuple(found["shape"].tolist())
             _check_shape(setting, batch, own, shape)
             shape = own
@@ -302,17 +354,28 @@ def _check_shape(setting: _Setting, batch: slice, ours: tuple[int, ...], shape: 
         )
 
 
-def _measure(setting: _Setting, batch: slice, shape: tuple[int, ...] | None) -> dict[str, Tensor]:
-    """What one batch leaves: `pairs.*` `[B]`, and of both sides `features`, `logits`, `spatial`, `clip`."""
+def _measure(setting: _Setting, batch: slice, shape: tuple[int, ...] | None) -> dict[str, Tensor] | str:
+    """What one batch leaves: `pairs.*` `[B]`, and of both sides `features`, `logits`, `spatial`, `clip`.
+
+    Of images that are not finite a sentence: the other processes must hear of it, too.
+    """
     began = time.perf_counter()
     seeds, arguments = setting.seeds[batch], setting.arguments_of(batch)
     images = {}
     for side, source in (("candidate", setting.candidate), ("reference", setting.against)):
         images[side] = source.images(seeds, steps=setting.steps, arguments=arguments)
+        if broken := not_finite(images[side]):
+            model = source.name if isinstance(source, PipelineSource) and source.named else "MODEL"
+            return (
+                f"{broken} of {len(seeds)} images of {source.name}, seeds {_seeds_text(seeds)}, hold NaN or infinite "
+                f"values. `stepquant doctor {model}` names the layer that they come from."
+            )
         check_images(_pictures(images[side]), what=f"Images of {source.name}, seeds {_seeds_text(seeds)},")
     sampled = time.perf_counter()
     ours, theirs = (tuple(images[side].shape[1:]) for side in ("candidate", "reference"))
     images = {side: _pictures(found) for side, found in images.items()}
+    if setting.folders:
+        images = {side: to_uint8(found).float() / 255 for side, found in images.items()}
     if ours != theirs:
         raise EvaluationError(
             f"{setting.candidate.name} and {setting.against.name} give images of different shapes: {list(ours)} and "
@@ -589,6 +652,7 @@ def _drift_results(
     noise, white = flat["noise_level"], flat["white_point"]
     unit = {"unit": "of the sample", **beside}
     metrics["noise_level"] = {"value": noise["candidate"][-1], "reference_value": noise["reference"][-1], **unit}
-    shift = max(abs(a - b) for a, b in zip(white["candidate"][-1], white["reference"][-1], strict=True))
-    metrics["white_point_shift"] = {"value": shift, **unit}
+    ours, theirs = (torch.tensor(white[side][-1], dtype=torch.float64) for side in ("candidate", "reference"))
+    # torch's maximum is NaN if any value is; Python's depends on their order.
+    metrics["white_point_shift"] = {"value": float((ours - theirs).abs().max()), **unit}
     return {**found, "flat_field": flat}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,17 @@ from stepquant.errors import EvaluationError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["check_images", "load_png_folder", "paths_by_seed", "read_png", "save_png", "to_grid", "to_uint8"]
+__all__ = [
+    "check_images",
+    "check_png",
+    "load_png_folder",
+    "not_finite",
+    "paths_by_seed",
+    "read_png",
+    "save_png",
+    "to_grid",
+    "to_uint8",
+]
 
 _SEED_NAME = re.compile(r"(?:[A-Za-z]+(?:[-_.][A-Za-z]+)*[-_.]?)?(\d+)", re.ASCII)
 """000017, seed17, sample-17, my_image_17: words, then the seed. Nothing with two numbers: which one would it be?"""
@@ -38,10 +50,19 @@ def check_images(images: Tensor, *, what: str) -> None:
         raise EvaluationError(
             f"{what} have dtype {images.dtype}, expected floats in [0, 1]: divide 8-bit values by 255."
         )
+    if broken := not_finite(images):
+        raise EvaluationError(
+            f"{what} hold NaN or infinite values ({broken} of {len(images)} images): `stepquant doctor` names the "
+            "first layer that gives them."
+        )
     low, high = (float(value) for value in images.aminmax())
-    # Written so that NaN, which compares false with everything, is refused too.
-    if not (low >= 0 and high <= 1):
+    if low < 0 or high > 1:
         raise EvaluationError(f"{what} have values from {low:g} to {high:g}, expected [0, 1]: clamp or rescale them.")
+
+
+def not_finite(images: Tensor) -> int:
+    """How many of the images `[N, ...]` hold NaN or infinity."""
+    return int((~torch.isfinite(images)).flatten(1).any(dim=1).sum())
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -134,18 +155,22 @@ def paths_by_seed(folder: Path) -> dict[int, Path]:
     return by_seed
 
 
+def check_png(path: Path) -> tuple[int, int, int]:
+    """Shape `[C, H, W]` of an image whose header and checksums are right; its pixels are not decoded.
+
+    Raises EvaluationError as `read_png`.
+    """
+    with _opened_png(path) as picture:
+        width, height = picture.size
+        channels = len(picture.getbands())
+        picture.verify()
+    return channels, height, width
+
+
 def read_png(path: Path) -> Tensor:
     """uint8 `[C, H, W]`. Raises EvaluationError: not a readable 8-bit grey or RGB image."""
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            mode, pixels = picture.mode, np.array(picture)
-    # Pillow raises SyntaxError and ValueError for some kinds of damage.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise EvaluationError(f"{path} cannot be read as a PNG image: {error}") from error
-    if mode not in ("L", "RGB"):
-        raise EvaluationError(f"{path} has mode {mode}, expected 8-bit grey (L) or RGB: convert it first.")
+    with _opened_png(path) as picture:
+        pixels = np.array(picture)
     return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)
 
 
@@ -158,3 +183,20 @@ def _to_pil(image: Tensor) -> Image.Image:
         raise EvaluationError(f"Images have {channels} channels, expected 1 (grey) or 3 (RGB).")
     pixels = image.permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if channels == 1 else pixels))
+
+
+@contextmanager
+def _opened_png(path: Path) -> Iterator[Image.Image]:
+    """Inside, Pillow's errors are EvaluationErrors that name the file."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            if picture.mode not in ("L", "RGB"):
+                raise EvaluationError(
+                    f"{path} has mode {picture.mode}, expected 8-bit grey (L) or RGB: convert it first."
+                )
+            yield picture
+    # Pillow raises SyntaxError and ValueError for some kinds of damage.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise EvaluationError(f"{path} cannot be read as a PNG image: {error}") from error

@@ -14,15 +14,18 @@ __all__ = ["calibrated_on", "refuse_calibration_seeds"]
 def calibrated_on(manifest: Mapping[str, Any]) -> set[int]:
     """Noise seeds of the trajectories that a checkpoint was calibrated and corrected on.
 
-    manifest: as JSON values. Seeds follow from the seed of the run and the number of samples, see
-    `calibrate.stages.calibration_seeds`; a checkpoint that does not say these (made by hand) has none.
+    manifest: as JSON values; `recipe` and `run` of it are enough. Seeds follow from the seed of the run and the number
+    of samples, see `calibrate.stages.calibration_seeds`; a checkpoint that does not say these (made by hand) has none.
+    Each round of `AlignLayers` has as many images as were recorded, from the seeds behind those.
     """
     run = manifest.get("run") or {}
     recipe = manifest.get("recipe") or {}
     seeds: set[int] = set()
-    for stage in recipe.get("stages") or []:
+    stages = recipe.get("stages") or []
+    rounds = max((int(stage["rounds"]) for stage in stages if stage.get("stage") == "AlignLayers"), default=0)
+    for stage in stages:
         if stage.get("stage") == "Record" and "seed" in run:
-            seeds |= set(calibration_seeds(int(run["seed"]), int(stage["samples"])))
+            seeds |= set(calibration_seeds(int(run["seed"]), int(stage["samples"]) * (1 + rounds)))
     compensation = run.get("compensation") or {}
     if "seed" in compensation:
         seeds |= set(calibration_seeds(int(compensation["seed"]), _recorded(compensation)))
@@ -41,5 +44,6 @@ def refuse_calibration_seeds(seeds: Sequence[int], manifest: Mapping[str, Any], 
     if shared:
         raise EvaluationError(
             f"{name} was calibrated on {len(shared)} of these {len(seeds)} seeds, the first of them {shared[0]}, so "
-            "its images of them would look better than others. Take other seeds, or give --allow-calibration-seeds."
+            "its images of them would look better than others. Take other seeds, or give --allow-calibration-seeds "
+            "(in Python allow_calibration_seeds=True)."
         )

@@ -20,7 +20,7 @@ from stepquant.engines.automatic import AutomaticDenoiser
 from stepquant.engines.openvino import GraphDenoiser
 from stepquant.errors import EvaluationError, SpecError
 from stepquant.evaluate.features import weights_identity
-from stepquant.evaluate.images import paths_by_seed, read_png
+from stepquant.evaluate.images import check_png, paths_by_seed, read_png
 from stepquant.manifest import MANIFEST_NAME, read_manifest
 from stepquant.model.correction import correction_of
 from stepquant.model.schedule import ScheduleFingerprint, guarded_by
@@ -59,9 +59,13 @@ class PipelineSource:
     """A pipeline. `pipe` is the caller's own, and stays as it was."""
 
     def __init__(self, pipe: Any, name: str = "", *, checkpoints: Sequence[Path] = ()) -> None:
-        """name: its class if it is left empty. checkpoints: the folders that it was loaded from, if it was."""
+        """checkpoints: the folders that it was loaded from, if it was.
+
+        name: what opens it. If it is left empty, it is that of the class, and `named` is False.
+        """
         self.pipe = pipe
         self.name = name or type(pipe).__name__
+        self.named = bool(name)
         self._checkpoints = tuple(checkpoints)
 
     @property
@@ -90,6 +94,11 @@ class PipelineSource:
     @property
     def seeds(self) -> list[int] | None:
         return None
+
+    @property
+    def calibrations(self) -> tuple[Mapping[str, Any], ...]:
+        """How it was calibrated, as in manifests; empty for a pipeline that stepquant did not make."""
+        return api.calibrations_of(self.pipe)
 
     def images(self, seeds: Sequence[int], *, steps: int | None, arguments: Mapping[str, Any]) -> Tensor:
         if steps is None:
@@ -156,19 +165,28 @@ class ImageFolder:
     def seeds(self) -> list[int] | None:
         return sorted(self._paths)
 
+    def check(self, seeds: Sequence[int]) -> None:
+        """Look at every file of these seeds without decoding its pixels.
+
+        Raises EvaluationError naming the file: damaged, another size or other channels than the first.
+        """
+        for seed in seeds:
+            self._check_shape(self._paths[seed], check_png(self._paths[seed]))
+
     def images(self, seeds: Sequence[int], *, steps: int | None, arguments: Mapping[str, Any]) -> Tensor:  # noqa: ARG002
         """Raises EvaluationError naming the file: not readable, another size or other channels than the first."""
-        if self._shape is None:
-            self._shape = tuple(read_png(self._first).shape)
         found = []
         for seed in seeds:
             image = read_png(self._paths[seed])
-            if tuple(image.shape) != self._shape:
-                raise EvaluationError(
-                    f"{self._paths[seed]} is {tuple(image.shape)}, but {self._first.name} is {self._shape} [C, H, W]."
-                )
+            self._check_shape(self._paths[seed], tuple(image.shape))
             found.append(image)
         return torch.stack(found).float() / 255
+
+    def _check_shape(self, path: Path, shape: tuple[int, ...]) -> None:
+        if self._shape is None:
+            self._shape = check_png(self._first)
+        if shape != self._shape:
+            raise EvaluationError(f"{path} is {shape}, but {self._first.name} is {self._shape} [C, H, W].")
 
 
 def as_source(thing: Any) -> Source:

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from stepquant.report.comparable import reference_words
+
 __all__ = ["card_of", "hub_id"]
 
 _NAMES = {
@@ -192,13 +194,21 @@ def _remarks(description: Mapping[str, Any], license: str | None) -> str:
 def _measured(results: Mapping[str, Any] | None) -> str:
     if results is None:
         return "Nothing has been measured yet: `stepquant evaluate CHECKPOINT`, and make the card again."
+    # null stands for a figure that was not finite.
+    figures = {
+        key: entry
+        for key, entry in results["metrics"].items()
+        if isinstance(entry, Mapping) and entry.get("value") is not None
+    }
+    words = reference_words(results)
+    exact = " in full precision" if words == "full precision" else ""
     lines = [
-        f"Against {_public(str(results['against']))} in full precision at equal seeds: {results['n']} images, seeds "
+        f"Against {_public(str(results['against']))}{exact} at equal seeds: {results['n']} images, seeds "
         f"{_seeds(results['seeds'])}, {results['steps']} steps of {results['scheduler']}.",
         "",
         "| metric | value | 95 % interval | remarks |",
         "|---|---|---|---|",
-        *(_row(key, entry) for key, entry in results["metrics"].items() if isinstance(entry, Mapping)),
+        *(_row(key, entry, words) for key, entry in figures.items()),
         "",
     ]
     if results.get("features"):
@@ -209,14 +219,16 @@ def _measured(results: Mapping[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def _row(key: str, entry: Mapping[str, Any]) -> str:
+def _row(key: str, entry: Mapping[str, Any], words: str) -> str:
+    """words: what the reference is called."""
     value = f"{_number(entry['value'])} {entry.get('unit', '')}".strip()
     low, high = entry.get("low"), entry.get("high")
     interval = "" if low is None or high is None else f"{_number(low)} to {_number(high)}"
     remarks = [f"{name.replace('_', ' ')} {_number(found)}" for name, found in entry.items() if _is_remark(name, found)]
     if entry.get("reference_value") is not None:
-        remarks.insert(0, f"full precision {_number(entry['reference_value'])}")
-    return f"| {_NAMES.get(key, key.replace('_', ' '))} | {value} | {interval} | {', '.join(remarks)} |"
+        remarks.insert(0, f"{words} {_number(entry['reference_value'])}")
+    name = _NAMES.get(key, key.replace("_", " ")).replace("full precision", words)
+    return f"| {name} | {value} | {interval} | {', '.join(remarks)} |"
 
 
 def _is_remark(name: str, value: Any) -> bool:

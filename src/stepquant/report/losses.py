@@ -12,6 +12,7 @@ or "history", or under "candidates"; its shape says how it is drawn:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,19 +65,27 @@ def _drawn(value: Any, entry: Mapping[str, Any], colour: str) -> Figure | None:
         if bars:
             return _bars({name: float(bar) for name, bar in bars.items() if _number(bar)}, colour)
         value = [each.get("loss") for each in value]
-    if all(_number(each) for each in value):
-        return _curves({"": [(float(number), float(loss)) for number, loss in enumerate(value)]}, colour)
-    if all(isinstance(each, Sequence) and len(each) == 2 and all(map(_number, each)) for each in value):
+    if any(map(_number, value)) and all(each is None or _number(each) for each in value):
+        return _curves({"": [(float(number), _float(loss)) for number, loss in enumerate(value)]}, colour)
+    if all(
+        isinstance(each, Sequence) and len(each) == 2 and _number(each[0]) and (each[1] is None or _number(each[1]))
+        for each in value
+    ):
         groups: dict[str, list[tuple[float, float]]] = {}
         windows = entry.get("windows") or []
         for iteration, (group, loss) in enumerate(value):
-            groups.setdefault(_group_name(int(group), windows), []).append((float(iteration), float(loss)))
+            groups.setdefault(_group_name(int(group), windows), []).append((float(iteration), _float(loss)))
         return _curves(dict(sorted(groups.items(), key=lambda item: _first_number(item[0]))), colour)
     return None
 
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _float(value: float | None) -> float:
+    """NaN of null: a loss that was not finite leaves a gap."""
+    return math.nan if value is None else float(value)
 
 
 def _group_name(group: int, windows: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
@@ -14,6 +15,7 @@ from markupsafe import Markup
 
 from stepquant._version import __version__
 from stepquant.errors import EvaluationError
+from stepquant.report.comparable import differences, reference_words, refuse_other_references
 from stepquant.report.figures import COLOURS, INK, Curve, curves_svg, difference, fitted, image_data_uri, levels
 from stepquant.report.groups import Rows
 from stepquant.report.layers import bits_text, byte_kinds, engine_table, error_map, layer_table, row_map
@@ -95,7 +97,20 @@ _SHOWN_APART = frozenset({"value", "low", "high", "unit", "reference_value"})
 """Entries of a metric that have a place of their own; all other numbers and words stand in small below the value."""
 
 _RESULT_KEYS = frozenset(
-    {"schema", "candidate", "against", "n", "seeds", "steps", "scheduler", "features", "metrics", "drift", "images"}
+    {
+        "schema",
+        "candidate",
+        "against",
+        "reference_kind",
+        "n",
+        "seeds",
+        "steps",
+        "scheduler",
+        "features",
+        "metrics",
+        "drift",
+        "images",
+    }
     | {"notes", "command", "versions", "machine", "date"}
 )
 """Entries of an evaluation that have a place of their own; numbers and words under others are listed as they are."""
@@ -136,7 +151,8 @@ def write_report(
     origins: how each checkpoint came about; none, or one a checkpoint.
     command: the one that makes the page.
 
-    Raises EvaluationError: no results, another schema, or lists of different lengths.
+    Raises EvaluationError: no results, another schema, different references, or lists of different lengths. Evaluations
+    that differ in anything else that their figures depend on are shown, but not ranked, and the page says so.
     """
     page = render_report(results, images, inspection, origins=origins, command=command)
     Path(path).write_text(page, encoding="utf-8")
@@ -154,6 +170,7 @@ def render_report(
     origins = origins or [Origin() for _ in results]
     _check(results, images, inspection, origins)
     names = _labels([str(result["candidate"]) for result in results])
+    exact, differ = reference_words(results[0]), differences(names, results)
     environment = Environment(
         loader=PackageLoader("stepquant.report"),
         autoescape=True,
@@ -170,13 +187,15 @@ def render_report(
     ]
     return environment.get_template("report.html.j2").render(
         version=__version__,
-        verdict=verdict(names, [_entries(result) for result in results]),
+        verdict=verdict(names, [_entries(result) for result in results], exact=exact, differ=differ),
+        ranked=not differ,
+        exact=exact,
         borders=BORDERS if any("psnr" in _entries(result) for result in results) else "",
         candidates=candidates,
-        metrics=_metric_rows(results),
+        metrics=_metric_rows(results, exact, ranked=not differ),
         columns=_image_columns(names, images),
         films=_films(images.get("films")),
-        plots=_plots(names, results),
+        plots=_plots(names, results, exact),
         errors=error_map(images.get("layer_errors", ())),
         layers=layer_table(inspection),
         kinds=byte_kinds(inspection),
@@ -184,7 +203,7 @@ def render_report(
         engines=engine_table(inspection),
         speeds=_speeds(origins),
         against=results[0]["against"],
-        notes=_notes(results, images),
+        notes=_notes(results, images, exact),
         command=command,
     )
 
@@ -197,6 +216,7 @@ def _check(
     for result in results:
         if result.get("schema") != 1:
             raise EvaluationError(f"The evaluation has schema {result.get('schema')!r}, this report reads schema 1.")
+    refuse_other_references(results)
     shown = len(images["candidates"]) if "reference" in images else len(results)  # there may be no images at all
     if not len(results) == len(inspection) == shown == len(origins):
         raise EvaluationError(
@@ -244,7 +264,7 @@ def _entries(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     found = {}
     for key, entry in result["metrics"].items():
         whole = dict(entry) if isinstance(entry, Mapping) else {"value": entry}
-        if _is_number(whole.get("value")):
+        if _is_number(whole.get("value")) and math.isfinite(whole["value"]):
             found[key] = whole
     return found
 
@@ -253,8 +273,18 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _metric_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row a metric that any result has, known ones first; the best value is marked where more or less is better."""
+def _named(text: str, exact: str) -> str:
+    """A text of this page with its "full precision" under the name that the reference has here."""
+    if exact == "full precision":
+        return text
+    return text.replace("full precision", exact).replace("full-precision", exact.removeprefix("the "))
+
+
+def _metric_rows(results: Sequence[Mapping[str, Any]], exact: str, *, ranked: bool) -> list[dict[str, Any]]:
+    """One row a metric that any result has, known ones first.
+
+    ranked: whether the best value is marked, where more or less is better. exact: what the reference is called.
+    """
     entries = [_entries(result) for result in results]
     commons = [set(_common(known)) for known in entries]
     present = list(dict.fromkeys(key for known in entries for key in known))
@@ -264,7 +294,8 @@ def _metric_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         name, how, more = _METRICS.get(key, (key.replace("_", " "), "", None))
         cells = [known.get(key) for known in entries]
         values = [cell["value"] for cell in cells if cell is not None]
-        best = None if more is None or len(set(values)) < 2 else (max if more else min)(values)
+        best = None if not ranked or more is None or len(set(values)) < 2 else (max if more else min)(values)
+        name, how = _named(name, exact), _named(how, exact)
         rows.append({"name": name, "how": how, "cells": [*map(_cell, cells, repeat(best), commons)]})
     return rows
 
@@ -306,7 +337,7 @@ def _short(text: str) -> str:
     return text[:12] if len(text) >= 40 and not set(text) - set("0123456789abcdef") else text
 
 
-def _plots(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[Markup]:
+def _plots(names: Sequence[str], results: Sequence[Mapping[str, Any]], exact: str) -> list[Markup]:
     """The drift curves; a plot for which no result has values is left out. Then curves that are not listed above."""
     known = {key for _, _, keys, _ in _PLOTS for key, _, _ in keys}
     plots = [("drift", *plot) for plot in _PLOTS]
@@ -328,12 +359,12 @@ def _plots(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[M
                     curves.append(((label, across, values), COLOURS[number % len(COLOURS)], style))
         if curves:
             # The text in the figure was escaped by matplotlib's SVG writer.
-            drawn.append(Markup(curves_svg(title, unit, curves, logarithmic=logarithmic)))
-    return [*drawn, *_flat_field_plots(names, results)]
+            drawn.append(Markup(curves_svg(_named(title, exact), unit, curves, logarithmic=logarithmic)))
+    return [*drawn, *_flat_field_plots(names, results, exact)]
 
 
-def _flat_field_plots(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[Markup]:
-    """Noise level of the samples beside full precision's, and how far their white point is from full precision's."""
+def _flat_field_plots(names: Sequence[str], results: Sequence[Mapping[str, Any]], exact: str) -> list[Markup]:
+    """Noise level of the samples beside the reference's, and how far their white point is from the reference's."""
     noise: list[tuple[Curve, str, str]] = []
     white: list[tuple[Curve, str, str]] = []
     for number, (name, result) in enumerate(zip(names, results, strict=True)):
@@ -345,15 +376,22 @@ def _flat_field_plots(names: Sequence[str], results: Sequence[Mapping[str, Any]]
         )
         if "noise_level" in flat:
             if not noise:
-                noise.append((("full precision", across, flat["noise_level"]["reference"]), INK, ":"))
+                noise.append(((exact, across, flat["noise_level"]["reference"]), INK, ":"))
             noise.append(((name, across, flat["noise_level"]["candidate"]), colour, "-"))
         if "white_point" in flat:
             pairs = zip(flat["white_point"]["candidate"], flat["white_point"]["reference"], strict=True)
-            shifts = [max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) for ours, theirs in pairs]
+            shifts = [_largest_shift(ours, theirs) for ours, theirs in pairs]
             white.append(((name, across, shifts), colour, "-"))
     plots = (("Flat field: noise level", "of the sample", noise), ("Flat field: shift of the white point", "", white))
     # The text in the figure was escaped by matplotlib's SVG writer.
     return [Markup(curves_svg(title, unit, curves)) for title, unit, curves in plots if curves]
+
+
+def _largest_shift(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float:
+    """NaN where any channel is not finite, which is null in an evaluation."""
+    known = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    shifts = [abs(a - b) for a, b in known]
+    return max(shifts) if len(known) == len(ours) and all(map(math.isfinite, shifts)) else math.nan
 
 
 def _curve_keys(result: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -421,11 +459,11 @@ def _speeds(origins: Sequence[Origin]) -> list[Mapping[str, Any]]:
     return list(found.values())
 
 
-def _notes(results: Sequence[Mapping[str, Any]], images: Mapping[str, Any]) -> list[str]:
+def _notes(results: Sequence[Mapping[str, Any]], images: Mapping[str, Any], exact: str) -> list[str]:
     told = [str(note) for result in results for note in result.get("notes", [])]
     if getattr(images.get("reference"), "ndim", 4) == 5:
         told.append("Of videos, the first frames are shown.")
-    return list(dict.fromkeys([*told, *map(str, images.get("notes", ()))]))
+    return list(dict.fromkeys([*told, *(_named(str(note), exact) for note in images.get("notes", ()))]))
 
 
 def _others(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -198,6 +198,8 @@ def test_a_checkpoint_has_the_bits_and_bytes_that_were_promised(unet_allocation:
     assert 4.3 < found["weight_bits"] <= 4.5
     assert 5.0 < found["activation_bits"] <= 6.0
     assert found["layer_bytes"] == sum(layer["bytes"] for layer in layers.values())
+    files = [tmp_path / "out" / "stepquant.json", *(tmp_path / "out" / "unet").iterdir()]
+    assert found["checkpoint_bytes"] == pytest.approx(sum(file.stat().st_size for file in files), rel=0.05)
     for rule in found["rules"]:
         own = layers[rule["pattern"]]
         assert (own["weight_bits"], own["input_bits"]) == (rule["weights"], rule["activations"]), rule

@@ -156,7 +156,7 @@ def test_restoring_for_certain_is_brute_force() -> None:
         copied = copy.deepcopy(given.candidate)
         setattr(copied, name, copy.deepcopy(exact))
         wanted = measure_drift(copied, given.trajectories).accumulated[-1]
-        assert restored_drift(given.candidate, name, exact, given.trajectories) == pytest.approx(wanted, rel=1e-12)
+        assert restored_drift(given.candidate, {name: exact}, given.trajectories) == pytest.approx(wanted, rel=1e-12)
         assert getattr(given.candidate, name) is quantized
     assert given.drift() == pytest.approx(measure_drift(given.candidate, given.trajectories).accumulated[-1])
 

@@ -15,7 +15,7 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from torch import Tensor, nn
 
 import tiny
-from stepquant.api import quantize, sample, with_denoiser
+from stepquant.api import open_model, quantize, sample, with_denoiser
 from stepquant.doctor import Diagnosis, Finding, Thresholds, examine
 from stepquant.doctor.advice import as_yaml, rules_for
 from stepquant.doctor.findings import KINDS, Sightings
@@ -198,7 +198,7 @@ def test_a_planted_fault_is_found_in_its_layer_and_step(
 
 
 def test_every_kind_has_a_planted_fault() -> None:
-    elsewhere = {"black_image", "constant_image", "drives_drift"}
+    elsewhere = {"black_image", "constant_image", "drives_drift", "drift_elsewhere", "spread_drift"}
     assert {fault[1] for fault in QUANTIZED_FAULTS} | elsewhere == set(KINDS)
 
 
@@ -229,6 +229,57 @@ def test_estimates_that_do_not_add_up_are_called_so(patient: Any, exact: Any, qu
     assert examined(quantized, exact, top=0).notes == ()
 
 
+def unet_pipe(net: nn.Module) -> DDIMPipeline:
+    pipe = DDIMPipeline(net, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def quantized_unet() -> tuple[Any, Any]:
+    exact = unet_pipe(tiny.tiny_unet())
+    return exact, quantize(exact, rtn(weights=8, activations=8, samples=2, batch=2), steps=3).pipe
+
+
+@pytest.mark.parametrize("factor", [0.2, -1.0])
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_drift_that_comes_from_a_norm_is_an_error_that_names_it(
+    quantized_unet: tuple[Any, Any], factor: float, is_quantized: bool
+) -> None:
+    exact, eight = quantized_unet
+    sick = copy.deepcopy(eight.unet if is_quantized else exact.unet)
+    norm = "down_blocks.0.resnets.0.norm1"
+    sick.get_submodule(norm).weight.data *= factor
+    sick.get_submodule("conv_norm_out").weight.data *= factor
+    pipe = with_denoiser(eight, "unet", sick) if is_quantized else unet_pipe(sick)
+    diagnosis = examine(pipe, exact, seeds=[5, 6], steps=3, top=1)
+    assert not diagnosis.healthy
+    found = [finding for finding in diagnosis.findings if finding.kind == "drift_elsewhere"]
+    assert {finding.layer for finding in found} == {norm, "conv_norm_out"}
+    assert {finding.severity for finding in found} == {"error"}
+    assert (found[0].value or 0) > 0.1
+    assert diagnosis.relative_drift == found[0].value or is_quantized
+    assert norm not in [rule.pattern for rule in diagnosis.rules]
+
+
+def test_drift_that_no_module_accounts_for_is_an_error_of_its_own(exact: Any) -> None:
+    class Darker(Net):
+        def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+            return 0.5 * super().forward(sample, timestep)
+
+    finding = the(examined(pipeline(Darker().eval()), exact), "drift_elsewhere")
+    assert (finding.layer, finding.severity) == (None, "error")
+    assert "no other module" in finding.what
+
+
+def test_drift_of_all_layers_together_is_a_finding_though_none_stands_out(patient: Any, exact: Any) -> None:
+    for layer in layers(patient).values():
+        layer.weight.data *= 1.3
+    diagnosis = examined(patient, exact, top=0)
+    assert (diagnosis.relative_drift or 0) > 0.1
+    assert the(diagnosis, "spread_drift").value == diagnosis.relative_drift
+
+
 def black(net: Any) -> None:
     net.leave.weight.data.zero_()
     net.leave.bias.data.fill_(-5)
@@ -256,7 +307,6 @@ def test_images_without_content_are_found_in_an_ordinary_pipeline(plant: Callabl
     [
         (nan_weight, "not_finite", "middle", 0),
         (dead_channel, "dead_channels", "middle", 0),
-        (outlier, "outlier_channels", "middle", 0),
         (large_for_float16, "float16_overflow", "middle", 0),
         (large_weight, "float16_overflow", "middle", None),
     ],
@@ -331,6 +381,48 @@ def test_a_range_of_run_time_shows_outliers_too(patient: Any) -> None:
     patient.denoiser.middle.input_quantizer = DynamicQuantizer(QuantSpec(8, dynamic=True))
     outlier(patient.denoiser)
     assert the(examined(patient), "outlier_channels").layer == "middle"
+
+
+def test_outliers_of_a_model_that_is_not_quantized_are_a_note() -> None:
+    pipe = pipeline(Net().eval())
+    outlier(pipe.denoiser)
+    diagnosis = examined(pipe)
+    assert (diagnosis.findings, diagnosis.rules) == ((), ())
+    (note,) = [note for note in diagnosis.notes if note.startswith("If you quantize")]
+    assert "the inputs of middle have channels" in note
+
+
+def test_an_input_of_one_row_an_image_has_no_outliers(patient: Any) -> None:
+    """The size of a channel of a timestep's embedding is that of one value."""
+    health = Health(patient.denoiser, Thresholds())
+    x = torch.ones(2, 8)
+    x[:, 3] = 1000
+    health.see_call((torch.zeros(2, 2, 8, 8),))
+    health.see_outliers("time", -1, x)
+    assert health.findings() == []
+    health.see_outliers("tokens", -1, x[:, None].expand(2, 4, 8))
+    assert [finding.layer for finding in health.findings()] == ["tokens"]
+
+
+def test_outliers_show_where_most_channels_are_zero(patient: Any) -> None:
+    health = Health(patient.denoiser, Thresholds())
+    x = torch.zeros(2, 16, 4, 4)
+    health.see_outliers("nothing", -3, x)
+    x[:, :5] = 1.0
+    health.see_outliers("alike", -3, x)
+    assert health.findings() == []
+    x[:, 2] = 100.0
+    health.see_outliers("sparse", -3, x)
+    (finding,) = health.findings()
+    assert (finding.layer, finding.value) == ("sparse", 100)
+    assert "channel 2 reaches up to 100 times" in finding.what
+
+
+@pytest.mark.parametrize("model", ["digits-unet", "digits-dit"])
+def test_the_shipped_models_are_healthy(model: str) -> None:
+    diagnosis = examine(open_model(model), seeds=[1000, 1001], steps=4)
+    assert diagnosis.findings == ()
+    assert (diagnosis.healthy, diagnosis.rules) == (True, ())
 
 
 def test_nothing_is_found_where_nothing_is_wrong(exact: Any, quantized: Any) -> None:

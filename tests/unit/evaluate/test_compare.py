@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from stepquant.api import sample
 from stepquant.calibrate.trajectory import record, seal
 from stepquant.errors import EvaluationError, SpecError
 from stepquant.evaluate.arguments import plain_arguments
-from stepquant.evaluate.compare import METRICS, evaluate
+from stepquant.evaluate.compare import METRICS, NotFiniteImages, evaluate
 from stepquant.evaluate.distributions import inception_score, kernel_distance, precision_recall
 from stepquant.evaluate.drift import measure_drift
 from stepquant.evaluate.features import Extracted, ModuleFeatures
@@ -252,23 +253,65 @@ def test_a_folder_on_one_side(tmp_path: Path) -> None:
     results = evaluate(folder, reference, seeds=SEEDS, steps=STEPS, batch_size=4)
     metrics = results["metrics"]
     assert set(metrics) == {"psnr", "ssim", "mae"}
-    # Nothing but rounding to 8 bits: at most half a level.
-    error = (to_uint8(images).float() / 255 - images).abs().flatten(1).mean(1)
-    assert 0 < metrics["mae"]["value"] <= 0.5 / 255
-    assert metrics["mae"]["value"] == pytest.approx(float(error.mean()), rel=1e-3)
+    # Both sides are rounded to 8 bits: a model is identical to its own images.
+    assert (metrics["mae"]["value"], metrics["psnr"]["identical"]) == (0, len(SEEDS))
+    turned = evaluate(reference, folder, seeds=SEEDS, steps=STEPS, batch_size=4)
+    assert turned["metrics"]["psnr"]["identical"] == len(SEEDS)
+    assert any(note.startswith("Both sides are rounded to 8 bits") for note in results["notes"])
+    candidate = copy.deepcopy(reference)
+    candidate.denoiser = Shrinking(0.69)
+    rounded = [to_uint8(sample(pipe, seeds=SEEDS, steps=STEPS)).float() / 255 for pipe in (candidate, reference)]
+    error = (rounded[0] - rounded[1]).abs().flatten(1).mean(1)
+    found = evaluate(candidate, folder, seeds=SEEDS, steps=STEPS)["metrics"]["mae"]["value"]
+    assert found == pytest.approx(float(error.mean()), rel=1e-6)
     assert any("No drift: it needs two pipelines" in note for note in results["notes"])
     assert results["drift"] == {}
     assert results["scheduler"] == "DDIMScheduler"
     both = evaluate(folder, folder, seeds=SEEDS, steps=None)
     assert (both["steps"], both["scheduler"]) == (None, None)
     assert both["metrics"]["psnr"]["identical"] == len(SEEDS)
+    assert not any("8 bits" in note for note in both["notes"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:60]), "000052.png cannot be read as a PNG image"),
+        (
+            lambda path: save_png(torch.rand(1, 12, 11), path.parent, seed=52),
+            r"000052.png is \(1, 12, 11\), but 000040",
+        ),
+        (
+            lambda path: save_png(torch.rand(3, 12, 12), path.parent, seed=52),
+            r"000052.png is \(3, 12, 12\), but 000040",
+        ),
+    ],
+)
+def test_a_damaged_file_is_named_before_anything_is_sampled(
+    tmp_path: Path, damage: Callable[[Path], Any], words: str
+) -> None:
+    from stepquant.evaluate.source import ImageFolder
+
+    ours, theirs = given()
+    for image, seed in zip(theirs.images(theirs.seeds, steps=None, arguments={}), theirs.seeds, strict=True):
+        save_png(image, tmp_path, seed=seed)
+    damage(tmp_path / "000052.png")
+    folder = ImageFolder(tmp_path)
+    with pytest.raises(EvaluationError, match=words):
+        evaluate(ours, folder, seeds=ours.seeds, steps=None, batch_size=4)
+    assert ours.asked == []
+    assert evaluate(ours, folder, seeds=ours.seeds[:-1], steps=None)["n"] == 12  # a seed that is not wanted
 
 
 class Shrinking(nn.Module):
     """The noise is a part of the sample."""
 
+    def __init__(self, part: float = 0.7) -> None:
+        super().__init__()
+        self.part = part
+
     def forward(self, sample: Tensor, timestep: Any) -> Tensor:
-        return 0.7 * sample
+        return self.part * sample
 
 
 def test_two_sides_that_do_not_go_together() -> None:
@@ -289,9 +332,13 @@ def test_two_sides_that_do_not_go_together() -> None:
         evaluate(ours, theirs, seeds=[40, 7], steps=None)
     with pytest.raises(EvaluationError, match="say with how many steps"):
         evaluate(ours, reference, seeds=SEEDS, steps=None)
-    broken = Given({seed: torch.full((1, 12, 12), torch.nan) for seed in ours.seeds}, "broken")
-    with pytest.raises(EvaluationError, match=r"Images of broken, seeds 40-43, have values from nan"):
+    broken = Given({seed: torch.full((1, 12, 12), torch.nan if seed > 41 else 0.5) for seed in ours.seeds}, "broken")
+    with pytest.raises(
+        NotFiniteImages, match=r"2 of 4 images of broken, seeds 40-43, hold NaN .*`stepquant doctor"
+    ) as no:
         evaluate(broken, theirs, seeds=SEEDS, steps=None, batch_size=4)
+    assert (no.value.results["metrics"], no.value.results["drift"]) == ({}, {})
+    assert no.value.results["notes"] == [f"No figures: {no.value}"]
 
 
 def test_settings_that_make_no_sense() -> None:
@@ -318,6 +365,24 @@ def test_few_images(n: int, missing: set[str]) -> None:
     for name, words in (("precision", "No precision and recall"), ("inception_score", "No Inception score")):
         assert (words in said) == (name in missing and n > 1)
     assert ("No Frechet distances" in said) == (n == 1)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_white_point_that_is_not_finite_stays_so(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    """Whichever channel it is: Python's maximum would lose a NaN that is not the first."""
+    from stepquant.evaluate import compare
+
+    whole = compare.flat_field
+
+    def broken(curves: Any) -> Any:
+        found = whole(curves)
+        found["white_point"]["candidate"][-1][place] = math.nan
+        return found
+
+    monkeypatch.setattr(compare, "flat_field", broken)
+    candidate, reference = pipes()
+    results = evaluate(candidate, reference, seeds=[1, 2], steps=STEPS, features="none")
+    assert math.isnan(results["metrics"]["white_point_shift"]["value"])
 
 
 def test_small_images_lose_ssim_and_nothing_else() -> None:

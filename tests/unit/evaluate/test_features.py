@@ -89,7 +89,7 @@ def test_logits_follow_from_the_features(digits: DigitFeatures) -> None:
         (torch.zeros(2, 2, 32, 32), r"\(2, 2, 32, 32\)"),
         (noise(2, 3, 32, 32), "three equal channels"),
         (torch.full((2, 1, 32, 32), -1.0), r"expected \[0, 1\]"),
-        (torch.full((2, 1, 32, 32), torch.nan), "nan"),
+        (torch.full((2, 1, 32, 32), torch.nan), "hold NaN"),
     ],
 )
 def test_images_that_are_refused(images: Tensor, message: str, digits: DigitFeatures) -> None:

@@ -151,7 +151,7 @@ def test_half_precision_is_measured_in_single() -> None:
         (torch.zeros(3, 16, 16), torch.zeros(3, 16, 16), r"Candidate images have shape \(3, 16, 16\)"),
         (torch.zeros(0, 3, 16, 16), torch.zeros(0, 3, 16, 16), "at least one pixel"),
         (torch.zeros(1, 1, 16, 16), torch.full((1, 1, 16, 16), 1.5), "Reference images have values from 1.5"),
-        (torch.full((1, 1, 16, 16), torch.nan), torch.zeros(1, 1, 16, 16), "Candidate images have values from nan"),
+        (torch.full((1, 1, 16, 16), torch.nan), torch.zeros(1, 1, 16, 16), "Candidate images hold NaN"),
         (torch.zeros(1, 1, 16, 16).byte(), torch.zeros(1, 1, 16, 16), "divide 8-bit values by 255"),
     ],
 )
