@@ -47,8 +47,8 @@ from stepquant.recipe import Recipe
 from stepquant.run import Run
 
 REVISIONS = {"W8A8": 3}
-"""By bits, `REVISION` if not named. Goes up with every entry under "Numbers changed" of CHANGELOG.md that these rows would
-show: older rows differ. W8A8: 1 had zero points in all weights."""
+"""By bits, `REVISION` if not named. Goes up with every entry under "Numbers changed" of CHANGELOG.md that these rows
+would show: older rows differ. W8A8: 1 had zero points in all weights."""
 
 REVISION = 2
 """1 (W8A8: 2) had ranges of activations whose search counted the extremes a thousand times too much."""

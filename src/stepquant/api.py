@@ -51,7 +51,7 @@ from stepquant.model.families import (
     several_denoisers,
 )
 from stepquant.model.layer import QuantizedLayer
-from stepquant.model.pipeline import arguments_of_batch, with_labels
+from stepquant.model.pipeline import arguments_of_batch, refuse_unknown, with_labels
 from stepquant.model.schedule import ScheduleFingerprint, guard_schedule, guarded_by
 from stepquant.model.surgery import check_finite, quantized_layers
 from stepquant.pretrained import attach_
@@ -498,7 +498,17 @@ def _identity(recipe: Recipe, run: Run, steps: int, job: Job) -> dict[str, Any]:
         "steps": steps,
         "arguments": json.loads(json.dumps(dict(job.arguments), default=repr)),
         "weights": digest.hexdigest(),
+        "scheduler": _scheduler_identity(job.pipe),
     }
+
+
+def _scheduler_identity(pipe: Any) -> dict[str, Any]:
+    """Class and configuration of the pipeline's scheduler as JSON values; empty for a pipeline without."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None:
+        return {}
+    config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
+    return {"class": type(scheduler).__name__, **json.loads(json.dumps(config, default=repr))}
 
 
 def _run_stages(job: Job, recipe: Recipe, work: WorkFolder | None) -> list[dict[str, Any]]:
@@ -651,6 +661,7 @@ def sampled(
     if not seeds or batch_size < 1:
         raise SpecError(f"Sampling needs at least one seed and a batch size of at least 1, found {len(seeds)} seeds.")
     accepted = inspect.signature(pipe.__call__).parameters
+    refuse_unknown(pipe, arguments or {})
 
     def images_of(start: int) -> Tensor:
         chunk = seeds[start : start + batch_size]

@@ -167,16 +167,31 @@ class WorkFolder:
         with _read(known, self.folder):
             found = dict(json.loads(known.read_text()))
         wanted = json.loads(json.dumps(dict(identity)))
-        different = sorted(key for key in set(found) | set(wanted) if found.get(key) != wanted.get(key))
-        if different:
-            raise SpecError(
-                f"{self.folder} holds another run: {', '.join(different)} differ. Use the settings of that run, or "
-                "another work folder."
-            )
         stages = self.folder / "stages.json"
         if stages.exists():
             with _read(stages, self.folder):
                 self.figures = [dict(figures) for figures in json.loads(stages.read_text())]
+        different = sorted(key for key in set(found) | set(wanted) if found.get(key) != wanted.get(key))
+        if different == ["recipe"] and self._may_follow(found["recipe"], wanted["recipe"]):
+            _write_text(known, json.dumps(wanted, indent=1))
+        elif different:
+            raise SpecError(
+                f"{self.folder} holds another run: {', '.join(different)} differ{_first_difference(found, wanted)}. "
+                "Use the settings of that run, or another work folder."
+            )
+
+    def _may_follow(self, before: Mapping[str, Any], recipe: Mapping[str, Any]) -> bool:
+        """Whether a recipe begins with the stages that have finished: then a setting of a later one was corrected.
+
+        What the stage under way kept goes, if it is another one now.
+        """
+        old, new = before.get("stages", []), recipe.get("stages", [])
+        if old[: self.finished] != new[: self.finished]:
+            return False
+        if old[self.finished : self.finished + 1] != new[self.finished : self.finished + 1]:
+            for path in self.folder.glob("partial-*"):
+                path.unlink()
+        return True
 
     @property
     def finished(self) -> int:
@@ -275,6 +290,21 @@ class _Copy(WorkFolder):
 
     def save(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         pass
+
+
+def _first_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """In brackets, the first setting of the recipes that differs; nothing where it is not a setting."""
+    for number, (old, new) in enumerate(
+        zip(*(recipe.get("recipe", {}).get("stages", []) for recipe in (found, wanted)), strict=False)
+    ):
+        if old.get("stage") != new.get("stage"):
+            return f" (stage {number + 1} was {old.get('stage')} and is {new.get('stage')})"
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key):
+                return (
+                    f" ({key} of stage {number + 1}, {new.get('stage')}: {old.get(key)!r} before, {new.get(key)!r} now)"
+                )
+    return ""
 
 
 @contextmanager

@@ -438,7 +438,88 @@ def test_accuquant_learns_weights_alone() -> None:
     assert describe(quantized.pipe.unet).layers["conv_in"].scheme.input is None
 
 
-def test_accuquant_with_nothing_to_learn_is_an_error() -> None:
+def test_accuquant_with_nothing_to_learn_has_no_windows() -> None:
     recipe = recipe_of("accuquant", activations=None, learn_weights=False, block_iterations=0, scale_iterations=0)
+    assert not any(isinstance(stage, FitWindows) for stage in recipe.stages)
     with pytest.raises(SpecError, match="nothing to learn"):
-        quantize(pipe_of(), recipe, steps=STEPS)
+        quantize(pipe_of(), recipe.then(FitWindows(learn_weights=False)), steps=STEPS)
+
+
+@pytest.mark.parametrize("preset", ["quick", "standard"])
+@pytest.mark.parametrize(("weights", "activations"), [(4, None), (None, 8)])
+def test_presets_of_accuquant_fit_weights_or_activations_alone(
+    preset: str, weights: int | None, activations: int | None
+) -> None:
+    few = {"samples": 2, "batch": 2, "samples_per_step": 1, "window": 2, "iterations": 2, "together": 8, "judged": 2}
+    recipe = METHODS["accuquant"](weights=weights, activations=activations, **PRESETS["accuquant"][preset] | few)
+    made = quantize(pipe_of(), recipe, steps=STEPS)
+    assert bool(sample(made.pipe, seeds=[0], steps=STEPS).isfinite().all())
+
+
+def test_a_setting_may_be_corrected_where_a_run_has_stopped(tmp_path: Path) -> None:
+    """What has finished stays; what the stage under way kept belongs to its old settings and goes."""
+    wrong, right = (recipe_of("accuquant", lr_scales=rate) for rate in (0.5, 4e-3))
+    progress = Interrupt("Fitting windows", 4)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(pipe_of(), wrong, steps=STEPS, run=Run(work=tmp_path, progress=progress))
+    assert progress.fired
+    resumed = quantize(pipe_of(), right, steps=STEPS, run=Run(work=tmp_path), resume=True)
+    assert_equal(bytes_of(resumed), bytes_of(quantize(pipe_of(), right, steps=STEPS)))
+    other = tmp_path / "other"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(pipe_of(), wrong, steps=STEPS, run=Run(work=other, progress=Interrupt("Fitting windows", 4)))
+    earlier = recipe_of("accuquant", block_lr=0.1)
+    with pytest.raises(SpecError, match=r"recipe differ .*lr of stage 5, RoundBlocks: 0.05 before, 0.1 now"):
+        quantize(pipe_of(), earlier, steps=STEPS, run=Run(work=other), resume=True)
+
+
+def test_another_scheduler_does_not_go_on_with_a_run(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        quantize(pipe_of(), recipe_of("rtn"), steps=STEPS, run=Run(work=tmp_path, progress=Interrupt("Observing", 1)))
+    pipe = pipe_of()
+    pipe.scheduler = DDIMScheduler(clip_sample=False)
+    with pytest.raises(SpecError, match="scheduler differ"):
+        quantize(pipe, recipe_of("rtn"), steps=STEPS, run=Run(work=tmp_path), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"lr_scales": -1.0}, "lr_scales of FitWindows must be above 0"),
+        ({"lr_weights": 0.0}, "lr_weights of FitWindows must be above 0"),
+        ({"warmup": 1.5}, r"warmup must lie in \[0, 1\]"),
+        ({"round_weight": -0.1}, "round_weight of FitWindows"),
+    ],
+)
+def test_settings_of_windows_are_checked(settings: dict[str, float], named: str) -> None:
+    with pytest.raises(SpecError, match=named):
+        FitWindows(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("windows", [(5, 5), (1, 1)])
+def test_windows_that_cannot_add_up_are_refused_before_anything_runs(windows: tuple[int, ...]) -> None:
+    recipe = recipe_of("accuquant", windows=windows)
+    progress = Interrupt("record", 1)
+    with pytest.raises(SpecError, match="must add up to the scheduler's steps"):
+        quantize(pipe_of(), recipe, steps=STEPS, run=Run(progress=progress))
+    assert not progress.fired
+
+
+@pytest.mark.parametrize("settings", [{"every": 0}, {"samples_per_step": 0}])
+def test_a_selection_of_nothing_is_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(SpecError, match="must be at least 1"):
+        recipe_of("rtn", **settings)
+
+
+def test_an_argument_that_the_pipeline_does_not_take_is_named() -> None:
+    for run in (
+        lambda: quantize(pipe_of(), recipe_of("rtn"), steps=STEPS, arguments={"foo": 1}),
+        lambda: sample(pipe_of(), seeds=[0], steps=STEPS, arguments={"etta": 1.0}),
+    ):
+        with pytest.raises(SpecError, match=r"DDIMPipeline takes no argument '(foo|etta)'"):
+            run()
+
+
+def test_a_correction_comes_last() -> None:
+    with pytest.raises(SpecError, match="Put the correction last"):
+        recipe_of("cec").then(FitWindows())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,15 @@ FURTHER_FACTOR = 0.9
 """Of activations, whose extremes are those of millions of values, narrower ranges are tried too: down to 0.2 * 0.9^20,
 2.4 % of the whole. Ours."""
 
+CLIPPED = 8.0
+"""How much more a value of an activation that is clipped counts than one that is rounded.
+
+A rounding error is another one in every step, and many of them add up as their square root. What is clipped in one step
+is mostly clipped in the next one too, and such errors add up as they are: over S steps up to sqrt(S) times as much. With
+1, ranges of balanced channels cut off so much of the residual path that the drift at W4A4 tripled; with 20, rounding
+to nearest lost half of what it gains by searching (docs/results.md). Ours.
+"""
+
 SAMPLE_MARGIN = 0.25
 """How far beyond the values seen the range of the sample reaches, where a layer reads the sample itself at 8 bits.
 
@@ -61,7 +71,8 @@ def fit_range(
 
     With "mse", every group picks its own shrink factor; both ends shrink by the same factor.
 
-    ends: what the range must reach before it is shrunk, grouped as x is, where x is a part of the values only.
+    ends: what the range must reach before it is shrunk, grouped as x is, where x is a part of an activation's values.
+        What is clipped counts `CLIPPED` times then.
     counts: how many values each element of x stands for, in the shape of x; None: as many each.
     """
     low, high = range_of(x, spec)
@@ -78,6 +89,9 @@ def fit_range(
 
     def error(params: QParams) -> Tensor:
         found = (view - dequantize(quantize(view, params, spec), params)).abs_().pow_(SHRINK_NORM)
+        if ends is not None:
+            lowest, highest = ((end - params.zero_point) * params.scale for end in (spec.qmin - 0.5, spec.qmax + 0.5))
+            found = torch.where((view < lowest) | (view > highest), CLIPPED * found, found)
         if weights is None:
             return found.mean(-1, keepdim=True)
         return (found * weights).sum(-1, keepdim=True)
@@ -115,6 +129,9 @@ class Observer(nn.Module):
     of many thousands, and p = 2.4 weighs them: a range searched on drawn values alone would be a matter of chance. The
     smallest and largest value of all calls are kept exactly.
 
+    A value counts as much as the weights that it meets: |w_c|^2.4 of its input channel c, so that the search follows
+    the layer's output. It decides where channels have been balanced: there a small input meets large weights.
+
     sample: where `observing` puts the sample that the denoiser is being called with.
     reads_sample: whether what was seen is that sample, or what the layer's own transform has made of it.
     seen: drawn values by bin, one tensor for each call. extremes: smallest and largest value by bin.
@@ -130,53 +147,77 @@ class Observer(nn.Module):
         self.seen: dict[int, list[Tensor]] = {}
         self.extremes: dict[int, tuple[float, float]] = {}
         self._parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._importance: Tensor | None = None
+        self._axis = 1
 
     clock: StepClock
+
+    def weigh(self, layer: QuantizedLayer, attribute: str) -> None:
+        """Let values count as the weights that they meet in this layer. Layers with groups count all alike.
+
+        attribute: the quantizer's place in the layer, of which there are two where the input is split.
+        """
+        if layer.geometry.groups == 1:
+            sizes = layer.weight.detach().float().transpose(0, 1).flatten(1).norm(dim=1).cpu()
+            if layer.split is not None:
+                sizes = sizes[: layer.split] if attribute == "input_quantizer" else sizes[layer.split :]
+            self._importance = (sizes / sizes.mean().clamp_min(1e-30)).pow(SHRINK_NORM)
+            self._axis = layer.geometry.channel_axis
 
     def forward(self, x: Tensor) -> Tensor:
         self.reads_sample = any(x is sample for sample in self.sample)
         bins = self.clock.bin
+        stride = math.prod(x.shape[self._axis % x.ndim + 1 :])
         if len(bins) == 1:
-            self._note(int(bins), x, self.keep)
+            self._note(int(bins), x, self.keep, stride)
             return x
         parts = x.reshape(len(bins), -1)
         present = sorted(set(bins.tolist()))
         for value in present:
-            self._note(int(value), parts[bins == value], max(LEAST_KEPT, self.keep // len(present)))
+            self._note(int(value), parts[bins == value], max(LEAST_KEPT, self.keep // len(present)), stride)
         return x
 
-    def _note(self, at: int, x: Tensor, keep: int) -> None:
+    def _note(self, at: int, x: Tensor, keep: int, stride: int) -> None:
+        """stride: between channels, so that value i is of channel (i // stride) modulo their number."""
         flat = x.detach().reshape(-1)
         low, high = float(flat.min()), float(flat.max())
         before = self.extremes.get(at, (low, high))
         self.extremes[at] = (min(low, before[0]), max(high, before[1]))
-        drawn = flat
         if flat.numel() > keep:
             chosen = torch.randint(flat.numel(), (keep,), generator=self.generator)
-            drawn = flat[chosen.to(flat.device)]
-        drawn = drawn.float().cpu()
+        else:
+            chosen = torch.arange(flat.numel())
+        drawn = flat[chosen.to(flat.device)].float().cpu()
         self.seen.setdefault(at, []).append(drawn)
-        self._parts.setdefault(at, []).append(self._with_tail(flat, drawn))
+        self._parts.setdefault(at, []).append(self._with_tail(flat, drawn, chosen, stride))
 
-    def _with_tail(self, flat: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        """Values of a call and how many of it each stands for: the drawn ones, and of the largest more than chance
-        would take."""
+    def _with_tail(self, flat: Tensor, drawn: Tensor, chosen: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+        """Values of a call and how much each counts: the drawn ones, and of the largest more than chance would take."""
         size, rank = flat.numel(), int(len(drawn) * (1 - TAIL))
         if size == len(drawn) or rank < 1:
-            return drawn, torch.full((len(drawn),), size / len(drawn))
+            return drawn, self._counts(chosen, stride, size / len(drawn))
         border = drawn.abs().kthvalue(rank).values
-        tail = flat[flat.abs() > border.to(flat)].float().cpu()
-        bulk = drawn[drawn.abs() <= border]
-        largest = tail.abs().argsort(descending=True)
-        top, others = tail[largest[:TAIL_KEPT]], tail[largest[TAIL_KEPT:]]
+        beyond = (flat.abs() > border.to(flat)).nonzero().flatten()
+        tail, beyond = flat[beyond].float().cpu(), beyond.cpu()
+        inside = drawn.abs() <= border
+        order = tail.abs().argsort(descending=True)
+        top, others = order[:TAIL_KEPT], order[TAIL_KEPT:]
+        share = 1.0
         if len(others) > TAIL_KEPT:
+            share = len(others) / TAIL_KEPT
             others = others[torch.randint(len(others), (TAIL_KEPT,), generator=self.generator)]
         counts = [
-            torch.full((len(bulk),), (size - len(tail)) / len(bulk)),
-            torch.ones(len(top)),
-            torch.full((len(others),), (len(tail) - len(top)) / max(1, len(others))),
+            self._counts(chosen[inside], stride, (size - len(tail)) / int(inside.sum())),
+            self._counts(beyond[top], stride, 1.0),
+            self._counts(beyond[others], stride, share),
         ]
-        return torch.cat([bulk, top, others]), torch.cat(counts)
+        return torch.cat([drawn[inside], tail[top], tail[others]]), torch.cat(counts)
+
+    def _counts(self, places: Tensor, stride: int, each: float) -> Tensor:
+        """How much values at these places of a call count, each of which stands for so many."""
+        if self._importance is None:
+            return torch.full((len(places),), each)
+        return each * self._importance[places // stride % len(self._importance)]
 
     def params(self, spec: QuantSpec, row_of_bin: Tensor, rule: RangeRule, where: str) -> QParams:
         """One scale and zero point per row, from the values seen in its bins. A row that saw nothing is an error."""
@@ -296,6 +337,8 @@ def observing(
             if spec.dynamic:
                 continue
             observers[name, attribute] = Observer(clock, generator)
+            if isinstance(layer, QuantizedLayer):
+                observers[name, attribute].weigh(layer, attribute)
             setattr(layer, attribute, observers[name, attribute])
     try:
         with noting_sample(denoiser) as sample:

@@ -99,6 +99,11 @@ class Select:
     gives: ClassVar[frozenset[str]] = frozenset({"calibration"})
 
     def __post_init__(self) -> None:
+        if self.every < 1 or (self.samples_per_step is not None and self.samples_per_step < 1):
+            raise SpecError(
+                "every and samples_per_step of Select must be at least 1, found "
+                f"{self.every} and {self.samples_per_step}."
+            )
         if self.steps is not None and (self.steps < 1 or self.every != 1):
             raise SpecError(
                 f"Select takes `every` or at least one of `steps`, found every={self.every} and steps={self.steps}."

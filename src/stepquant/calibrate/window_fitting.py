@@ -5,7 +5,10 @@ Source: Lee et al. 2025 (AccuQuant); what is ours is listed in `stepquant.method
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -92,10 +95,16 @@ class FitWindows:
                 "window and every length in windows must be at least 1 and iterations at least 0, found "
                 f"{self.window}, {self.windows} and {self.iterations}."
             )
+        for name, value in (("lr_weights", self.lr_weights), ("lr_scales", self.lr_scales)):
+            if not 0 < value < math.inf:
+                raise SpecError(f"{name} of FitWindows must be above 0, found {value}.")
+        if self.round_weight < 0:
+            raise SpecError(f"round_weight of FitWindows must be at least 0, found {self.round_weight}.")
         if self.judged < 0:
             raise SpecError(f"judged of FitWindows must be at least 0, found {self.judged}.")
         for name, value in (
             ("keep_rounding", self.keep_rounding),
+            ("warmup", self.warmup),
             ("settle", self.settle),
             ("free_run", self.free_run),
         ):
@@ -103,8 +112,19 @@ class FitWindows:
                 raise SpecError(f"{name} must lie in [0, 1], found {value}.")
 
     def check(self, job: Job) -> None:
-        """Window lengths that cover fewer steps than are sampled. Some schedulers make more calls than steps."""
-        if self.windows is not None and sum(self.windows) < job.steps:
+        """Window lengths that cannot add up to the steps. Some schedulers make more calls than steps (Heun, PNDM), and
+        image to image walks a part of them.
+        """
+        if self.windows is None:
+            return
+        scheduler = copy.deepcopy(getattr(job.pipe, "scheduler", None))
+        most = math.inf
+        if scheduler is not None:
+            with suppress(Exception):  # one that wants more than a number of steps is known once it has sampled
+                getattr(scheduler, "uncorrected", scheduler).set_timesteps(job.steps)
+                most = len(scheduler.timesteps)
+        least = 1 if "strength" in job.arguments else job.steps
+        if not least <= sum(self.windows) <= most:
             raise SpecError(
                 f"windows {list(self.windows)} cover {sum(self.windows)} steps, but {job.steps} are sampled: their "
                 "lengths must add up to the scheduler's steps."

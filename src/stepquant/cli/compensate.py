@@ -11,7 +11,14 @@ from stepquant.calibrate.compensation import EstimatorChoice
 from stepquant.cli import views
 from stepquant.cli.arguments import parsed, ready
 from stepquant.cli.console import Settings, interruptible, progress_for, write_json
-from stepquant.cli.outputs import evaluation_path, refuse_existing, refuse_no_checkpoint, settings_path, write_figures
+from stepquant.cli.outputs import (
+    evaluation_path,
+    refuse_existing,
+    refuse_no_checkpoint,
+    settings_path,
+    speed_path,
+    write_figures,
+)
 from stepquant.cli.work import base_model_of, device_named, prepare, steps_of
 from stepquant.errors import SpecError, nearest
 from stepquant.inspection import inspect_checkpoint
@@ -65,6 +72,7 @@ def compensate(
         made.save(request.out, overwrite=overwrite)
     # What is known of a checkpoint that was here before says nothing about this one.
     evaluation_path(request.out).unlink(missing_ok=True)
+    speed_path(request.out).unlink(missing_ok=True)
     settings_path(request.out).unlink(missing_ok=True)
     figures = list(made.figures)
     write_figures(figures, request.out)

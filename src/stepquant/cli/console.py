@@ -107,6 +107,7 @@ def replace_text(path: Path, text: str) -> None:
     path = path.resolve()
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # as for checkpoints: hours of work must not end at a folder
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:

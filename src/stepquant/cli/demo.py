@@ -83,14 +83,14 @@ def _pages(folder: Path, checkpoints: list[Path], results: list[dict[str, Any]],
     """Report, picture and sample images; made together, because they show the same images."""
     from stepquant.report.figures import comparison_picture
 
-    # The picture is written last, so it stands for all three.
     picture = folder / "demo.png"
-    if picture.exists():
+    names = ["full-precision", *(candidate.folder for candidate in _CANDIDATES)]
+    made = [folder / "report.html", *(folder / "samples" / name / "grid.png" for name in names), picture]
+    if all(path.exists() for path in made):
         return
     images = write_page(checkpoints, results, folder / "report.html", settings, ("auto", 16))
     rows = {"full precision": images["reference"]}
     rows |= {entry.label: found for entry, found in zip(_CANDIDATES, images["candidates"], strict=True)}
-    names = ["full-precision", *(candidate.folder for candidate in _CANDIDATES)]
     for name, found in zip(names, rows.values(), strict=True):
         work.write_images(found, images["seeds"], folder / "samples" / name, grid=True)
     picture.write_bytes(comparison_picture(rows, images["seeds"]))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from stepquant.cli.outputs import (
     refuse_used_folder,
     remove_work,
     settings_path,
+    speed_path,
     work_folder,
     write_figures,
 )
@@ -303,6 +305,7 @@ def _conclude(resolved: Resolved, out: Path, figures: Iterable[Mapping[str, Any]
     write_figures(figures, out)
     # An evaluation of the checkpoint that was here before says nothing about this one.
     evaluation_path(out).unlink(missing_ok=True)
+    speed_path(out).unlink(missing_ok=True)
     remove_work(work_folder(out))
 
 
@@ -331,6 +334,12 @@ def kept_if_worth_it(work: Path) -> Iterator[None]:
     except Exception:
         if not (work / FINISHED_STAGES).exists():
             shutil.rmtree(work)
+        else:
+            logger.warning(
+                "The stages that have finished are in %s: correct the setting and go on with --resume, or start anew "
+                "with --overwrite.",
+                work,
+            )
         raise
 
 
@@ -370,6 +379,18 @@ def sample(
         stdout_console().print(f"{len(sampling.seeds)} {what} of {steps} steps are in {out}.")
 
 
+def remove_images(folder: Path) -> None:
+    """Remove what an earlier `write_images` left: they would be taken for images of the model that is sampled now."""
+    for path in folder.glob("*"):
+        if path.name == "grid.png" or re.fullmatch(r"\d{6,}\.png", path.name):
+            path.unlink()
+        elif path.is_dir() and re.fullmatch(r"\d{6,}", path.name):
+            for frame in path.glob("*.png"):
+                frame.unlink()
+            with suppress(OSError):  # something of the user's is in it
+                path.rmdir()
+
+
 def write_images(images: Any, seeds: Sequence[int], folder: Path, *, grid: bool) -> None:
     """One PNG a seed, and with `grid` all of them in one picture.
 
@@ -377,6 +398,7 @@ def write_images(images: Any, seeds: Sequence[int], folder: Path, *, grid: bool)
         of all then has their first frames.
     """
     videos = images.ndim == 5
+    remove_images(folder)
     for image, seed in zip(images, seeds, strict=True):
         frames = image if videos else [image]
         for number, frame in enumerate(frames):

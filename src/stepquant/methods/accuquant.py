@@ -150,15 +150,19 @@ def accuquant(
     biases = corrected_biases(correct_biases, batch=batch)
     scales = (ScaleBlocks(iterations=scale_iterations, batch=batch),) if scale_iterations else ()
     ranges_of_inputs = FitInputRanges(ranges, windows=rows_over_time(rows, lengths, ROWS))
-    fit = FitWindows(
-        window=window,
-        windows=lengths,
-        gradient=gradient,
-        iterations=iterations,
-        lr_weights=lr_weights,
-        lr_scales=lr_scales,
-        learn_weights=learn_weights,
-        free_run=free_run,
-        judged=judged,
-    )
-    return Recipe("accuquant", (*beginning, *layers, *blocks, ranges_of_inputs, *biases, *scales, fit))
+    fit: tuple[FitWindows, ...] = ()
+    if activations is not None or (learn_weights and weights is not None):
+        fit = (
+            FitWindows(
+                window=window,
+                windows=lengths,
+                gradient=gradient,
+                iterations=iterations,
+                lr_weights=lr_weights,
+                lr_scales=lr_scales,
+                learn_weights=learn_weights,
+                free_run=free_run,
+                judged=judged,
+            ),
+        )
+    return Recipe("accuquant", (*beginning, *layers, *blocks, ranges_of_inputs, *biases, *scales, *fit))

@@ -18,9 +18,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from stepquant.errors import SpecError, UnsupportedPipeline
+from stepquant.errors import SpecError, UnsupportedPipeline, nearest
 
-__all__ = ["DenoiserPipeline", "Generators", "PipelineOutput", "arguments_of_batch", "with_labels"]
+__all__ = [
+    "DenoiserPipeline",
+    "Generators",
+    "PipelineOutput",
+    "arguments_of_batch",
+    "refuse_unknown",
+    "with_labels",
+]
 
 OutputType = Literal["np", "pil", "pt", "latent"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -28,6 +35,16 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 SCHEDULE_ARGUMENTS = ("timesteps", "sigmas")
 """Arguments of pipelines that have one entry for each step: with as many steps as images they must not be cut."""
+
+
+def refuse_unknown(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise SpecError for an argument that the pipeline's call does not take."""
+    accepted = inspect.signature(pipe.__call__).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values()):
+        return
+    for name in arguments:
+        if name not in accepted:
+            raise SpecError(f"{type(pipe).__name__} takes no argument {name!r}.{nearest(name, accepted)}")
 
 
 def arguments_of_batch(arguments: Mapping[str, Any], batch: slice, count: int) -> dict[str, Any]:
