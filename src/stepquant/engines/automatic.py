@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any, Self, cast
 
@@ -40,7 +41,9 @@ class AutomaticDenoiser(nn.Module):
     def __init__(self, simulated: nn.Module, engine: OpenVINOEngine) -> None:
         super().__init__()
         # Neither is registered: whoever looks for layers must find none, in either state, instead of other names.
-        self._hold(simulated, None)
+        self._hold(simulated)
+        # Two threads with the first call would make the graph twice.
+        self._deciding = threading.RLock()
         self._engine = engine
         self._stays_simulated = False
         self._told_of_device = False
@@ -48,19 +51,25 @@ class AutomaticDenoiser(nn.Module):
         self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
         self.train(False)
 
-    _simulated: nn.Module | None
-    _graph: GraphDenoiser | None
+    _present: nn.Module
     _like: Tensor
 
-    def _hold(self, simulated: nn.Module | None, graph: GraphDenoiser | None) -> None:
-        object.__setattr__(self, "_simulated", simulated)
-        object.__setattr__(self, "_graph", graph)
+    def _hold(self, present: nn.Module) -> None:
+        """Put the simulated denoiser or the graph here: one attribute, which other threads read at any moment."""
+        object.__setattr__(self, "_present", present)
 
     @property
-    def _present(self) -> nn.Module:
-        present = self._simulated if self._graph is None else self._graph
-        assert present is not None
-        return present
+    def _simulated(self) -> nn.Module | None:
+        """The simulated denoiser, None once there is a graph."""
+        present = self._present
+        return None if isinstance(present, GraphDenoiser) else present
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock, which copies and pickles make anew."""
+        return {name: value for name, value in self.__dict__.items() if name != "_deciding"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_deciding": threading.RLock()})  # type: ignore[no-untyped-call]
 
     @property
     def content(self) -> str:
@@ -86,7 +95,7 @@ class AutomaticDenoiser(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             # Not before there is anything to ask, as while a copy is made, and nothing that Python asks for itself.
-            if "_graph" not in self.__dict__ or name.startswith("__"):
+            if "_present" not in self.__dict__ or name.startswith("__"):
                 raise
             return getattr(self._present, name)
 
@@ -135,11 +144,20 @@ class AutomaticDenoiser(nn.Module):
         raise _no_adapters()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        simulated = self._simulated
-        if simulated is None:
-            return self._present(*args, **kwargs)
+        present = self._present
+        if isinstance(present, GraphDenoiser):
+            return present(*args, **kwargs)
         if self._stays_simulated or torch.compiler.is_compiling() or self._elsewhere():
-            return simulated(*args, **kwargs)
+            return present(*args, **kwargs)
+        del present
+        with self._deciding:
+            if not self._stays_simulated and self._simulated is not None:
+                return self._first(*args, **kwargs)
+        return self._present(*args, **kwargs)  # another thread has decided meanwhile
+
+    def _first(self, *args: Any, **kwargs: Any) -> Any:
+        """The call that decides."""
+        simulated = self._present
         try:
             graph = self._engine.compile(simulated)
             found = graph(*args, **kwargs)
@@ -153,7 +171,7 @@ class AutomaticDenoiser(nn.Module):
                 str(error) or type(error).__name__,
             )
             return found
-        self._hold(None, graph)
+        self._hold(graph)
         del simulated
         # A diffusers model refers to itself, so it would stay in memory until somebody collects.
         gc.collect()

@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
@@ -192,6 +193,7 @@ class GraphDenoiser(nn.Module):
     A call with other shapes compiles another graph; the last four are kept. The batch may change without a new export.
     Threads are those that torch is set to when a shape is first called. Images of one batch may be at different
     timesteps: where these fall into different bins, the batch runs once for every bin.
+    Threads may share one: their calls take turns.
     It has no parameters and no gradients, and cannot be saved: keep the checkpoint.
     """
 
@@ -210,6 +212,8 @@ class GraphDenoiser(nn.Module):
         self.content = content
         # Not registered: casting or moving the pipeline must not reach the graph's source.
         object.__setattr__(self, "_lowered", lowered)
+        # A request holds one call's inputs and outputs, so calls of several threads take turns.
+        self._lock = threading.RLock()
         self._cache = cache
         self._temporary: Path | None = None
         self._compiled: OrderedDict[str, _Compiled] = OrderedDict()
@@ -249,12 +253,18 @@ class GraphDenoiser(nn.Module):
         other: GraphDenoiser = object.__new__(type(self))
         memo[id(self)] = other
         other.__dict__.update(self.__dict__)
-        other._temporary, other._compiled = None, OrderedDict()
+        other._temporary, other._compiled, other._lock = None, OrderedDict(), threading.RLock()
+        other._static = set(self._static)
         return other
 
     def __getstate__(self) -> dict[str, Any]:
         """As for copies."""
-        return {**self.__dict__, "_temporary": None, "_compiled": OrderedDict()}
+        state = {**self.__dict__, "_temporary": None, "_compiled": OrderedDict()}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_lock": threading.RLock()})  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self._arguments(args, kwargs)
@@ -267,9 +277,10 @@ class GraphDenoiser(nn.Module):
                 "A graph has no gradients: call it under torch.no_grad(), or load the checkpoint with "
                 "engine='simulated'."
             )
-        compiled = self._compiled_for(tensors, form)
         distinct = torch.unique(bins).tolist() if self._switches else [0]
-        results = [_infer(compiled, tensors, number) for number in distinct]
+        with self._lock:
+            compiled = self._compiled_for(tensors, form)
+            results = [_infer(compiled, tensors, number) for number in distinct]
         merged = results[0]
         for number, result in zip(distinct[1:], results[1:], strict=True):
             merged = tuple(
@@ -407,9 +418,10 @@ class GraphDenoiser(nn.Module):
         A layer with several operators gets the widest. Layers that OpenVINO has folded into others and does not name
         are missing. Empty before the first call.
         """
-        if not self._compiled:
-            return {}
-        latest = next(reversed(self._compiled.values()))
+        with self._lock:
+            if not self._compiled:
+                return {}
+            latest = next(reversed(self._compiled.values()))
         found: dict[str, str] = {}
         for node in latest.model.get_runtime_model().get_ordered_ops():
             info = {key: str(value.astype(str)) for key, value in node.get_rt_info().items() if key in _RUNTIME_KEYS}

@@ -6,6 +6,8 @@ import builtins
 import copy
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +269,36 @@ def test_the_module_looks_like_the_denoiser(whole: Any) -> None:
         output = compiled(sample, timestep=3)
         assert type(output) is type(full(sample, 3))
         assert torch.equal(copy.deepcopy(compiled)(sample, 3).sample, output.sample)
+
+
+@pytest.mark.parametrize("kind", ["openvino", "auto"])
+def test_two_threads_get_their_own_images(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    net = quantize_(Net(), ends="same")
+    alone, shared = OpenVINOEngine().compile(copy.deepcopy(net)), place(net, kind)[0]
+    # Two shapes, so that threads meet in the cache of compiled graphs and in one request.
+    samples = [torch.randn(1 + number // 2, 2, 4, 4) for number in range(4)]
+    with torch.no_grad():
+        expected = [alone(sample, 5) for sample in samples]
+    made: list[int] = []
+    compiles = GraphDenoiser._compile
+
+    def counted(self: GraphDenoiser, *args: Any) -> Any:
+        made.append(1)
+        return compiles(self, *args)
+
+    monkeypatch.setattr(GraphDenoiser, "_compile", counted)
+    barrier = threading.Barrier(len(samples))
+
+    def work(number: int) -> int:
+        torch.set_num_threads(1)
+        barrier.wait()
+        with torch.no_grad():
+            return sum(not torch.equal(shared(samples[number], 5), expected[number]) for _ in range(300))
+
+    with ThreadPoolExecutor(len(samples)) as pool:
+        assert list(pool.map(work, range(len(samples)))) == [0] * len(samples)
+    assert len(made) == 2
 
 
 def test_graphs_are_kept_and_damaged_ones_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
