@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.engines.openvino import GraphDenoiser, OpenVINOEngine, content_of
+from stepquant.engines.stand_in import changes, no_change
 from stepquant.errors import EngineError
 from stepquant.model.clock import keep_float32
 
@@ -33,6 +34,9 @@ class AutomaticDenoiser(nn.Module):
     not as a simulation, a warning names the reason and the denoiser stays simulated: so does one whose first call asks
     for gradients. Before, it can be moved and cast; calls on another device, and those that torch.compile traces, are
     simulated and decide nothing.
+
+    Methods that change the denoiser (`enable_freeu`) are refused once there is a graph. Before, they reach it and it
+    stays simulated, with a warning: a graph could not follow the next change.
 
     It has no parameters and cannot be saved. Adapters are refused in every state: diffusers switches them on and off by
     the denoiser's class, which is another one here.
@@ -97,7 +101,43 @@ class AutomaticDenoiser(nn.Module):
             # Not before there is anything to ask, as while a copy is made, and nothing that Python asks for itself.
             if "_present" not in self.__dict__ or name.startswith("__"):
                 raise
-            return getattr(self._present, name)
+        present = self._present
+        value = getattr(present, name)
+        if isinstance(present, GraphDenoiser) or not changes(present, name, value):
+            return value
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if any(word in name for word in ("adapter", "lora", "attn_procs")):
+                raise _no_adapters()
+            if name.startswith(("save_", "push_")):
+                raise no_change(present, f"{name}()")
+            return self._change(f"{name}()", name, *args, **kwargs)
+
+        return called
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        present = self.__dict__.get("_present")
+        own = name in self.__dict__ or name in self.__dict__.get("_buffers", ()) or hasattr(type(self), name)
+        if present is None or own or not hasattr(present, name):
+            super().__setattr__(name, value)
+        else:
+            self._change(f"Setting {name}", "__setattr__", name, value)
+
+    def _change(self, what: str, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the simulated denoiser, which stays one."""
+        with self._deciding:
+            present = self._present
+            if isinstance(present, GraphDenoiser):
+                return getattr(present, method)(*args, **kwargs)  # which refuses
+            if not self._stays_simulated:
+                self._stays_simulated = True
+                logger.warning(
+                    "%s changes the denoiser, which stays simulated arithmetic for that, in the time of full precision "
+                    "or more. To run it as a graph, load the checkpoint with engine='simulated', change it, and "
+                    "compile it then: place(pipe.unet, 'openvino') of stepquant.engines.base.",
+                    what,
+                )
+            return getattr(present, method)(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Of the simulated denoiser; nothing once there is a graph."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from stepquant._version import __version__
 from stepquant.engines import graph
 from stepquant.engines.graph import BIN, Lowered, Outputs, export, lower, tensors_of
+from stepquant.engines.stand_in import changes, no_change
 from stepquant.errors import EngineError, SpecError
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.surgery import quantized_layers
@@ -147,19 +148,49 @@ def content_of(denoiser: nn.Module) -> str:
 
 
 def _digest(denoiser: nn.Module, content: str) -> str | None:
-    """Hash of everything that decides the graph, or None for a denoiser whose code has no version."""
+    """Hash of everything that decides the graph, or None for a denoiser with code that has no version."""
     config = getattr(denoiser, "config", None)
-    if not type(denoiser).__module__.startswith("diffusers.") or config is None:
+    settings = _settings(denoiser)
+    if not type(denoiser).__module__.startswith("diffusers.") or config is None or settings is None:
         return None
     import openvino
 
-    processors = [type(getattr(module, "processor", None)).__qualname__ for module in denoiser.modules()]
     facts = [
         [__version__, torch.__version__, openvino.__version__, _version_of("diffusers"), has_vnni()],
-        [type(denoiser).__qualname__, json.loads(json.dumps(dict(config), default=repr)), processors],
+        [type(denoiser).__qualname__, json.loads(json.dumps(dict(config), default=repr)), settings],
         [content],
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+VERSIONED = frozenset({"diffusers", "stepquant", "torch"})
+"""Packages whose version is part of a graph's hash."""
+
+
+def _settings(denoiser: nn.Module) -> list[list[Any]] | None:
+    """Class and plain attributes of every part and of its attention processor, which methods such as `enable_freeu` set
+    without a trace in configuration or tensors. None where one's code is of another package or was replaced.
+    """
+    found: list[list[Any]] = []
+    for name, module in denoiser.named_modules():
+        if "forward" in vars(module):
+            return None
+        for part in (module, vars(module).get("processor")):
+            if part is None:
+                continue
+            kind = type(part)
+            if kind.__module__.partition(".")[0] not in VERSIONED and part is not denoiser:
+                return None
+            plain = {key: repr(value) for key, value in vars(part).items() if key != "training" and _is_plain(value)}
+            found.append([name, f"{kind.__module__}.{kind.__qualname__}", plain])
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, a word or the like, whose repr is the same in every process."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
 
 
 def _specs(layer: nn.Module) -> list[str]:
@@ -239,14 +270,32 @@ class GraphDenoiser(nn.Module):
         return torch.device("cpu")
 
     def __getattr__(self, name: str) -> Any:
-        """What pipelines read of their denoiser: its configuration, its embeddings' sizes."""
+        """What pipelines read of their denoiser: its configuration, its embeddings' sizes.
+
+        Methods that change or save it raise EngineError when they are called.
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
             lowered = self.__dict__.get("_lowered")
             if lowered is None:
                 raise
-            return getattr(lowered.module, name)
+        value = getattr(lowered.module, name)
+        if not changes(lowered.module, name, value):
+            return value
+
+        # Not raised at once: diffusers asks components whether they have methods that it then does not call.
+        def refused(*_: Any, **__: Any) -> Any:
+            raise no_change(lowered.module, f"{name}()")
+
+        return refused
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        lowered = self.__dict__.get("_lowered")
+        own = name in self.__dict__ or hasattr(type(self), name)
+        if lowered is not None and not own and hasattr(lowered.module, name):
+            raise no_change(lowered.module, f"Setting {name}")
+        super().__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphDenoiser:
         """A copy that compiles anew: compiled graphs cannot be copied."""

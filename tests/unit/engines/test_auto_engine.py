@@ -320,6 +320,35 @@ def test_inspect_says_what_auto_would_take(tmp_path: Path, monkeypatch: pytest.M
 
 
 @needs_vnni
+def test_changes_reach_the_denoiser_before_there_is_a_graph_and_are_refused_after(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unet, simulated = load(folder).unet, load(folder, engine="simulated").unet
+    call = {"sample": torch.randn(2, 1, 8, 8), "timestep": torch.tensor(500)}
+    for changed in (unet, simulated):
+        changed.set_attention_backend("native")
+        changed.resnet_scale = 1  # the denoiser has no such thing, so it is not one of its settings
+        changed.sample_size = 4
+    (warning,) = (record.getMessage() for record in caplog.records if record.name.endswith("engines.automatic"))
+    assert "set_attention_backend() changes the denoiser, which stays simulated arithmetic" in warning
+    with torch.no_grad():
+        assert torch.equal(unet(**call).sample, simulated(**call).sample)
+        assert torch.equal(unet(**call).sample, simulated(**call).sample)
+    assert unet._simulated.sample_size == 4
+    unet = load(folder).unet
+    with pytest.raises(EngineError, match=r"save_pretrained\(\) would not reach the graph.*engine='simulated'"):
+        unet.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        unet(**call)
+    for name in ("set_attention_backend", "save_pretrained"):
+        with pytest.raises(EngineError, match=rf"{name}\(\) would not reach the graph.*engine='simulated'"):
+            getattr(unet, name)(tmp_path / "again")
+    with pytest.raises(EngineError, match="Setting sample_size"):
+        unet.sample_size = 4
+    assert not (tmp_path / "again").exists()
+
+
+@needs_vnni
 def test_the_command_sample_takes_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepquant.cli.work.tune_allocator", lambda: True)
     log = tmp_path / "log.jsonl"

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 from stepquant.checkpoint import save_checkpoint
@@ -269,6 +270,129 @@ def test_the_module_looks_like_the_denoiser(whole: Any) -> None:
         output = compiled(sample, timestep=3)
         assert type(output) is type(full(sample, 3))
         assert torch.equal(copy.deepcopy(compiled)(sample, 3).sample, output.sample)
+
+
+def conditioned_unet() -> Any:
+    """A small UNet of the kind that FreeU is for."""
+    return quantize_(
+        UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+            norm_num_groups=4, cross_attention_dim=8, attention_head_dim=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ).eval()
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def freed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+    """A cache that has the graph of a network, the graph, and that network with another setting."""
+    torch.manual_seed(0)
+    cache, net = tmp_path_factory.mktemp("freed"), conditioned_unet()
+    compiled = OpenVINOEngine(cache=cache).compile(net)
+    with torch.no_grad():
+        compiled(**guided_call())
+    changed = copy.deepcopy(net)
+    changed.mid_block.resnets[0].output_scale_factor = 0.25
+    return cache, compiled, changed
+
+
+def guided_call() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "sample": torch.randn(2, 4, 8, 8, generator=generator),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": torch.randn(2, 5, 8, generator=generator),
+    }
+
+
+def test_a_kept_graph_is_not_taken_for_other_settings(freed: Any) -> None:
+    cache, plain, changed = freed
+    with torch.no_grad():
+        expected = changed(**guided_call()).sample
+        found = OpenVINOEngine(cache=cache).compile(changed)(**guided_call()).sample
+        other = plain(**guided_call()).sample
+    assert (found - expected).norm() < 0.1 * (other - expected).norm()
+
+
+def test_a_denoiser_with_freeu_has_no_graph_and_is_not_given_the_plain_one(freed: Any) -> None:
+    cache, _, changed = freed
+    changed = copy.deepcopy(changed)
+    changed.mid_block.resnets[0].output_scale_factor = 1.0
+    changed.enable_freeu(0.5, 0.2, 2.0, 2.5)
+    with pytest.raises(EngineError, match=r"cannot be exported.*fft"), torch.no_grad():
+        OpenVINOEngine(cache=cache).compile(changed)(**guided_call())
+
+
+def test_what_decides_a_graph_is_in_its_hash() -> None:
+    def digest(net: Any) -> str | None:
+        return engine_module._digest(net, "")
+
+    net = conditioned_unet()
+    known = digest(net)
+    assert known is not None
+    assert digest(copy.deepcopy(net)) == known
+
+    def changed(change: Any) -> str | None:
+        other = copy.deepcopy(net)
+        change(other)
+        return digest(other)
+
+    assert changed(lambda other: setattr(other.mid_block.resnets[0], "output_scale_factor", 2.0)) != known
+    assert changed(lambda other: setattr(other.conv_act, "forward", torch.tanh)) is None
+
+
+def test_settings_of_attention_processors_count() -> None:
+    class Own(AttnProcessor2_0):
+        """A processor of the user's."""
+
+    full, scaled = tiny_unet(), AttnProcessor2_0()
+    known = engine_module._settings(full)
+    scaled.scale = 2.0
+    attention = next(module for module in full.modules() if hasattr(module, "processor"))
+    attention.processor = AttnProcessor2_0()
+    assert engine_module._settings(full) == known
+    attention.processor = scaled
+    assert engine_module._settings(full) not in (known, None)
+    attention.processor = Own()
+    assert engine_module._settings(full) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("enable_freeu", (0.5, 0.2, 2.0, 2.5)),
+        ("disable_freeu", ()),
+        ("set_attn_processor", (AttnProcessor2_0(),)),
+        ("fuse_qkv_projections", ()),
+        ("unfuse_qkv_projections", ()),
+        ("save_pretrained", ("nowhere",)),
+        ("push_to_hub", ("nobody/nothing",)),
+        ("add_adapter", ({},)),
+        ("load_lora_adapter", ({},)),
+        ("register_to_config", ()),
+    ],
+)
+def test_methods_that_change_or_save_the_denoiser_are_refused(freed: Any, name: str, arguments: Any) -> None:
+    _, compiled, _ = freed
+    before = engine_module._settings(compiled._lowered.module)
+    assert hasattr(compiled, name)
+    with pytest.raises(EngineError, match=rf"{name}\(\) would not reach the graph.*engine='simulated'"):
+        getattr(compiled, name)(*arguments)
+    assert engine_module._settings(compiled._lowered.module) == before
+    assert not Path("nowhere").exists()
+
+
+def test_what_pipelines_read_and_call_of_a_graph_is_there(freed: Any) -> None:
+    _, compiled, _ = freed
+    assert compiled.config.cross_attention_dim == 8
+    assert compiled.encoder_hid_proj is None
+    assert "mid_block.attentions.0.transformer_blocks.0.attn1.processor" in compiled.attn_processors
+    assert compiled.get_time_embed(torch.zeros(2, 4, 8, 8), torch.tensor(3)).shape == (2, 8)
+    with pytest.raises(EngineError, match=r"Setting encoder_hid_proj would not reach"):
+        compiled.encoder_hid_proj = None
+    compiled.own = 1
+    assert compiled.eval() is compiled
 
 
 @pytest.mark.parametrize("kind", ["openvino", "auto"])
