@@ -29,6 +29,7 @@ from stepquant._version import __version__
 from stepquant.engines import graph
 from stepquant.engines.graph import BIN, Lowered, Outputs, export, lower, tensors_of
 from stepquant.engines.stand_in import changes, no_change
+from stepquant.engines.waves import WAVE, take_waves_
 from stepquant.errors import EngineError, SpecError
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.surgery import quantized_layers
@@ -59,7 +60,7 @@ class OpenVINOEngine:
 
     precision: of what is not int8. "bf16" is faster on processors that have it, but rounds activations to 8 bits of
         mantissa before they are quantized, and scales as well: its results differ from simulated ones by more than
-        float32 rounding.
+        float32 rounding. Sines and cosines of the inputs, as in timestep embeddings, stay float32.
     cache: folder for graphs, None for `cache_folder()`. Denoisers that diffusers does not know are not kept there:
         nothing says when their code changes.
     """
@@ -207,10 +208,14 @@ def _version_of(package: str) -> str:
 
 @dataclass(frozen=True)
 class _Compiled:
-    """request: of OpenVINO. inputs: the names that the graph takes."""
+    """request: of OpenVINO. inputs: the names that the graph takes.
+
+    waves: the request that computes its inputs `WAVE + i` from the same inputs; None if it has none.
+    """
 
     model: Any
     request: Any
+    waves: Any | None
     inputs: tuple[str, ...]
     outputs: Outputs
 
@@ -379,9 +384,11 @@ class GraphDenoiser(nn.Module):
             found = self._reshaped(*self._graph(tensors, form, ()), shapes, None)
         assert found is not None
         model, outputs = found
-        compiled, request = self._compile(model, threads)
-        inputs = tuple(_name_of(port, {*shapes, BIN}) for port in compiled.inputs)
-        self._compiled[key] = _Compiled(compiled, request, inputs, outputs)
+        inputs = tuple(_name_of(port, {*shapes, BIN}) for port in model.inputs)
+        apart = take_waves_(model) if self.precision == "bf16" else None
+        compiled, request = self._compile(model, threads, self.precision)
+        waves = None if apart is None else self._compile(apart, threads, "f32")[1]
+        self._compiled[key] = _Compiled(compiled, request, waves, inputs, outputs)
         while len(self._compiled) > KEPT_SHAPES:
             self._compiled.popitem(last=False)
         return self._compiled[key]
@@ -439,10 +446,10 @@ class GraphDenoiser(nn.Module):
                 return None
         return model, outputs
 
-    def _compile(self, model: Any, threads: int) -> tuple[Any, Any]:
+    def _compile(self, model: Any, threads: int, precision: str) -> tuple[Any, Any]:
         """The compiled graph and a request to run it."""
         settings: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": self.precision,
+            "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             # Threads tied to cores would wait for whoever else is tied to them.
@@ -525,6 +532,9 @@ def _infer(compiled: _Compiled, tensors: Mapping[str, Tensor], number: int) -> t
             tensor = tensors[name].detach()
             values[name] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy()
     try:
+        if compiled.waves is not None:
+            found = compiled.waves.infer(values, share_inputs=True)
+            values |= {f"{WAVE}{place}": value for place, value in enumerate(found.to_tuple())}
         found = compiled.request.infer(values, share_inputs=True)
     except (RuntimeError, MemoryError) as error:
         raise EngineError(f"OpenVINO could not run the denoiser: {_brief(error)}") from error

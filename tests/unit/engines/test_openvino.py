@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 
 from stepquant.checkpoint import save_checkpoint
@@ -652,6 +653,39 @@ def test_bf16_is_an_option() -> None:
     assert found.dtype == torch.float32
     assert 1e-6 < (found - expected).norm() / expected.norm() < 0.1
     assert set(compiled.runtime_precisions().values()) <= {"u8", "i8"}
+
+
+class Timed(nn.Module):
+    """Shows the embedding of its timestep: the sample is added to a linear layer of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time_proj = Timesteps(32, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+        timesteps = timestep.expand(len(sample))
+        result: Tensor = sample + self.layer(self.time_proj(timesteps))
+        return result
+
+
+def test_bf16_tells_neighbouring_timesteps_apart() -> None:
+    """Their angles are the same in bfloat16, which has every fourth number from 512 on."""
+    if "BF16" not in engine_module._core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("the processor has no bfloat16")
+    torch.manual_seed(0)
+    net = quantize_(Timed(), ends="same", rows=1)
+    short, exact = OpenVINOEngine("bf16").compile(net), OpenVINOEngine().compile(net)
+    sample = torch.zeros(2, 32)
+    with torch.no_grad():
+        for first, second in ((998, 1000), (996, 997), (511, 512)):
+            found, expected = (
+                graph(sample, torch.tensor(first)) - graph(sample, torch.tensor(second)) for graph in (short, exact)
+            )
+            assert expected.norm() > 0.1
+            assert (found - expected).norm() < 0.05 * expected.norm()
+    assert len(short._compiled) == 1
+    assert short.runtime_precisions()["layer"] in ("u8", "i8")
 
 
 def test_half_precision_goes_in_and_comes_out() -> None:
