@@ -608,10 +608,29 @@ class Sorts(nn.Module):
         return result
 
 
-def test_what_cannot_be_exported_is_named() -> None:
+def test_what_cannot_be_exported_is_named_and_the_graph_is_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    """Not on stdout above all, where commands write JSON."""
     compiled = OpenVINOEngine().compile(quantize_(Sorts(), ends="same"))
+    switch = torch._C._jit_set_onnx_log_enabled
     with pytest.raises(EngineError, match=r"Sorts cannot be exported as a graph: .*svd.*engine='simulated'"):
         compiled(torch.randn(3, 4), 0)
+    assert capfd.readouterr() == ("", "")
+    assert torch._C._jit_set_onnx_log_enabled is switch
+
+
+def test_two_denoisers_may_be_exported_at_the_same_time() -> None:
+    """torch's exporter keeps its state in globals."""
+    nets = [quantize_(Net(), ends="same") for _ in range(3)]
+    compiled, sample = [OpenVINOEngine().compile(net) for net in nets], torch.randn(2, 2, 4, 4)
+
+    def call(graph: GraphDenoiser) -> Any:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            return graph(sample, 5)
+
+    with ThreadPoolExecutor(len(nets)) as pool:
+        for net, found in zip(nets, pool.map(call, compiled), strict=True):
+            assert torch.allclose(found, net(sample, 5), rtol=1e-4, atol=1e-5)
 
 
 def test_what_the_module_refuses() -> None:
