@@ -50,6 +50,8 @@ class AutomaticDenoiser(nn.Module):
         self._deciding = threading.RLock()
         self._engine = engine
         self._stays_simulated = False
+        # Shapes for which there is no graph though there is one for others: looking for it takes long.
+        self._without: set[str] = set()
         self._told_of_device = False
         dtype = next((p.dtype for p in simulated.parameters() if p.is_floating_point()), torch.float32)
         self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
@@ -186,14 +188,34 @@ class AutomaticDenoiser(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         present = self._present
         if isinstance(present, GraphDenoiser):
-            return present(*args, **kwargs)
+            return self._later(present, *args, **kwargs)
         if self._stays_simulated or torch.compiler.is_compiling() or self._elsewhere():
             return present(*args, **kwargs)
         del present
         with self._deciding:
             if not self._stays_simulated and self._simulated is not None:
                 return self._first(*args, **kwargs)
-        return self._present(*args, **kwargs)  # another thread has decided meanwhile
+        return self(*args, **kwargs)  # another thread has decided meanwhile
+
+    def _later(self, graph: GraphDenoiser, *args: Any, **kwargs: Any) -> Any:
+        """A call once there is a graph: by the graph of its shapes, or by torch if there is none."""
+        arguments = graph.checked(*args, **kwargs)
+        shapes = repr(_outline(arguments))
+        if shapes not in self._without:
+            try:
+                return graph(*args, **kwargs)
+            except Exception as error:
+                # As at the first call: if this raises as well it is the call that is wrong.
+                found = graph.in_torch(*args, **kwargs)
+                if not self._without:
+                    logger.warning(
+                        "Engine 'openvino' could not take a call of other shapes. It runs in torch instead, in the "
+                        "time of full precision or more, and so do all for which that happens: %s",
+                        str(error) or type(error).__name__,
+                    )
+                self._without.add(shapes)
+                return found
+        return graph.in_torch(*args, **kwargs)
 
     def _first(self, *args: Any, **kwargs: Any) -> Any:
         """The call that decides."""
@@ -229,6 +251,17 @@ class AutomaticDenoiser(nn.Module):
 
     def extra_repr(self) -> str:
         return f"runs={type(self._present).__name__}"
+
+
+def _outline(value: Any) -> Any:
+    """What decides which graph a call needs."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, dict):
+        return {key: _outline(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_outline(entry) for entry in value]
+    return value if isinstance(value, bool | int | float | str) else type(value)
 
 
 def _no_adapters() -> EngineError:

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -321,27 +321,62 @@ class GraphDenoiser(nn.Module):
         super().__setstate__({**state, "_lock": threading.RLock()})  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = self._arguments(args, kwargs)
-        clock = self._lowered.clock
-        timestep = arguments[clock.argument]
-        bins = torch.bucketize(timestep.detach().reshape(-1).float(), clock.edges)
+        arguments = self.checked(*args, **kwargs)
         tensors, form = tensors_of(arguments)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
-            raise EngineError(
-                "A graph has no gradients: call it under torch.no_grad(), or load the checkpoint with "
-                "engine='simulated'."
-            )
+
+        def run(numbers: list[int]) -> tuple[Outputs, list[tuple[Tensor, ...]]]:
+            compiled = self._compiled_for(tensors, form)
+            return compiled.outputs, [_infer(compiled, tensors, number) for number in numbers]
+
+        return self._by_bin(arguments, run)
+
+    def in_torch(self, *args: Any, **kwargs: Any) -> Any:
+        """What the graph computes, without one: by the module that graphs are made from. Slow."""
+        arguments = _in_float32(self.checked(*args, **kwargs))
+        module, clock = self._lowered.module, self._lowered.clock
+
+        def run(numbers: list[int]) -> tuple[Outputs, list[tuple[Tensor, ...]]]:
+            found = []
+            for number in numbers:
+                clock.bin = torch.tensor([number])
+                # Not called: the original's hook would set the clock for each image.
+                found.append(Outputs.of(module.forward(**arguments)))
+            return found[0][0], [tensors for _, tensors in found]
+
+        return self._by_bin(arguments, run)
+
+    def checked(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The arguments of a call by name. Raises EngineError where no graph, of whatever shape, could take it."""
+        arguments = self._arguments(args, kwargs)
+        for name, tensor in _tensors_in(arguments):
+            if torch.is_grad_enabled() and tensor.requires_grad:
+                raise EngineError(
+                    "A graph has no gradients: call it under torch.no_grad(), or load the checkpoint with "
+                    "engine='simulated'."
+                )
+            if tensor.device.type != "cpu":
+                raise EngineError(
+                    f"OpenVINO runs on the CPU, and argument {name} is on {tensor.device}: load the checkpoint with "
+                    "engine='simulated' to run it there."
+                )
+        return arguments
+
+    def _by_bin(
+        self, arguments: Mapping[str, Any], run: Callable[[list[int]], tuple[Outputs, list[tuple[Tensor, ...]]]]
+    ) -> Any:
+        """What the denoiser returns, of `run`, which gives the results of the whole batch for each bin."""
+        clock = self._lowered.clock
+        bins = torch.bucketize(arguments[clock.argument].detach().reshape(-1).float(), clock.edges)
         distinct = torch.unique(bins).tolist() if self._switches else [0]
         with self._lock:
-            compiled = self._compiled_for(tensors, form)
-            results = [_infer(compiled, tensors, number) for number in distinct]
+            outputs, results = run(distinct)
         merged = results[0]
         for number, result in zip(distinct[1:], results[1:], strict=True):
             merged = tuple(
                 torch.where((bins == number).reshape(-1, *[1] * (new.ndim - 1)), new, old)
                 for old, new in zip(merged, result, strict=True)
             )
-        return compiled.outputs.build(tuple(self._cast(result) for result in merged))
+        return outputs.build(tuple(self._cast(result) for result in merged))
 
     def _cast(self, result: Tensor) -> Tensor:
         return result.to(self._dtype) if result.is_floating_point() else result
@@ -361,12 +396,6 @@ class GraphDenoiser(nn.Module):
         return arguments
 
     def _compiled_for(self, tensors: Mapping[str, Tensor], form: Any) -> _Compiled:
-        for name, tensor in tensors.items():
-            if tensor.device.type != "cpu":
-                raise EngineError(
-                    f"OpenVINO runs on the CPU, and argument {name} is on {tensor.device}: load the checkpoint with "
-                    "engine='simulated' to run it there."
-                )
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         threads = torch.get_num_threads()
         key = json.dumps([form, shapes, [str(tensor.dtype) for tensor in tensors.values()], threads])
@@ -417,8 +446,7 @@ class GraphDenoiser(nn.Module):
             key: tensor[:1].expand(2, *tensor.shape[1:]) if key in batched and len(tensor) < 2 else tensor
             for key, tensor in tensors.items()
         }
-        example = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in example.items()}
-        arguments = graph.filled(form, example)
+        arguments = _in_float32(graph.filled(form, example))
         try:
             return folder / f"{name}.xml", _write(self._lowered, arguments, batched, folder, name)
         except OSError as error:
@@ -497,6 +525,24 @@ class GraphDenoiser(nn.Module):
         return (
             f"precision={self.precision}, {len(self._layers) - len(self.refusals)} of {len(self._layers)} layers int8"
         )
+
+
+def _tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested arguments, among whatever else."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict | list | tuple):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors_in(entry, f"{name}.{key}" if name else str(key))
+
+
+def _in_float32(value: Any) -> Any:
+    """Nested arguments with their floating-point tensors in float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _in_float32(entry) for key, entry in value.items()}
+    return type(value)(map(_in_float32, value)) if type(value) in (list, tuple) else value
 
 
 _RUNTIME_KEYS = ("layerType", "originalLayersNames", "runtimePrecision")

@@ -166,6 +166,44 @@ def test_without_a_graph_it_is_simulated_after_one_warning(
 
 
 @needs_vnni
+@pytest.mark.parametrize("failure", [no_such_operation, out_of_memory])
+@pytest.mark.parametrize("where", ["_compile", "_graph"])
+def test_without_a_graph_for_later_shapes_torch_takes_them(
+    where: str, failure: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pipeline that runs goes on running, with one warning, and does not look for the graph at every step."""
+    simulated = net()
+    ran = automatic_of(copy.deepcopy(simulated))
+    asked: list[int] = []
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        asked.append(1)
+        return failure(*args, **kwargs)
+
+    x, wide, wider = torch.randn(SAMPLE), torch.randn(2, 2, 6, 4), torch.randn(2, 2, 8, 4)
+    mixed = torch.tensor([0, 600])
+    with torch.no_grad():
+        ran(x, 0)
+        monkeypatch.setattr(engine_module.GraphDenoiser, where, fails)
+        for sample in (wide, wide, x, wider):
+            for timestep in (0, 600, mixed):
+                expected = simulated(sample, timestep)
+                assert (ran(sample, timestep) - expected).norm() < 0.02 * expected.norm()  # a flipped level or two
+        with pytest.raises(RuntimeError, match="channels"):
+            ran(torch.randn(2, 5, 4, 4), 0)
+        with pytest.raises(EngineError, match="on meta"):
+            ran(torch.empty(SAMPLE, device="meta"), 0)
+    assert len(asked) in (
+        5,
+        6,
+    )  # once for each of two shapes with two kinds of timesteps, x with mixed ones, a wrong call
+    (warning,) = warnings_of(caplog)
+    assert "could not take a call of other shapes. It runs in torch instead" in warning
+    with pytest.raises(EngineError, match="no gradients"):
+        ran(wide.requires_grad_(), 0)
+
+
+@needs_vnni
 def test_a_wrong_call_decides_nothing(caplog: pytest.LogCaptureFixture) -> None:
     ran = automatic_of(net())
     with torch.no_grad():
