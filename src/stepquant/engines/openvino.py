@@ -6,6 +6,7 @@ float32 or bfloat16. A graph is made at the first call, from what the denoiser i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -20,6 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -34,6 +36,12 @@ from stepquant.errors import EngineError, SpecError
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.surgery import quantized_layers
 
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 __all__ = ["GraphDenoiser", "OpenVINOEngine", "cache_folder", "content_of"]
 
 logger = logging.getLogger(__name__)
@@ -46,6 +54,12 @@ NO_VNNI = (
     "arithmetic inside the graph."
 )
 FLOAT_MATMUL = "OpenVINO multiplies attention's operands, rounded to their levels, in floating point inside the graph."
+
+
+CACHE_LIMIT = "STEPQUANT_CACHE_GB"
+"""Environment variable: the most that graphs may take on the disk, in units of 10^9 bytes."""
+
+DEFAULT_CACHE_GB = 20.0
 
 
 def cache_folder() -> Path:
@@ -156,9 +170,11 @@ def _digest(denoiser: nn.Module, content: str) -> str | None:
         return None
     import openvino
 
+    # The others are diffusers' notes: where it was loaded from, and which values are defaults, in the order of a set.
+    own = {key: value for key, value in dict(config).items() if not key.startswith("_")}
     facts = [
         [__version__, torch.__version__, openvino.__version__, _version_of("diffusers"), has_vnni()],
-        [type(denoiser).__qualname__, json.loads(json.dumps(dict(config), default=repr)), settings],
+        [type(denoiser).__qualname__, json.loads(json.dumps(own, default=repr)), settings],
         [content],
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
@@ -252,6 +268,7 @@ class GraphDenoiser(nn.Module):
         self._lock = threading.RLock()
         self._cache = cache
         self._temporary: Path | None = None
+        self._use: Any | None = None
         self._compiled: OrderedDict[str, _Compiled] = OrderedDict()
         self._static: set[str] = set()
         self._signature = inspect.signature(denoiser.forward)
@@ -308,12 +325,13 @@ class GraphDenoiser(nn.Module):
         memo[id(self)] = other
         other.__dict__.update(self.__dict__)
         other._temporary, other._compiled, other._lock = None, OrderedDict(), threading.RLock()
+        other._use = None
         other._static = set(self._static)
         return other
 
     def __getstate__(self) -> dict[str, Any]:
         """As for copies."""
-        state = {**self.__dict__, "_temporary": None, "_compiled": OrderedDict()}
+        state = {**self.__dict__, "_temporary": None, "_use": None, "_compiled": OrderedDict()}
         del state["_lock"]
         return state
 
@@ -430,6 +448,18 @@ class GraphDenoiser(nn.Module):
             weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
         return self._temporary
 
+    def _hold_cache(self, folder: Path) -> None:
+        """Mark the folder as in use while this module lives."""
+        if self._use is None:
+            try:
+                self._use = in_use(folder)
+            except OSError as error:
+                raise EngineError(
+                    f"The graph could not be written to {folder}: {error}. Choose another folder: "
+                    "OpenVINOEngine(cache=...)."
+                ) from error
+            weakref.finalize(self, self._use.close)
+
     def _graph(self, tensors: Mapping[str, Tensor], form: Any, batched: tuple[str, ...]) -> tuple[Path, Outputs]:
         """The graph's file, from the cache if it is there and whole."""
         shapes = {
@@ -438,6 +468,8 @@ class GraphDenoiser(nn.Module):
         }
         name = hashlib.sha256(json.dumps([form, shapes]).encode()).hexdigest()[:32]
         folder = self._folder()
+        if self._cache is not None:
+            self._hold_cache(folder)
         known = _kept(folder, name)
         if known is not None:
             return folder / f"{name}.xml", known
@@ -447,8 +479,12 @@ class GraphDenoiser(nn.Module):
             for key, tensor in tensors.items()
         }
         arguments = _in_float32(graph.filled(form, example))
+        limit = cache_limit()
         try:
-            return folder / f"{name}.xml", _write(self._lowered, arguments, batched, folder, name)
+            outputs = _write(self._lowered, arguments, batched, folder, name)
+            if self._cache is not None:
+                prune(folder.parent, limit)
+            return folder / f"{name}.xml", outputs
         except OSError as error:
             raise EngineError(
                 f"The graph could not be written to {folder}: {error}. Choose another folder: "
@@ -625,6 +661,79 @@ def _write(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return outputs
+
+
+def cache_limit() -> int:
+    """Bytes that the graphs of all denoisers may take. Raises EngineError for a limit that is no number."""
+    given = os.environ.get(CACHE_LIMIT, "")
+    try:
+        limit = float(given or DEFAULT_CACHE_GB)
+        if not limit >= 0:
+            raise ValueError
+    except ValueError:
+        raise EngineError(
+            f"{CACHE_LIMIT} must be a number of gigabytes, 0 or more, found {given!r}: correct it, or leave it out for "
+            f"{DEFAULT_CACHE_GB:g}."
+        ) from None
+    return round(limit * 1e9) if limit < 1e9 else 1 << 62
+
+
+IN_USE = ".in-use"
+
+
+def in_use(folder: Path) -> Any:
+    """Mark a denoiser's folder as used now, and as in use as long as the returned file is open."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark = (folder / IN_USE).open("a+b")
+        if fcntl is not None:
+            fcntl.flock(mark, fcntl.LOCK_SH)
+        with contextlib.suppress(OSError):
+            os.utime(folder / IN_USE)
+            if os.path.samestat(os.fstat(mark.fileno()), (folder / IN_USE).stat()):
+                return mark
+        mark.close()  # the folder was removed between opening and locking
+
+
+def prune(root: Path, limit: int) -> None:
+    """Remove the folders of denoisers that were used least recently until the rest takes no more than `limit` bytes.
+
+    Folders that a process has in use stay, however large. Where the system has no `flock` nothing is removed.
+    """
+    if fcntl is None:
+        return
+    sizes = {folder: _size(folder) for folder in root.iterdir() if folder.is_dir()}
+    total = sum(sizes.values())
+    for folder in sorted(sizes, key=_last_use):
+        if total <= limit:
+            return
+        try:
+            with (folder / IN_USE).open("a+b") as mark:
+                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Renamed first: who opens the folder meanwhile finds none, or a new one, never a half.
+                gone = Path(tempfile.mkdtemp(prefix=".gone-", dir=root)) / folder.name
+                folder.rename(gone)
+        except OSError:  # in use, or another process removes it
+            continue
+        shutil.rmtree(gone.parent, ignore_errors=True)
+        total -= sizes[folder]
+        logger.info("Removed the graphs in %s, which were used least recently: %s is full.", folder, CACHE_LIMIT)
+
+
+def _last_use(folder: Path) -> float:
+    mark = folder / IN_USE
+    try:
+        return (mark if mark.exists() else folder).stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def _sum(path: Path) -> str:

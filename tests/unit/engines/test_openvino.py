@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import builtins
 import copy
+import gc
 import json
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
@@ -459,6 +463,72 @@ def test_graphs_are_kept_and_damaged_ones_made_again(tmp_path: Path, monkeypatch
         assert torch.equal(engine.compile(simulated)(sample, 3).sample, expected)
     assert len(exported) == 2
     assert not list(cache.rglob(".partial-*"))
+
+
+def test_kept_graphs_are_found_in_other_processes(tmp_path: Path) -> None:
+    """diffusers notes defaults in the order of a set, which is another one in every process."""
+    script = """
+import torch
+from pathlib import Path
+from stepquant.engines.openvino import OpenVINOEngine
+from tiny import quantize_, tiny_unet
+torch.manual_seed(0)
+print(OpenVINOEngine(cache=Path("cache")).compile(quantize_(tiny_unet()))._cache)
+"""
+    found = set()
+    for seed in ("1", "2"):
+        paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": paths}
+        run = subprocess.run(
+            [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        found.add(run.stdout.strip().splitlines()[-1])
+    (path,) = found
+    assert Path(path).parent == Path("cache/openvino")
+    net = quantize_(small_unet())
+    known = engine_module._digest(net, "")
+    net._internal_dict = FrozenDict({**net.config, "_name_or_path": "elsewhere", "_use_default_values": ["act_fn"]})
+    assert engine_module._digest(net, "") == known
+    net._internal_dict = FrozenDict({**net.config, "act_fn": "gelu"})
+    assert engine_module._digest(net, "") != known
+
+
+def test_the_cache_keeps_below_its_limit_and_what_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "openvino"
+    marks = {}
+    for number, name in enumerate("abcd"):
+        marks[name] = engine_module.in_use(root / name)
+        (root / name / "graph.bin").write_bytes(bytes(1000))
+        os.utime(root / name / engine_module.IN_USE, (number, number))
+    for name in "abd":
+        marks[name].close()
+    engine_module.prune(root, 4000)
+    assert {path.name for path in root.iterdir()} == {*"abcd"}
+    engine_module.prune(root, 3000)
+    assert {path.name for path in root.iterdir()} == {*"bcd"}
+    engine_module.in_use(root / "b").close()  # now the last that was used
+    engine_module.prune(root, 2500)
+    assert {path.name for path in root.iterdir()} == {*"bc"}
+    engine_module.prune(root, 0)
+    assert {path.name for path in root.iterdir()} == {"c"}
+    marks["c"].close()
+    monkeypatch.setenv("STEPQUANT_CACHE_GB", "1e-6")
+    net, x = quantize_(small_unet()), torch.randn(1, 1, 8, 8)
+    compiled = OpenVINOEngine(cache=tmp_path).compile(net)
+    with torch.no_grad():
+        expected = compiled(x, 5).sample
+        assert [path.name for path in root.iterdir()] == [compiled._cache.name]  # type: ignore[union-attr]
+        engine_module.prune(root, 0)
+        assert torch.equal(copy.deepcopy(compiled)(x, 5).sample, expected)
+    del compiled
+    gc.collect()
+    engine_module.prune(root, 0)
+    assert list(root.iterdir()) == []
+    monkeypatch.setenv("STEPQUANT_CACHE_GB", "much")
+    with pytest.raises(EngineError, match=r"STEPQUANT_CACHE_GB must be a number of gigabytes, 0 or more, found 'much'"):
+        engine_module.cache_limit()
+    monkeypatch.delenv("STEPQUANT_CACHE_GB")
+    assert engine_module.cache_limit() == 20_000_000_000
 
 
 def test_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
