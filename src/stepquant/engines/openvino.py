@@ -549,6 +549,9 @@ class GraphDenoiser(nn.Module):
                 continue
             for original in info.get("originalLayersNames", "").split(","):
                 path, _, operator = original.rpartition("/")
+                if operator.startswith("Dequantization") and info["layerType"] != "Subgraph":
+                    # An integer operator without a zero point: only the scale behind it has kept its name.
+                    path, _, operator = path.rpartition("/")
                 layer = _layer_at(path, self._layers)
                 if layer is None or operator.split("_")[0] not in ("Conv", "MatMul"):
                     continue

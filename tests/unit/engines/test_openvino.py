@@ -197,6 +197,15 @@ def test_schemes(weight: QuantSpec, source: QuantSpec, rows: int, moving: bool) 
     check_layer(net, shape)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "conv", "conv1d"])
+def test_runtime_precisions_have_layers_with_and_without_zero_points(kind: str, symmetric: bool, rows: int) -> None:
+    build, shape = LAYERS[kind]
+    weight, source = QuantSpec(8, "channel", symmetric=True), QuantSpec(8, symmetric=symmetric)
+    check_layer(one_layer(build(), weight, source, rows, moving=False), shape)
+
+
 def test_asymmetric_weights_of_8_bits_take_two_operators_where_they_need_nine_bits() -> None:
     layer = nn.Linear(6, 4, bias=False)
     layer.weight.data[:2] = torch.tensor([-0.1, 0.9, 0.3, 0.0, 0.5, 0.7])  # q - z reaches beyond 127
