@@ -91,7 +91,7 @@ class OpenVINOEngine:
         """Why the layer does not run on integers. It runs inside the graph all the same."""
         if device.type not in ("cpu", "meta"):
             return f"OpenVINO runs on the CPU, and the layer is on {device}."
-        reason = graph.refusal(layer)
+        reason = _missing() or graph.refusal(layer)
         if reason is not None:
             return reason
         if isinstance(layer, QuantizedMatmul):
@@ -150,6 +150,15 @@ def _openvino() -> Any:
     except ImportError as error:
         raise EngineError(f"The engine 'openvino' needs OpenVINO: pip install openvino ({error})") from error
     return openvino
+
+
+def _missing() -> str | None:
+    """Why OpenVINO cannot be used, with the command that installs it, or None."""
+    try:
+        _openvino()
+    except EngineError as error:
+        return f"{error}."
+    return None
 
 
 def content_of(denoiser: nn.Module) -> str:

@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import pickle
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -384,6 +385,22 @@ def test_changes_reach_the_denoiser_before_there_is_a_graph_and_are_refused_afte
     with pytest.raises(EngineError, match="Setting sample_size"):
         unet.sample_size = 4
     assert not (tmp_path / "again").exists()
+
+
+def test_without_the_package_inspect_and_auto_say_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe, quantized = small_pipe()
+    folder = saved(tmp_path / "q", pipe, quantized)
+    monkeypatch.setattr(engine_module, "has_vnni", lambda: True)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    for layer in inspect_checkpoint(folder)["layers"]:
+        assert layer["engine"] == "simulated"
+        assert "pip install openvino" in layer["refusals"]["openvino"]
+    assert not isinstance(load(folder).unet, AutomaticDenoiser)
+    assert "Engine 'simulated': OpenVINO does not run" in caplog.text
+    assert "pip install openvino" in caplog.text
+    assert warnings_of(caplog) == []
 
 
 @needs_vnni
