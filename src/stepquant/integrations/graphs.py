@@ -185,8 +185,9 @@ def _exported(
         notes.append(f"{len(lowered.refusals)} quantized layers are simulated in floating point: see float_layers.")
     if target.suffix == ".onnx":
         notes.append(
-            "OpenVINO runs convolutions and linear layers on int8. ONNX Runtime runs convolutions in floating point, "
-            "because their outputs are not quantized."
+            "OpenVINO runs convolutions and linear layers on int8. ONNX Runtime runs convolutions in floating point "
+            "behind the rounding of their inputs, because their outputs are not quantized: that can be slower than its "
+            "float32. Run the graph with OpenVINO, or use export_openvino."
         )
     if correction is not None:
         notes.append(f"The correction of the predictions is no part of the graph: its table is {correction.name}.")
