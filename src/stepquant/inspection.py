@@ -34,7 +34,8 @@ def inspect_checkpoint(folder: Path | str) -> dict[str, Any]:
         `input_bits`, `second_bits`; where they change over time the most), row_bits (operand -> bits of each parameter
         set, where they do), rows (the most parameter sets of an activation quantizer), additions (transform,
         branch and other things that format version 1 does not know, in words), bytes in the file,
-        engine that runs it on this machine's CPU if the checkpoint is loaded with "auto", refusals (engine -> reason).
+        engine that runs it on this machine's CPU if the checkpoint is loaded with "auto", refusals (engine -> reason),
+        remarks (engine that takes the layer -> which of its calls it runs otherwise).
         Where that is "openvino", a layer that it refuses runs inside the same graph, as simulated arithmetic, and has
         "simulated" here. engine is None for a denoiser that diffusers does not know.
     bytes: of all files. bytes_by_kind: levels, weight_scales, activation_tables, transforms, branches, first_tokens,
@@ -121,9 +122,13 @@ def _layer(name: str, shape: tuple[int, ...], group: LayerGroup) -> dict[str, An
 
 def _engine(layer: QuantizedLayer | QuantizedMatmul | None, default: str) -> dict[str, Any]:
     if layer is None:
-        return {"engine": None, "refusals": {}}
+        return {"engine": None, "refusals": {}, "remarks": {}}
     placement = choose(layer, torch.device("cpu"), default)
-    return {"engine": placement.engine, "refusals": dict(placement.refusals)}
+    return {
+        "engine": placement.engine,
+        "refusals": dict(placement.refusals),
+        "remarks": dict(placement.remarks),
+    }
 
 
 def _quantized_weights(manifest: Manifest) -> dict[str, int]:

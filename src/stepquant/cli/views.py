@@ -270,8 +270,8 @@ def show_inspection(description: Mapping[str, Any]) -> None:
         console.print(f"  {kind.replace('_', ' ')}: {bytes_text(count)}")
     table = Table(_names("layer"), "bits", "bytes", "engine", "why not a faster one")
     for layer in description["layers"]:
-        refusals = layer.get("refusals") or {}
-        why = "; ".join(f"{engine}: {reason}" for engine, reason in refusals.items())
+        said = {**(layer.get("refusals") or {}), **(layer.get("remarks") or {})}
+        why = "; ".join(f"{engine}: {reason}" for engine, reason in said.items())
         bits = _bits_text(layer["bits"], layer.get("row_bits"))
         table.add_row(layer["name"], bits, f"{layer['bytes']:,}", str(layer.get("engine") or ""), why)
     console.print(table)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any, Self, cast
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.engines.openvino import GraphDenoiser, OpenVINOEngine, content_of
+from stepquant.engines.stand_in import changes, no_change
 from stepquant.errors import EngineError
 from stepquant.model.clock import keep_float32
 
@@ -33,6 +35,9 @@ class AutomaticDenoiser(nn.Module):
     for gradients. Before, it can be moved and cast; calls on another device, and those that torch.compile traces, are
     simulated and decide nothing.
 
+    Methods that change the denoiser (`enable_freeu`) are refused once there is a graph. Before, they reach it and it
+    stays simulated, with a warning: a graph could not follow the next change.
+
     It has no parameters and cannot be saved. Adapters are refused in every state: diffusers switches them on and off by
     the denoiser's class, which is another one here.
     """
@@ -40,27 +45,37 @@ class AutomaticDenoiser(nn.Module):
     def __init__(self, simulated: nn.Module, engine: OpenVINOEngine) -> None:
         super().__init__()
         # Neither is registered: whoever looks for layers must find none, in either state, instead of other names.
-        self._hold(simulated, None)
+        self._hold(simulated)
+        # Two threads with the first call would make the graph twice.
+        self._deciding = threading.RLock()
         self._engine = engine
         self._stays_simulated = False
+        # Shapes for which there is no graph though there is one for others: looking for it takes long.
+        self._without: set[str] = set()
         self._told_of_device = False
         dtype = next((p.dtype for p in simulated.parameters() if p.is_floating_point()), torch.float32)
         self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
         self.train(False)
 
-    _simulated: nn.Module | None
-    _graph: GraphDenoiser | None
+    _present: nn.Module
     _like: Tensor
 
-    def _hold(self, simulated: nn.Module | None, graph: GraphDenoiser | None) -> None:
-        object.__setattr__(self, "_simulated", simulated)
-        object.__setattr__(self, "_graph", graph)
+    def _hold(self, present: nn.Module) -> None:
+        """Put the simulated denoiser or the graph here: one attribute, which other threads read at any moment."""
+        object.__setattr__(self, "_present", present)
 
     @property
-    def _present(self) -> nn.Module:
-        present = self._simulated if self._graph is None else self._graph
-        assert present is not None
-        return present
+    def _simulated(self) -> nn.Module | None:
+        """The simulated denoiser, None once there is a graph."""
+        present = self._present
+        return None if isinstance(present, GraphDenoiser) else present
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock, which copies and pickles make anew."""
+        return {name: value for name, value in self.__dict__.items() if name != "_deciding"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_deciding": threading.RLock()})  # type: ignore[no-untyped-call]
 
     @property
     def content(self) -> str:
@@ -86,9 +101,45 @@ class AutomaticDenoiser(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             # Not before there is anything to ask, as while a copy is made, and nothing that Python asks for itself.
-            if "_graph" not in self.__dict__ or name.startswith("__"):
+            if "_present" not in self.__dict__ or name.startswith("__"):
                 raise
-            return getattr(self._present, name)
+        present = self._present
+        value = getattr(present, name)
+        if isinstance(present, GraphDenoiser) or not changes(present, name, value):
+            return value
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if any(word in name for word in ("adapter", "lora", "attn_procs")):
+                raise _no_adapters()
+            if name.startswith(("save_", "push_")):
+                raise no_change(present, f"{name}()")
+            return self._change(f"{name}()", name, *args, **kwargs)
+
+        return called
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        present = self.__dict__.get("_present")
+        own = name in self.__dict__ or name in self.__dict__.get("_buffers", ()) or hasattr(type(self), name)
+        if present is None or own or not hasattr(present, name):
+            super().__setattr__(name, value)
+        else:
+            self._change(f"Setting {name}", "__setattr__", name, value)
+
+    def _change(self, what: str, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the simulated denoiser, which stays one."""
+        with self._deciding:
+            present = self._present
+            if isinstance(present, GraphDenoiser):
+                return getattr(present, method)(*args, **kwargs)  # which refuses
+            if not self._stays_simulated:
+                self._stays_simulated = True
+                logger.warning(
+                    "%s changes the denoiser, which stays simulated arithmetic for that, in the time of full precision "
+                    "or more. To run it as a graph, load the checkpoint with engine='simulated', change it, and "
+                    "compile it then: place(pipe.unet, 'openvino') of stepquant.engines.base.",
+                    what,
+                )
+            return getattr(present, method)(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Of the simulated denoiser; nothing once there is a graph."""
@@ -135,11 +186,40 @@ class AutomaticDenoiser(nn.Module):
         raise _no_adapters()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        simulated = self._simulated
-        if simulated is None:
-            return self._present(*args, **kwargs)
+        present = self._present
+        if isinstance(present, GraphDenoiser):
+            return self._later(present, *args, **kwargs)
         if self._stays_simulated or torch.compiler.is_compiling() or self._elsewhere():
-            return simulated(*args, **kwargs)
+            return present(*args, **kwargs)
+        del present
+        with self._deciding:
+            if not self._stays_simulated and self._simulated is not None:
+                return self._first(*args, **kwargs)
+        return self(*args, **kwargs)  # another thread has decided meanwhile
+
+    def _later(self, graph: GraphDenoiser, *args: Any, **kwargs: Any) -> Any:
+        """A call once there is a graph: by the graph of its shapes, or by torch if there is none."""
+        arguments = graph.checked(*args, **kwargs)
+        shapes = repr(_outline(arguments))
+        if shapes not in self._without:
+            try:
+                return graph(*args, **kwargs)
+            except Exception as error:
+                # As at the first call: if this raises as well it is the call that is wrong.
+                found = graph.in_torch(*args, **kwargs)
+                if not self._without:
+                    logger.warning(
+                        "Engine 'openvino' could not take a call of other shapes. It runs in torch instead, in the "
+                        "time of full precision or more, and so do all for which that happens: %s",
+                        str(error) or type(error).__name__,
+                    )
+                self._without.add(shapes)
+                return found
+        return graph.in_torch(*args, **kwargs)
+
+    def _first(self, *args: Any, **kwargs: Any) -> Any:
+        """The call that decides."""
+        simulated = self._present
         try:
             graph = self._engine.compile(simulated)
             found = graph(*args, **kwargs)
@@ -153,7 +233,7 @@ class AutomaticDenoiser(nn.Module):
                 str(error) or type(error).__name__,
             )
             return found
-        self._hold(None, graph)
+        self._hold(graph)
         del simulated
         # A diffusers model refers to itself, so it would stay in memory until somebody collects.
         gc.collect()
@@ -171,6 +251,17 @@ class AutomaticDenoiser(nn.Module):
 
     def extra_repr(self) -> str:
         return f"runs={type(self._present).__name__}"
+
+
+def _outline(value: Any) -> Any:
+    """What decides which graph a call needs."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, dict):
+        return {key: _outline(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_outline(entry) for entry in value]
+    return value if isinstance(value, bool | int | float | str) else type(value)
 
 
 def _no_adapters() -> EngineError:

@@ -64,12 +64,25 @@ class GraphEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class RemarkingEngine(Protocol):
+    """An engine that does not run every call of a layer in the way that its name says."""
+
+    def remark(self, layer: Layer) -> str | None:
+        """Which calls of the layer run otherwise, as a sentence, or None. Only asked of layers that are not refused."""
+        ...
+
+
 @dataclass(frozen=True)
 class Placement:
-    """Where a layer runs. refusals: why every engine that cannot run it cannot."""
+    """Where a layer runs. refusals: why every engine that cannot run it cannot.
+
+    remarks: of engines that can, what they run otherwise than by their name.
+    """
 
     engine: str
     refusals: Mapping[str, str]
+    remarks: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -133,9 +146,16 @@ def choose(layer: Layer, device: torch.device, engine: str = "simulated") -> Pla
     Raises EngineError for an unknown engine.
     """
     _known(engine)
-    answers = {name: known.refuses(layer, device) for name, known in engines().items()}
+    found = engines()
+    answers = {name: known.refuses(layer, device) for name, known in found.items()}
     refusals = {name: reason for name, reason in answers.items() if reason is not None}
-    return Placement("simulated" if engine in refusals else engine, refusals)
+    said = {
+        name: known.remark(layer)
+        for name, known in found.items()
+        if isinstance(known, RemarkingEngine) and name not in refusals
+    }
+    remarks = {name: remark for name, remark in said.items() if remark is not None}
+    return Placement("simulated" if engine in refusals else engine, refusals, remarks)
 
 
 def pack_(denoiser: nn.Module, engine: str = "simulated") -> dict[str, Placement]:
@@ -159,6 +179,15 @@ def pack_(denoiser: nn.Module, engine: str = "simulated") -> dict[str, Placement
             if child is not None and id(child) in packed:
                 parent._modules[key] = packed[id(child)]
     _warn_of_none(engine, placed)
+    partly = [name for name, placement in placed.items() if engine == placement.engine and engine in placement.remarks]
+    if partly:
+        logger.info(
+            "Engine %r: %d layers run some calls otherwise. %s, for one: %s",
+            engine,
+            len(partly),
+            partly[0],
+            placed[partly[0]].remarks[engine],
+        )
     return placed
 
 

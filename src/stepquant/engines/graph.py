@@ -26,10 +26,12 @@ What scales or rotates a layer's input, and a low-rank branch beside it, stay in
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -578,10 +580,9 @@ def export(
     call = _Call(lowered, form, tuple(tensors), bin_inside).eval()
     with torch.no_grad():
         outputs, _ = Outputs.of(lowered.module.forward(**filled(form, tensors)))
-    _register_symbols()
     named = (*batched, *(name for name in outputs.names if batched))
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with _alone_and_quiet(), warnings.catch_warnings(), torch.no_grad():
             # The exporter warns of shapes that it takes as constants: those are the ones that we fix.
             warnings.simplefilter("ignore")
             torch.onnx.export(
@@ -604,10 +605,34 @@ def export(
             "operation in other terms, or run the layers in torch: engine='simulated'."
         ) from error
     finally:
-        exporter: Any = torch.onnx
-        exporter.unregister_custom_op_symbolic(_MOVEDIM, OPSET)
         lowered.clock.bin = torch.zeros(1, dtype=torch.int64)
     return outputs
+
+
+_EXPORTING = threading.Lock()
+
+
+@contextlib.contextmanager
+def _alone_and_quiet() -> Iterator[None]:
+    """Our operators known to torch's exporter, one export at a time, and no log of it.
+
+    The exporter keeps its state in globals. It also switches its log on for every export (torch asks whether the
+    function is true that would tell whether the log is on), and so a failed one prints the whole graph on stdout, where
+    `--json` goes. So the switch is out of order meanwhile; output of other threads is not touched.
+    """
+    inside, switch = torch._C, "_jit_set_onnx_log_enabled"
+    exporter: Any = torch.onnx
+    with _EXPORTING:
+        plain = getattr(inside, switch, None)
+        if plain is not None:
+            setattr(inside, switch, lambda _enabled: None)
+        _register_symbols()
+        try:
+            yield
+        finally:
+            exporter.unregister_custom_op_symbolic(_MOVEDIM, OPSET)
+            if plain is not None:
+                setattr(inside, switch, plain)
 
 
 def _first_lines(error: BaseException) -> str:

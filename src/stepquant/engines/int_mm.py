@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepquant.engines.integers import CENTRE, IntegerLayer, refuse_integers
+from stepquant.engines.integers import CENTRE, IntegerLayer, needs_shift, refuse_integers
 from stepquant.model.layer import Geometry, QuantizedLayer, QuantizedMatmul
 from stepquant.numerics.affine import quantize
 
@@ -64,6 +64,7 @@ class IntMmLayer(IntegerLayer):
     def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__(layer)
         self._kernel = tuple(self.levels.shape[2:])
+        self._shifted = needs_shift(self.weight_quantizer.spec)
         if len(self._kernel) == 2:
             # Kernel positions before channels in memory: the matrix of the product is then a view.
             self.levels = self.levels.contiguous(memory_format=torch.channels_last)
@@ -83,18 +84,22 @@ class IntMmLayer(IntegerLayer):
             pads = [0, 0, *(width for pair in reversed(sides) for width in pair)]
             levels = F.pad(levels.sub_(params.zero_point), pads).add_(params.zero_point)
         patches = self._patches(levels.sub_(centre).to(torch.int8))
-        a = patches.reshape(-1, patches.shape[-1])
+        # One image in torch's own layout is column by column here; int8 kernels want the terms of a sum side by side.
+        a = patches.reshape(-1, patches.shape[-1]).contiguous()
         rows, terms = a.shape
         weight = self._matrix()
         product = torch._int_mm(
             _up_to(a, max(rows, LEAST_ROWS), _multiple(terms)),
             _up_to(weight, _multiple(len(weight)), _multiple(terms)).t(),
         )[:rows, : len(weight)]
-        shift = self.shift.to(torch.int32)
-        whole = product - shift * a.sum(1, keepdim=True, dtype=torch.int32)
-        whole = whole.reshape(*patches.shape[:-1], -1)
+        sums = self.sums
+        if self._shifted:
+            shift = self.shift.to(torch.int32)
+            product = product - shift * a.sum(1, keepdim=True, dtype=torch.int32)
+            sums = sums - terms * shift
+        whole = product.reshape(*patches.shape[:-1], -1)
         zero_point = (params.zero_point - centre).to(torch.int32)
-        whole = whole - zero_point * (self.sums - terms * shift)
+        whole = whole - zero_point * sums
         y = whole.float() * (params.scale * self.weight_scale)
         if self.bias is not None:
             y = y + self.bias.float()

@@ -39,7 +39,8 @@ LEAST_LINEAR_WEIGHTS = 1 << 13
 LEAST_PRODUCTS = 1 << 20
 MOST_WEIGHTS_IN_FLOAT = 1 << 18
 """A linear layer of at most so many weights runs in floating point in calls of fewer multiplications than these, such
-as those on a timestep embedding. It keeps a floating-point weight once it had such a call."""
+as those on a timestep embedding. It keeps a float32 weight beside its levels once it had such a call, 1 MiB at most:
+restoring it at each would take 1.2 to 10 times as long (one Zen 5 core, 128 to 512 inputs and outputs, 1 to 3 rows)."""
 
 MOST_SHAPES = 8
 """Packed weights that a layer keeps, one for each input shape that it was called with."""
@@ -357,6 +358,17 @@ class OneDnnEngine:
                 "it saves."
             )
         return None
+
+    def remark(self, layer: QuantizedLayer | QuantizedMatmul) -> str | None:
+        """That some calls of the layer run in floating point, and from how many rows on they do not."""
+        assert isinstance(layer, QuantizedLayer)
+        weights = layer.weight.numel()
+        if layer.geometry.kind != "linear" or weights > MOST_WEIGHTS_IN_FLOAT or weights >= LEAST_PRODUCTS:
+            return None
+        return (
+            f"With fewer than {-(-LEAST_PRODUCTS // weights)} rows at a call, such as timestep embeddings, it runs as "
+            f"simulated arithmetic, and keeps {4 * weights} bytes of float32 weights for that beside its levels."
+        )
 
     def pack(self, layer: QuantizedLayer | QuantizedMatmul) -> nn.Module:
         assert isinstance(layer, QuantizedLayer)

@@ -6,6 +6,7 @@ float32 or bfloat16. A graph is made at the first call, from what the denoiser i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -14,11 +15,13 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -27,9 +30,17 @@ from torch import Tensor, nn
 from stepquant._version import __version__
 from stepquant.engines import graph
 from stepquant.engines.graph import BIN, Lowered, Outputs, export, lower, tensors_of
+from stepquant.engines.stand_in import changes, no_change
+from stepquant.engines.waves import WAVE, take_waves_
 from stepquant.errors import EngineError, SpecError
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.surgery import quantized_layers
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 __all__ = ["GraphDenoiser", "OpenVINOEngine", "cache_folder", "content_of"]
 
@@ -45,6 +56,12 @@ NO_VNNI = (
 FLOAT_MATMUL = "OpenVINO multiplies attention's operands, rounded to their levels, in floating point inside the graph."
 
 
+CACHE_LIMIT = "STEPQUANT_CACHE_GB"
+"""Environment variable: the most that graphs may take on the disk, in units of 10^9 bytes."""
+
+DEFAULT_CACHE_GB = 20.0
+
+
 def cache_folder() -> Path:
     """Where graphs are kept: `$XDG_CACHE_HOME/stepquant`, or `~/.cache/stepquant`."""
     root = os.environ.get("XDG_CACHE_HOME", "")
@@ -57,7 +74,7 @@ class OpenVINOEngine:
 
     precision: of what is not int8. "bf16" is faster on processors that have it, but rounds activations to 8 bits of
         mantissa before they are quantized, and scales as well: its results differ from simulated ones by more than
-        float32 rounding.
+        float32 rounding. Sines and cosines of the inputs, as in timestep embeddings, stay float32.
     cache: folder for graphs, None for `cache_folder()`. Denoisers that diffusers does not know are not kept there:
         nothing says when their code changes.
     """
@@ -74,7 +91,7 @@ class OpenVINOEngine:
         """Why the layer does not run on integers. It runs inside the graph all the same."""
         if device.type not in ("cpu", "meta"):
             return f"OpenVINO runs on the CPU, and the layer is on {device}."
-        reason = graph.refusal(layer)
+        reason = _missing() or graph.refusal(layer)
         if reason is not None:
             return reason
         if isinstance(layer, QuantizedMatmul):
@@ -135,6 +152,15 @@ def _openvino() -> Any:
     return openvino
 
 
+def _missing() -> str | None:
+    """Why OpenVINO cannot be used, with the command that installs it, or None."""
+    try:
+        _openvino()
+    except EngineError as error:
+        return f"{error}."
+    return None
+
+
 def content_of(denoiser: nn.Module) -> str:
     """SHA-256 (hex) of a denoiser's tensors and of how its layers are quantized: what a graph no longer shows."""
     layers = [(name, repr(layer), _specs(layer)) for name, layer in quantized_layers(denoiser).items()]
@@ -146,19 +172,51 @@ def content_of(denoiser: nn.Module) -> str:
 
 
 def _digest(denoiser: nn.Module, content: str) -> str | None:
-    """Hash of everything that decides the graph, or None for a denoiser whose code has no version."""
+    """Hash of everything that decides the graph, or None for a denoiser with code that has no version."""
     config = getattr(denoiser, "config", None)
-    if not type(denoiser).__module__.startswith("diffusers.") or config is None:
+    settings = _settings(denoiser)
+    if not type(denoiser).__module__.startswith("diffusers.") or config is None or settings is None:
         return None
     import openvino
 
-    processors = [type(getattr(module, "processor", None)).__qualname__ for module in denoiser.modules()]
+    # The others are diffusers' notes: where it was loaded from, and which values are defaults, in the order of a set.
+    own = {key: value for key, value in dict(config).items() if not key.startswith("_")}
     facts = [
         [__version__, torch.__version__, openvino.__version__, _version_of("diffusers"), has_vnni()],
-        [type(denoiser).__qualname__, json.loads(json.dumps(dict(config), default=repr)), processors],
+        [type(denoiser).__qualname__, json.loads(json.dumps(own, default=repr)), settings],
         [content],
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+VERSIONED = frozenset({"diffusers", "stepquant", "torch"})
+"""Packages whose version is part of a graph's hash."""
+
+
+def _settings(denoiser: nn.Module) -> list[list[Any]] | None:
+    """Class and plain attributes of every part and of its attention processor, which methods such as `enable_freeu` set
+    without a trace in configuration or tensors. None where one's code is of another package or was replaced.
+    """
+    found: list[list[Any]] = []
+    for name, module in denoiser.named_modules():
+        if "forward" in vars(module):
+            return None
+        for part in (module, vars(module).get("processor")):
+            if part is None:
+                continue
+            kind = type(part)
+            if kind.__module__.partition(".")[0] not in VERSIONED and part is not denoiser:
+                return None
+            plain = {key: repr(value) for key, value in vars(part).items() if key != "training" and _is_plain(value)}
+            found.append([name, f"{kind.__module__}.{kind.__qualname__}", plain])
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, a word or the like, whose repr is the same in every process."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
 
 
 def _specs(layer: nn.Module) -> list[str]:
@@ -175,10 +233,14 @@ def _version_of(package: str) -> str:
 
 @dataclass(frozen=True)
 class _Compiled:
-    """request: of OpenVINO. inputs: the names that the graph takes."""
+    """request: of OpenVINO. inputs: the names that the graph takes.
+
+    waves: the request that computes its inputs `WAVE + i` from the same inputs; None if it has none.
+    """
 
     model: Any
     request: Any
+    waves: Any | None
     inputs: tuple[str, ...]
     outputs: Outputs
 
@@ -192,6 +254,7 @@ class GraphDenoiser(nn.Module):
     A call with other shapes compiles another graph; the last four are kept. The batch may change without a new export.
     Threads are those that torch is set to when a shape is first called. Images of one batch may be at different
     timesteps: where these fall into different bins, the batch runs once for every bin.
+    Threads may share one: their calls take turns.
     It has no parameters and no gradients, and cannot be saved: keep the checkpoint.
     """
 
@@ -210,8 +273,11 @@ class GraphDenoiser(nn.Module):
         self.content = content
         # Not registered: casting or moving the pipeline must not reach the graph's source.
         object.__setattr__(self, "_lowered", lowered)
+        # A request holds one call's inputs and outputs, so calls of several threads take turns.
+        self._lock = threading.RLock()
         self._cache = cache
         self._temporary: Path | None = None
+        self._use: Any | None = None
         self._compiled: OrderedDict[str, _Compiled] = OrderedDict()
         self._static: set[str] = set()
         self._signature = inspect.signature(denoiser.forward)
@@ -235,48 +301,109 @@ class GraphDenoiser(nn.Module):
         return torch.device("cpu")
 
     def __getattr__(self, name: str) -> Any:
-        """What pipelines read of their denoiser: its configuration, its embeddings' sizes."""
+        """What pipelines read of their denoiser: its configuration, its embeddings' sizes.
+
+        Methods that change or save it raise EngineError when they are called.
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
             lowered = self.__dict__.get("_lowered")
             if lowered is None:
                 raise
-            return getattr(lowered.module, name)
+        value = getattr(lowered.module, name)
+        if not changes(lowered.module, name, value):
+            return value
+
+        # Not raised at once: diffusers asks components whether they have methods that it then does not call.
+        def refused(*_: Any, **__: Any) -> Any:
+            raise no_change(lowered.module, f"{name}()")
+
+        return refused
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        lowered = self.__dict__.get("_lowered")
+        own = name in self.__dict__ or hasattr(type(self), name)
+        if lowered is not None and not own and hasattr(lowered.module, name):
+            raise no_change(lowered.module, f"Setting {name}")
+        super().__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphDenoiser:
         """A copy that compiles anew: compiled graphs cannot be copied."""
         other: GraphDenoiser = object.__new__(type(self))
         memo[id(self)] = other
         other.__dict__.update(self.__dict__)
-        other._temporary, other._compiled = None, OrderedDict()
+        other._temporary, other._compiled, other._lock = None, OrderedDict(), threading.RLock()
+        other._use = None
+        other._static = set(self._static)
         return other
 
     def __getstate__(self) -> dict[str, Any]:
         """As for copies."""
-        return {**self.__dict__, "_temporary": None, "_compiled": OrderedDict()}
+        state = {**self.__dict__, "_temporary": None, "_use": None, "_compiled": OrderedDict()}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_lock": threading.RLock()})  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = self._arguments(args, kwargs)
-        clock = self._lowered.clock
-        timestep = arguments[clock.argument]
-        bins = torch.bucketize(timestep.detach().reshape(-1).float(), clock.edges)
+        arguments = self.checked(*args, **kwargs)
         tensors, form = tensors_of(arguments)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
-            raise EngineError(
-                "A graph has no gradients: call it under torch.no_grad(), or load the checkpoint with "
-                "engine='simulated'."
-            )
-        compiled = self._compiled_for(tensors, form)
+
+        def run(numbers: list[int]) -> tuple[Outputs, list[tuple[Tensor, ...]]]:
+            compiled = self._compiled_for(tensors, form)
+            return compiled.outputs, [_infer(compiled, tensors, number) for number in numbers]
+
+        return self._by_bin(arguments, run)
+
+    def in_torch(self, *args: Any, **kwargs: Any) -> Any:
+        """What the graph computes, without one: by the module that graphs are made from. Slow."""
+        arguments = _in_float32(self.checked(*args, **kwargs))
+        module, clock = self._lowered.module, self._lowered.clock
+
+        def run(numbers: list[int]) -> tuple[Outputs, list[tuple[Tensor, ...]]]:
+            found = []
+            for number in numbers:
+                clock.bin = torch.tensor([number])
+                # Not called: the original's hook would set the clock for each image.
+                found.append(Outputs.of(module.forward(**arguments)))
+            return found[0][0], [tensors for _, tensors in found]
+
+        return self._by_bin(arguments, run)
+
+    def checked(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The arguments of a call by name. Raises EngineError where no graph, of whatever shape, could take it."""
+        arguments = self._arguments(args, kwargs)
+        for name, tensor in _tensors_in(arguments):
+            if torch.is_grad_enabled() and tensor.requires_grad:
+                raise EngineError(
+                    "A graph has no gradients: call it under torch.no_grad(), or load the checkpoint with "
+                    "engine='simulated'."
+                )
+            if tensor.device.type != "cpu":
+                raise EngineError(
+                    f"OpenVINO runs on the CPU, and argument {name} is on {tensor.device}: load the checkpoint with "
+                    "engine='simulated' to run it there."
+                )
+        return arguments
+
+    def _by_bin(
+        self, arguments: Mapping[str, Any], run: Callable[[list[int]], tuple[Outputs, list[tuple[Tensor, ...]]]]
+    ) -> Any:
+        """What the denoiser returns, of `run`, which gives the results of the whole batch for each bin."""
+        clock = self._lowered.clock
+        bins = torch.bucketize(arguments[clock.argument].detach().reshape(-1).float(), clock.edges)
         distinct = torch.unique(bins).tolist() if self._switches else [0]
-        results = [_infer(compiled, tensors, number) for number in distinct]
+        with self._lock:
+            outputs, results = run(distinct)
         merged = results[0]
         for number, result in zip(distinct[1:], results[1:], strict=True):
             merged = tuple(
                 torch.where((bins == number).reshape(-1, *[1] * (new.ndim - 1)), new, old)
                 for old, new in zip(merged, result, strict=True)
             )
-        return compiled.outputs.build(tuple(self._cast(result) for result in merged))
+        return outputs.build(tuple(self._cast(result) for result in merged))
 
     def _cast(self, result: Tensor) -> Tensor:
         return result.to(self._dtype) if result.is_floating_point() else result
@@ -296,12 +423,6 @@ class GraphDenoiser(nn.Module):
         return arguments
 
     def _compiled_for(self, tensors: Mapping[str, Tensor], form: Any) -> _Compiled:
-        for name, tensor in tensors.items():
-            if tensor.device.type != "cpu":
-                raise EngineError(
-                    f"OpenVINO runs on the CPU, and argument {name} is on {tensor.device}: load the checkpoint with "
-                    "engine='simulated' to run it there."
-                )
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         threads = torch.get_num_threads()
         key = json.dumps([form, shapes, [str(tensor.dtype) for tensor in tensors.values()], threads])
@@ -319,9 +440,11 @@ class GraphDenoiser(nn.Module):
             found = self._reshaped(*self._graph(tensors, form, ()), shapes, None)
         assert found is not None
         model, outputs = found
-        compiled, request = self._compile(model, threads)
-        inputs = tuple(_name_of(port, {*shapes, BIN}) for port in compiled.inputs)
-        self._compiled[key] = _Compiled(compiled, request, inputs, outputs)
+        inputs = tuple(_name_of(port, {*shapes, BIN}) for port in model.inputs)
+        apart = take_waves_(model) if self.precision == "bf16" else None
+        compiled, request = self._compile(model, threads, self.precision)
+        waves = None if apart is None else self._compile(apart, threads, "f32")[1]
+        self._compiled[key] = _Compiled(compiled, request, waves, inputs, outputs)
         while len(self._compiled) > KEPT_SHAPES:
             self._compiled.popitem(last=False)
         return self._compiled[key]
@@ -334,6 +457,18 @@ class GraphDenoiser(nn.Module):
             weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
         return self._temporary
 
+    def _hold_cache(self, folder: Path) -> None:
+        """Mark the folder as in use while this module lives."""
+        if self._use is None:
+            try:
+                self._use = in_use(folder)
+            except OSError as error:
+                raise EngineError(
+                    f"The graph could not be written to {folder}: {error}. Choose another folder: "
+                    "OpenVINOEngine(cache=...)."
+                ) from error
+            weakref.finalize(self, self._use.close)
+
     def _graph(self, tensors: Mapping[str, Tensor], form: Any, batched: tuple[str, ...]) -> tuple[Path, Outputs]:
         """The graph's file, from the cache if it is there and whole."""
         shapes = {
@@ -342,6 +477,8 @@ class GraphDenoiser(nn.Module):
         }
         name = hashlib.sha256(json.dumps([form, shapes]).encode()).hexdigest()[:32]
         folder = self._folder()
+        if self._cache is not None:
+            self._hold_cache(folder)
         known = _kept(folder, name)
         if known is not None:
             return folder / f"{name}.xml", known
@@ -350,10 +487,13 @@ class GraphDenoiser(nn.Module):
             key: tensor[:1].expand(2, *tensor.shape[1:]) if key in batched and len(tensor) < 2 else tensor
             for key, tensor in tensors.items()
         }
-        example = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in example.items()}
-        arguments = graph.filled(form, example)
+        arguments = _in_float32(graph.filled(form, example))
+        limit = cache_limit()
         try:
-            return folder / f"{name}.xml", _write(self._lowered, arguments, batched, folder, name)
+            outputs = _write(self._lowered, arguments, batched, folder, name)
+            if self._cache is not None:
+                prune(folder.parent, limit)
+            return folder / f"{name}.xml", outputs
         except OSError as error:
             raise EngineError(
                 f"The graph could not be written to {folder}: {error}. Choose another folder: "
@@ -379,10 +519,10 @@ class GraphDenoiser(nn.Module):
                 return None
         return model, outputs
 
-    def _compile(self, model: Any, threads: int) -> tuple[Any, Any]:
+    def _compile(self, model: Any, threads: int, precision: str) -> tuple[Any, Any]:
         """The compiled graph and a request to run it."""
         settings: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": self.precision,
+            "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             # Threads tied to cores would wait for whoever else is tied to them.
@@ -407,9 +547,10 @@ class GraphDenoiser(nn.Module):
         A layer with several operators gets the widest. Layers that OpenVINO has folded into others and does not name
         are missing. Empty before the first call.
         """
-        if not self._compiled:
-            return {}
-        latest = next(reversed(self._compiled.values()))
+        with self._lock:
+            if not self._compiled:
+                return {}
+            latest = next(reversed(self._compiled.values()))
         found: dict[str, str] = {}
         for node in latest.model.get_runtime_model().get_ordered_ops():
             info = {key: str(value.astype(str)) for key, value in node.get_rt_info().items() if key in _RUNTIME_KEYS}
@@ -417,6 +558,9 @@ class GraphDenoiser(nn.Module):
                 continue
             for original in info.get("originalLayersNames", "").split(","):
                 path, _, operator = original.rpartition("/")
+                if operator.startswith("Dequantization") and info["layerType"] != "Subgraph":
+                    # An integer operator without a zero point: only the scale behind it has kept its name.
+                    path, _, operator = path.rpartition("/")
                 layer = _layer_at(path, self._layers)
                 if layer is None or operator.split("_")[0] not in ("Conv", "MatMul"):
                     continue
@@ -429,6 +573,24 @@ class GraphDenoiser(nn.Module):
         return (
             f"precision={self.precision}, {len(self._layers) - len(self.refusals)} of {len(self._layers)} layers int8"
         )
+
+
+def _tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested arguments, among whatever else."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict | list | tuple):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors_in(entry, f"{name}.{key}" if name else str(key))
+
+
+def _in_float32(value: Any) -> Any:
+    """Nested arguments with their floating-point tensors in float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _in_float32(entry) for key, entry in value.items()}
+    return type(value)(map(_in_float32, value)) if type(value) in (list, tuple) else value
 
 
 _RUNTIME_KEYS = ("layerType", "originalLayersNames", "runtimePrecision")
@@ -464,6 +626,9 @@ def _infer(compiled: _Compiled, tensors: Mapping[str, Tensor], number: int) -> t
             tensor = tensors[name].detach()
             values[name] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy()
     try:
+        if compiled.waves is not None:
+            found = compiled.waves.infer(values, share_inputs=True)
+            values |= {f"{WAVE}{place}": value for place, value in enumerate(found.to_tuple())}
         found = compiled.request.infer(values, share_inputs=True)
     except (RuntimeError, MemoryError) as error:
         raise EngineError(f"OpenVINO could not run the denoiser: {_brief(error)}") from error
@@ -508,6 +673,79 @@ def _write(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return outputs
+
+
+def cache_limit() -> int:
+    """Bytes that the graphs of all denoisers may take. Raises EngineError for a limit that is no number."""
+    given = os.environ.get(CACHE_LIMIT, "")
+    try:
+        limit = float(given or DEFAULT_CACHE_GB)
+        if not limit >= 0:
+            raise ValueError
+    except ValueError:
+        raise EngineError(
+            f"{CACHE_LIMIT} must be a number of gigabytes, 0 or more, found {given!r}: correct it, or leave it out for "
+            f"{DEFAULT_CACHE_GB:g}."
+        ) from None
+    return round(limit * 1e9) if limit < 1e9 else 1 << 62
+
+
+IN_USE = ".in-use"
+
+
+def in_use(folder: Path) -> Any:
+    """Mark a denoiser's folder as used now, and as in use as long as the returned file is open."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark = (folder / IN_USE).open("a+b")
+        if fcntl is not None:
+            fcntl.flock(mark, fcntl.LOCK_SH)
+        with contextlib.suppress(OSError):
+            os.utime(folder / IN_USE)
+            if os.path.samestat(os.fstat(mark.fileno()), (folder / IN_USE).stat()):
+                return mark
+        mark.close()  # the folder was removed between opening and locking
+
+
+def prune(root: Path, limit: int) -> None:
+    """Remove the folders of denoisers that were used least recently until the rest takes no more than `limit` bytes.
+
+    Folders that a process has in use stay, however large. Where the system has no `flock` nothing is removed.
+    """
+    if fcntl is None:
+        return
+    sizes = {folder: _size(folder) for folder in root.iterdir() if folder.is_dir()}
+    total = sum(sizes.values())
+    for folder in sorted(sizes, key=_last_use):
+        if total <= limit:
+            return
+        try:
+            with (folder / IN_USE).open("a+b") as mark:
+                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Renamed first: who opens the folder meanwhile finds none, or a new one, never a half.
+                gone = Path(tempfile.mkdtemp(prefix=".gone-", dir=root)) / folder.name
+                folder.rename(gone)
+        except OSError:  # in use, or another process removes it
+            continue
+        shutil.rmtree(gone.parent, ignore_errors=True)
+        total -= sizes[folder]
+        logger.info("Removed the graphs in %s, which were used least recently: %s is full.", folder, CACHE_LIMIT)
+
+
+def _last_use(folder: Path) -> float:
+    mark = folder / IN_USE
+    try:
+        return (mark if mark.exists() else folder).stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def _sum(path: Path) -> str:

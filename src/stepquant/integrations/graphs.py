@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from stepquant.model.correction import CorrectedScheduler
 from stepquant.model.families import find_denoiser
 
 __all__ = ["Exported", "export_onnx", "export_openvino"]
+
+CORRECTION = ".correction.json"
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,18 @@ def export_onnx(
     inputs: what the denoiser is called with, by name, as examples. The graph has their shapes; the first axis of all
         that share the first input's is free. May be left out for a `UNet2DModel`, with labels or without.
 
+    overwrite: replace a graph of that name and what lies beside it: a correction that the new one does not have, too.
+
     The timestep bin is computed in the graph from the timestep of the first image.
-    Raises EngineError for a denoiser that cannot be exported, SpecError if `inputs` are needed or the file exists.
+    Raises EngineError for a denoiser that cannot be exported, SpecError if `inputs` are needed or a file exists.
     """
     target = _target(path, ".onnx", overwrite)
     lowered, scheduler = _opened(source)
     arguments = _arguments(lowered, inputs)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    outputs = export(lowered, arguments, target, bin_inside=True, batched=_batched(arguments))
-    return _exported(target, lowered, arguments, outputs.names, scheduler)
+    with _written_at_once(target) as folder:
+        outputs = export(lowered, arguments, folder / target.name, bin_inside=True, batched=_batched(arguments))
+        correction = _write_correction(folder, target, scheduler)
+    return _exported(target, lowered, arguments, outputs.names, correction)
 
 
 def export_openvino(
@@ -70,21 +76,59 @@ def export_openvino(
     target = _target(path, ".xml", overwrite)
     lowered, scheduler = _opened(source)
     arguments = _arguments(lowered, inputs)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="stepquant-") as folder:
-        plain = Path(folder) / "graph.onnx"
-        outputs = export(lowered, arguments, plain, bin_inside=True, batched=_batched(arguments))
-        openvino.save_model(openvino.Core().read_model(str(plain)), str(target), compress_to_fp16=False)
-    return _exported(target, lowered, arguments, outputs.names, scheduler)
+    with tempfile.TemporaryDirectory(prefix="stepquant-") as plain, _written_at_once(target) as folder:
+        graph = Path(plain) / "graph.onnx"
+        outputs = export(lowered, arguments, graph, bin_inside=True, batched=_batched(arguments))
+        model = openvino.Core().read_model(str(graph))
+        openvino.save_model(model, str(folder / target.name), compress_to_fp16=False)
+        correction = _write_correction(folder, target, scheduler)
+    return _exported(target, lowered, arguments, outputs.names, correction)
 
 
 def _target(path: Path | str, suffix: str, overwrite: bool) -> Path:
     target = Path(path)
     if target.suffix != suffix:
         raise SpecError(f"The graph's file must end in {suffix}, found {target.name!r}.")
-    if target.exists() and not overwrite:
-        raise SpecError(f"{target} exists: choose another name, or pass overwrite=True.")
+    there = [file.name for file in _beside(target) if file.exists()]
+    if there and not overwrite:
+        raise SpecError(
+            f"{target.parent} has {' and '.join(there)} of that name already: choose another name or folder, or pass "
+            "overwrite=True."
+        )
     return target
+
+
+def _beside(target: Path) -> tuple[Path, ...]:
+    """The files that an export of this name may have written."""
+    weights = (target.with_suffix(".bin"),) if target.suffix == ".xml" else ()
+    return (target, *weights, target.with_suffix(CORRECTION))
+
+
+@contextlib.contextmanager
+def _written_at_once(target: Path) -> Iterator[Path]:
+    """A folder for what is written. In the end its files take the place of those of an earlier export, all of them: a
+    correction that was left would be taken for the new graph's.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as made:
+        folder = Path(made)
+        yield folder
+        for file in _beside(target):
+            if not (folder / file.name).exists():
+                file.unlink(missing_ok=True)
+        for file in folder.iterdir():
+            file.replace(target.parent / file.name)
+
+
+def _write_correction(folder: Path, target: Path, scheduler: Any) -> Path | None:
+    """Where the table of the scheduler's correction will lie, None if it has none."""
+    if not isinstance(scheduler, CorrectedScheduler):
+        return None
+    table = target.with_suffix(CORRECTION)
+    tables: dict[str, Tensor] = scheduler.correction.tables()
+    text = json.dumps({name: value.tolist() for name, value in tables.items()})
+    (folder / table.name).write_text(text, encoding="utf-8")
+    return table
 
 
 def _opened(source: Any) -> tuple[Lowered, Any]:
@@ -121,7 +165,7 @@ def _batched(arguments: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _exported(
-    target: Path, lowered: Lowered, arguments: Mapping[str, Any], outputs: tuple[str, ...], scheduler: Any
+    target: Path, lowered: Lowered, arguments: Mapping[str, Any], outputs: tuple[str, ...], correction: Path | None
 ) -> Exported:
     modules = list(lowered.module.modules())
     switching = sum(isinstance(module, GraphInput) and module.several for module in modules)
@@ -141,14 +185,11 @@ def _exported(
         notes.append(f"{len(lowered.refusals)} quantized layers are simulated in floating point: see float_layers.")
     if target.suffix == ".onnx":
         notes.append(
-            "OpenVINO runs convolutions and linear layers on int8. ONNX Runtime runs convolutions in floating point, "
-            "because their outputs are not quantized."
+            "OpenVINO runs convolutions and linear layers on int8. ONNX Runtime runs convolutions in floating point "
+            "behind the rounding of their inputs, because their outputs are not quantized: that can be slower than its "
+            "float32. Run the graph with OpenVINO, or use export_openvino."
         )
-    table = None
-    if isinstance(scheduler, CorrectedScheduler):
-        table = target.with_suffix(".correction.json")
-        tables: dict[str, Tensor] = scheduler.correction.tables()
-        table.write_text(json.dumps({name: value.tolist() for name, value in tables.items()}), encoding="utf-8")
-        notes.append(f"The correction of the predictions is no part of the graph: its table is {table.name}.")
+    if correction is not None:
+        notes.append(f"The correction of the predictions is no part of the graph: its table is {correction.name}.")
     names = tuple(tensors_of(dict(arguments))[0])
-    return Exported(target, names, outputs, dict(lowered.refusals), tuple(notes), table)
+    return Exported(target, names, outputs, dict(lowered.refusals), tuple(notes), correction)

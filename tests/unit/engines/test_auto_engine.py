@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import pickle
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,44 @@ def test_without_a_graph_it_is_simulated_after_one_warning(
 
 
 @needs_vnni
+@pytest.mark.parametrize("failure", [no_such_operation, out_of_memory])
+@pytest.mark.parametrize("where", ["_compile", "_graph"])
+def test_without_a_graph_for_later_shapes_torch_takes_them(
+    where: str, failure: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pipeline that runs goes on running, with one warning, and does not look for the graph at every step."""
+    simulated = net()
+    ran = automatic_of(copy.deepcopy(simulated))
+    asked: list[int] = []
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        asked.append(1)
+        return failure(*args, **kwargs)
+
+    x, wide, wider = torch.randn(SAMPLE), torch.randn(2, 2, 6, 4), torch.randn(2, 2, 8, 4)
+    mixed = torch.tensor([0, 600])
+    with torch.no_grad():
+        ran(x, 0)
+        monkeypatch.setattr(engine_module.GraphDenoiser, where, fails)
+        for sample in (wide, wide, x, wider):
+            for timestep in (0, 600, mixed):
+                expected = simulated(sample, timestep)
+                assert (ran(sample, timestep) - expected).norm() < 0.02 * expected.norm()  # a flipped level or two
+        with pytest.raises(RuntimeError, match="channels"):
+            ran(torch.randn(2, 5, 4, 4), 0)
+        with pytest.raises(EngineError, match="on meta"):
+            ran(torch.empty(SAMPLE, device="meta"), 0)
+    assert len(asked) in (
+        5,
+        6,
+    )  # once for each of two shapes with two kinds of timesteps, x with mixed ones, a wrong call
+    (warning,) = warnings_of(caplog)
+    assert "could not take a call of other shapes. It runs in torch instead" in warning
+    with pytest.raises(EngineError, match="no gradients"):
+        ran(wide.requires_grad_(), 0)
+
+
+@needs_vnni
 def test_a_wrong_call_decides_nothing(caplog: pytest.LogCaptureFixture) -> None:
     ran = automatic_of(net())
     with torch.no_grad():
@@ -317,6 +356,51 @@ def test_inspect_says_what_auto_would_take(tmp_path: Path, monkeypatch: pytest.M
     assert {*expected.values()} == {"openvino", "simulated"}
     monkeypatch.setattr(engine_module, "has_vnni", lambda: False)
     assert set(engines_of().values()) == {"simulated"}
+
+
+@needs_vnni
+def test_changes_reach_the_denoiser_before_there_is_a_graph_and_are_refused_after(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unet, simulated = load(folder).unet, load(folder, engine="simulated").unet
+    call = {"sample": torch.randn(2, 1, 8, 8), "timestep": torch.tensor(500)}
+    for changed in (unet, simulated):
+        changed.set_attention_backend("native")
+        changed.resnet_scale = 1  # the denoiser has no such thing, so it is not one of its settings
+        changed.sample_size = 4
+    (warning,) = (record.getMessage() for record in caplog.records if record.name.endswith("engines.automatic"))
+    assert "set_attention_backend() changes the denoiser, which stays simulated arithmetic" in warning
+    with torch.no_grad():
+        assert torch.equal(unet(**call).sample, simulated(**call).sample)
+        assert torch.equal(unet(**call).sample, simulated(**call).sample)
+    assert unet._simulated.sample_size == 4
+    unet = load(folder).unet
+    with pytest.raises(EngineError, match=r"save_pretrained\(\) would not reach the graph.*engine='simulated'"):
+        unet.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        unet(**call)
+    for name in ("set_attention_backend", "save_pretrained"):
+        with pytest.raises(EngineError, match=rf"{name}\(\) would not reach the graph.*engine='simulated'"):
+            getattr(unet, name)(tmp_path / "again")
+    with pytest.raises(EngineError, match="Setting sample_size"):
+        unet.sample_size = 4
+    assert not (tmp_path / "again").exists()
+
+
+def test_without_the_package_inspect_and_auto_say_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe, quantized = small_pipe()
+    folder = saved(tmp_path / "q", pipe, quantized)
+    monkeypatch.setattr(engine_module, "has_vnni", lambda: True)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    for layer in inspect_checkpoint(folder)["layers"]:
+        assert layer["engine"] == "simulated"
+        assert "pip install openvino" in layer["refusals"]["openvino"]
+    assert not isinstance(load(folder).unet, AutomaticDenoiser)
+    assert "Engine 'simulated': OpenVINO does not run" in caplog.text
+    assert "pip install openvino" in caplog.text
+    assert warnings_of(caplog) == []
 
 
 @needs_vnni

@@ -81,6 +81,49 @@ def test_the_kernel_of_a_gpu_gets_the_sizes_that_it_takes(make: Any, monkeypatch
     assert terms % 8 == outputs % 8 == 0
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        (lambda: nn.Conv2d(64, 64, 1), torch.randn(1, 64, 8, 8)),
+        (lambda: nn.Conv2d(64, 64, 1), torch.randn(2, 64, 8, 8)),
+        (lambda: nn.Conv2d(64, 64, 1), torch.randn(1, 64, 8, 8).contiguous(memory_format=torch.channels_last)),
+        (lambda: nn.Conv2d(8, 64, 3, padding=1), torch.randn(1, 8, 8, 8)),
+        (lambda: nn.Conv1d(64, 64, 1), torch.randn(1, 64, 32)),
+        (lambda: nn.Linear(64, 64), torch.randn(1, 64, 32).transpose(1, 2)),
+    ],
+)
+def test_the_kernel_gets_rows_and_the_weight_by_columns(
+    make: Any, x: Tensor, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As int8 kernels want them: the terms of each sum side by side in memory, for one image as for several."""
+    plain, strides = torch._int_mm, []
+
+    def watched(a: Tensor, b: Tensor) -> Tensor:
+        strides.append((a.stride(1), b.stride(0)))
+        return plain(a, b)
+
+    monkeypatch.setattr(torch, "_int_mm", watched)
+    layer = quantized(make(), QuantSpec(bits, "channel"))
+    assert_exact(layer, IntMmLayer(layer), x)
+    assert strides == [(1, 1)]
+
+
+def test_the_input_is_summed_for_weights_of_nine_bits_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, sums = Tensor.sum, []
+
+    def watched(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sums.append(tuple(self.shape))
+        return plain(self, *args, **kwargs)
+
+    short, long = (IntMmLayer(quantized(nn.Linear(64, 64), QuantSpec(bits, "channel"))) for bits in (7, 8))
+    monkeypatch.setattr(Tensor, "sum", watched)
+    short(torch.randn(32, 64))
+    assert sums == []
+    long(torch.randn(32, 64))
+    assert sums == [(32, 64)]
+
+
 @pytest.mark.parametrize("engine", ["int_mm", "reference"])
 def test_all_timesteps_run_through_two_compiled_graphs_at_most(engine: str) -> None:
     denoiser = quantize_(tiny_unet(), scheme_for(8, 8))

@@ -14,11 +14,13 @@ from integer_layers import assert_exact, exact, quantized
 from torch import nn
 
 from stepquant.api import load, quantize
+from stepquant.checkpoint import save_checkpoint
 from stepquant.engines import onednn
 from stepquant.engines.base import choose, pack_
 from stepquant.engines.integers import MOST_TERMS
 from stepquant.engines.onednn import OneDnnEngine, OneDnnLayer
 from stepquant.errors import CheckpointError, EngineError
+from stepquant.inspection import inspect_checkpoint
 from stepquant.methods.baseline import rtn
 from stepquant.model.layer import Geometry, QuantizedLayer, QuantizedMatmul
 from stepquant.model.quantizer import DynamicQuantizer, InputQuantizer, WeightQuantizer
@@ -189,6 +191,35 @@ def test_small_calls_of_linear_layers_are_the_simulation(monkeypatch: pytest.Mon
     assert torch.equal(packed(few), layer(few))
     monkeypatch.setattr(onednn, "MOST_WEIGHTS_IN_FLOAT", 64 * 64 - 1)
     assert_exact(layer, packed, few)
+
+
+@needs_vnni
+def test_small_calls_in_floating_point_are_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(onednn, "LEAST_PRODUCTS", 1 << 20)
+    layer = quantized(nn.Linear(256, 256))
+    remark = choose(layer, CPU).remarks["onednn"]
+    assert remark.startswith("With fewer than 16 rows at a call, such as timestep embeddings, it runs as simulated")
+    assert "keeps 262144 bytes of float32 weights" in remark
+    packed = OneDnnLayer(layer)
+    packed(torch.randn(15, 256))
+    assert "packed" not in packed._cache
+    assert packed._cache["weight"].nbytes == 262144
+    packed(torch.randn(16, 256))
+    assert "packed" in packed._cache
+    assert choose(quantized(nn.Conv2d(256, 256, 1)), CPU).remarks == {}
+    assert choose(quantized(nn.Linear(1024, 1024)), CPU).remarks == {}
+    assert choose(with_input(None), CPU).remarks == {}
+
+    pipe, denoiser = tiny_pipe()
+    save_checkpoint(tmp_path / "q", pipe=pipe, denoiser_name="unet", denoiser=denoiser, base_model="", created="")
+    layers = {found["name"]: found["remarks"] for found in inspect_checkpoint(tmp_path / "q")["layers"]}
+    assert set(layers["time_embedding.linear_1"]) == {"onednn"}
+    assert layers["conv_in"] == {}
+    caplog.set_level("INFO", logger="stepquant")
+    pack_(denoiser, "onednn")
+    assert "layers run some calls otherwise. time_embedding.linear_1, for one: With fewer than" in caplog.text
 
 
 @needs_vnni

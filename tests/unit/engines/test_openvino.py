@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import builtins
 import copy
+import gc
 import json
 import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 
 from stepquant.checkpoint import save_checkpoint
@@ -189,6 +197,15 @@ def test_schemes(weight: QuantSpec, source: QuantSpec, rows: int, moving: bool) 
     check_layer(net, shape)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "conv", "conv1d"])
+def test_runtime_precisions_have_layers_with_and_without_zero_points(kind: str, symmetric: bool, rows: int) -> None:
+    build, shape = LAYERS[kind]
+    weight, source = QuantSpec(8, "channel", symmetric=True), QuantSpec(8, symmetric=symmetric)
+    check_layer(one_layer(build(), weight, source, rows, moving=False), shape)
+
+
 def test_asymmetric_weights_of_8_bits_take_two_operators_where_they_need_nine_bits() -> None:
     layer = nn.Linear(6, 4, bias=False)
     layer.weight.data[:2] = torch.tensor([-0.1, 0.9, 0.3, 0.0, 0.5, 0.7])  # q - z reaches beyond 127
@@ -269,6 +286,159 @@ def test_the_module_looks_like_the_denoiser(whole: Any) -> None:
         assert torch.equal(copy.deepcopy(compiled)(sample, 3).sample, output.sample)
 
 
+def conditioned_unet() -> Any:
+    """A small UNet of the kind that FreeU is for."""
+    return quantize_(
+        UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+            norm_num_groups=4, cross_attention_dim=8, attention_head_dim=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ).eval()
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def freed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+    """A cache that has the graph of a network, the graph, and that network with another setting."""
+    torch.manual_seed(0)
+    cache, net = tmp_path_factory.mktemp("freed"), conditioned_unet()
+    compiled = OpenVINOEngine(cache=cache).compile(net)
+    with torch.no_grad():
+        compiled(**guided_call())
+    changed = copy.deepcopy(net)
+    changed.mid_block.resnets[0].output_scale_factor = 0.25
+    return cache, compiled, changed
+
+
+def guided_call() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "sample": torch.randn(2, 4, 8, 8, generator=generator),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": torch.randn(2, 5, 8, generator=generator),
+    }
+
+
+def test_a_kept_graph_is_not_taken_for_other_settings(freed: Any) -> None:
+    cache, plain, changed = freed
+    with torch.no_grad():
+        expected = changed(**guided_call()).sample
+        found = OpenVINOEngine(cache=cache).compile(changed)(**guided_call()).sample
+        other = plain(**guided_call()).sample
+    assert (found - expected).norm() < 0.1 * (other - expected).norm()
+
+
+def test_a_denoiser_with_freeu_has_no_graph_and_is_not_given_the_plain_one(freed: Any) -> None:
+    cache, _, changed = freed
+    changed = copy.deepcopy(changed)
+    changed.mid_block.resnets[0].output_scale_factor = 1.0
+    changed.enable_freeu(0.5, 0.2, 2.0, 2.5)
+    with pytest.raises(EngineError, match=r"cannot be exported.*fft"), torch.no_grad():
+        OpenVINOEngine(cache=cache).compile(changed)(**guided_call())
+
+
+def test_what_decides_a_graph_is_in_its_hash() -> None:
+    def digest(net: Any) -> str | None:
+        return engine_module._digest(net, "")
+
+    net = conditioned_unet()
+    known = digest(net)
+    assert known is not None
+    assert digest(copy.deepcopy(net)) == known
+
+    def changed(change: Any) -> str | None:
+        other = copy.deepcopy(net)
+        change(other)
+        return digest(other)
+
+    assert changed(lambda other: setattr(other.mid_block.resnets[0], "output_scale_factor", 2.0)) != known
+    assert changed(lambda other: setattr(other.conv_act, "forward", torch.tanh)) is None
+
+
+def test_settings_of_attention_processors_count() -> None:
+    class Own(AttnProcessor2_0):
+        """A processor of the user's."""
+
+    full, scaled = tiny_unet(), AttnProcessor2_0()
+    known = engine_module._settings(full)
+    scaled.scale = 2.0
+    attention = next(module for module in full.modules() if hasattr(module, "processor"))
+    attention.processor = AttnProcessor2_0()
+    assert engine_module._settings(full) == known
+    attention.processor = scaled
+    assert engine_module._settings(full) not in (known, None)
+    attention.processor = Own()
+    assert engine_module._settings(full) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("enable_freeu", (0.5, 0.2, 2.0, 2.5)),
+        ("disable_freeu", ()),
+        ("set_attn_processor", (AttnProcessor2_0(),)),
+        ("fuse_qkv_projections", ()),
+        ("unfuse_qkv_projections", ()),
+        ("save_pretrained", ("nowhere",)),
+        ("push_to_hub", ("nobody/nothing",)),
+        ("add_adapter", ({},)),
+        ("load_lora_adapter", ({},)),
+        ("register_to_config", ()),
+    ],
+)
+def test_methods_that_change_or_save_the_denoiser_are_refused(freed: Any, name: str, arguments: Any) -> None:
+    _, compiled, _ = freed
+    before = engine_module._settings(compiled._lowered.module)
+    assert hasattr(compiled, name)
+    with pytest.raises(EngineError, match=rf"{name}\(\) would not reach the graph.*engine='simulated'"):
+        getattr(compiled, name)(*arguments)
+    assert engine_module._settings(compiled._lowered.module) == before
+    assert not Path("nowhere").exists()
+
+
+def test_what_pipelines_read_and_call_of_a_graph_is_there(freed: Any) -> None:
+    _, compiled, _ = freed
+    assert compiled.config.cross_attention_dim == 8
+    assert compiled.encoder_hid_proj is None
+    assert "mid_block.attentions.0.transformer_blocks.0.attn1.processor" in compiled.attn_processors
+    assert compiled.get_time_embed(torch.zeros(2, 4, 8, 8), torch.tensor(3)).shape == (2, 8)
+    with pytest.raises(EngineError, match=r"Setting encoder_hid_proj would not reach"):
+        compiled.encoder_hid_proj = None
+    compiled.own = 1
+    assert compiled.eval() is compiled
+
+
+@pytest.mark.parametrize("kind", ["openvino", "auto"])
+def test_two_threads_get_their_own_images(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    net = quantize_(Net(), ends="same")
+    alone, shared = OpenVINOEngine().compile(copy.deepcopy(net)), place(net, kind)[0]
+    # Two shapes, so that threads meet in the cache of compiled graphs and in one request.
+    samples = [torch.randn(1 + number // 2, 2, 4, 4) for number in range(4)]
+    with torch.no_grad():
+        expected = [alone(sample, 5) for sample in samples]
+    made: list[int] = []
+    compiles = GraphDenoiser._compile
+
+    def counted(self: GraphDenoiser, *args: Any) -> Any:
+        made.append(1)
+        return compiles(self, *args)
+
+    monkeypatch.setattr(GraphDenoiser, "_compile", counted)
+    barrier = threading.Barrier(len(samples))
+
+    def work(number: int) -> int:
+        torch.set_num_threads(1)
+        barrier.wait()
+        with torch.no_grad():
+            return sum(not torch.equal(shared(samples[number], 5), expected[number]) for _ in range(300))
+
+    with ThreadPoolExecutor(len(samples)) as pool:
+        assert list(pool.map(work, range(len(samples)))) == [0] * len(samples)
+    assert len(made) == 2
+
+
 def test_graphs_are_kept_and_damaged_ones_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path
     simulated = quantize_(small_unet())
@@ -302,6 +472,72 @@ def test_graphs_are_kept_and_damaged_ones_made_again(tmp_path: Path, monkeypatch
         assert torch.equal(engine.compile(simulated)(sample, 3).sample, expected)
     assert len(exported) == 2
     assert not list(cache.rglob(".partial-*"))
+
+
+def test_kept_graphs_are_found_in_other_processes(tmp_path: Path) -> None:
+    """diffusers notes defaults in the order of a set, which is another one in every process."""
+    script = """
+import torch
+from pathlib import Path
+from stepquant.engines.openvino import OpenVINOEngine
+from tiny import quantize_, tiny_unet
+torch.manual_seed(0)
+print(OpenVINOEngine(cache=Path("cache")).compile(quantize_(tiny_unet()))._cache)
+"""
+    found = set()
+    for seed in ("1", "2"):
+        paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": paths}
+        run = subprocess.run(
+            [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        found.add(run.stdout.strip().splitlines()[-1])
+    (path,) = found
+    assert Path(path).parent == Path("cache/openvino")
+    net = quantize_(small_unet())
+    known = engine_module._digest(net, "")
+    net._internal_dict = FrozenDict({**net.config, "_name_or_path": "elsewhere", "_use_default_values": ["act_fn"]})
+    assert engine_module._digest(net, "") == known
+    net._internal_dict = FrozenDict({**net.config, "act_fn": "gelu"})
+    assert engine_module._digest(net, "") != known
+
+
+def test_the_cache_keeps_below_its_limit_and_what_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "openvino"
+    marks = {}
+    for number, name in enumerate("abcd"):
+        marks[name] = engine_module.in_use(root / name)
+        (root / name / "graph.bin").write_bytes(bytes(1000))
+        os.utime(root / name / engine_module.IN_USE, (number, number))
+    for name in "abd":
+        marks[name].close()
+    engine_module.prune(root, 4000)
+    assert {path.name for path in root.iterdir()} == {*"abcd"}
+    engine_module.prune(root, 3000)
+    assert {path.name for path in root.iterdir()} == {*"bcd"}
+    engine_module.in_use(root / "b").close()  # now the last that was used
+    engine_module.prune(root, 2500)
+    assert {path.name for path in root.iterdir()} == {*"bc"}
+    engine_module.prune(root, 0)
+    assert {path.name for path in root.iterdir()} == {"c"}
+    marks["c"].close()
+    monkeypatch.setenv("STEPQUANT_CACHE_GB", "1e-6")
+    net, x = quantize_(small_unet()), torch.randn(1, 1, 8, 8)
+    compiled = OpenVINOEngine(cache=tmp_path).compile(net)
+    with torch.no_grad():
+        expected = compiled(x, 5).sample
+        assert [path.name for path in root.iterdir()] == [compiled._cache.name]  # type: ignore[union-attr]
+        engine_module.prune(root, 0)
+        assert torch.equal(copy.deepcopy(compiled)(x, 5).sample, expected)
+    del compiled
+    gc.collect()
+    engine_module.prune(root, 0)
+    assert list(root.iterdir()) == []
+    monkeypatch.setenv("STEPQUANT_CACHE_GB", "much")
+    with pytest.raises(EngineError, match=r"STEPQUANT_CACHE_GB must be a number of gigabytes, 0 or more, found 'much'"):
+        engine_module.cache_limit()
+    monkeypatch.delenv("STEPQUANT_CACHE_GB")
+    assert engine_module.cache_limit() == 20_000_000_000
 
 
 def test_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -451,10 +687,29 @@ class Sorts(nn.Module):
         return result
 
 
-def test_what_cannot_be_exported_is_named() -> None:
+def test_what_cannot_be_exported_is_named_and_the_graph_is_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    """Not on stdout above all, where commands write JSON."""
     compiled = OpenVINOEngine().compile(quantize_(Sorts(), ends="same"))
+    switch = torch._C._jit_set_onnx_log_enabled
     with pytest.raises(EngineError, match=r"Sorts cannot be exported as a graph: .*svd.*engine='simulated'"):
         compiled(torch.randn(3, 4), 0)
+    assert capfd.readouterr() == ("", "")
+    assert torch._C._jit_set_onnx_log_enabled is switch
+
+
+def test_two_denoisers_may_be_exported_at_the_same_time() -> None:
+    """torch's exporter keeps its state in globals."""
+    nets = [quantize_(Net(), ends="same") for _ in range(3)]
+    compiled, sample = [OpenVINOEngine().compile(net) for net in nets], torch.randn(2, 2, 4, 4)
+
+    def call(graph: GraphDenoiser) -> Any:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            return graph(sample, 5)
+
+    with ThreadPoolExecutor(len(nets)) as pool:
+        for net, found in zip(nets, pool.map(call, compiled), strict=True):
+            assert torch.allclose(found, net(sample, 5), rtol=1e-4, atol=1e-5)
 
 
 def test_what_the_module_refuses() -> None:
@@ -496,6 +751,39 @@ def test_bf16_is_an_option() -> None:
     assert found.dtype == torch.float32
     assert 1e-6 < (found - expected).norm() / expected.norm() < 0.1
     assert set(compiled.runtime_precisions().values()) <= {"u8", "i8"}
+
+
+class Timed(nn.Module):
+    """Shows the embedding of its timestep: the sample is added to a linear layer of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time_proj = Timesteps(32, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+        timesteps = timestep.expand(len(sample))
+        result: Tensor = sample + self.layer(self.time_proj(timesteps))
+        return result
+
+
+def test_bf16_tells_neighbouring_timesteps_apart() -> None:
+    """Their angles are the same in bfloat16, which has every fourth number from 512 on."""
+    if "BF16" not in engine_module._core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("the processor has no bfloat16")
+    torch.manual_seed(0)
+    net = quantize_(Timed(), ends="same", rows=1)
+    short, exact = OpenVINOEngine("bf16").compile(net), OpenVINOEngine().compile(net)
+    sample = torch.zeros(2, 32)
+    with torch.no_grad():
+        for first, second in ((998, 1000), (996, 997), (511, 512)):
+            found, expected = (
+                graph(sample, torch.tensor(first)) - graph(sample, torch.tensor(second)) for graph in (short, exact)
+            )
+            assert expected.norm() > 0.1
+            assert (found - expected).norm() < 0.05 * expected.norm()
+    assert len(short._compiled) == 1
+    assert short.runtime_precisions()["layer"] in ("u8", "i8")
 
 
 def test_half_precision_goes_in_and_comes_out() -> None:

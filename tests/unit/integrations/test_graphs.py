@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import doc_blocks
 from stepquant.engines.openvino import has_vnni
-from stepquant.errors import SpecError
+from stepquant.errors import EngineError, SpecError
 from stepquant.integrations.graphs import export_onnx, export_openvino
 from stepquant.model.correction import CorrectedScheduler, StepCorrection
 from stepquant.model.pipeline import DenoiserPipeline
@@ -57,10 +57,15 @@ def test_graphs_compute_the_simulation_and_choose_rows_by_the_timestep(
     assert written.float_layers == {}
     assert any("a batch must be at one timestep" in note for note in written.notes)
     assert any("take nine" in note for note in written.notes)
+    slow = [note for note in written.notes if "ONNX Runtime runs convolutions in floating point" in note]
+    assert ["can be slower than its float32" in note and "export_openvino" in note for note in slow] == [True] * len(
+        slow
+    )
+    assert len(slow) == (suffix == ".onnx")
     for batch, timestep in ((1, 0), (3, 600), (3, 999)):
         sample = torch.randn(batch, 2, 4, 4)
         assert torch.allclose(run(path, sample, timestep), net(sample, timestep), rtol=1e-5, atol=1e-5)
-    with pytest.raises(SpecError, match="exists"):
+    with pytest.raises(SpecError, match="of that name already"):
         export(net, path, inputs=inputs)
     with pytest.raises(SpecError, match=f"must end in {suffix}"):
         export(net, tmp_path / "net.bin", inputs=inputs)
@@ -84,6 +89,41 @@ def test_a_unet_needs_no_inputs_and_a_correction_lies_beside_the_graph(tmp_path:
     with torch.no_grad():
         expected = net(sample, 500).sample
     assert (run(written.path, sample, 500) - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize(("export", "suffix"), [(export_onnx, ".onnx"), (export_openvino, ".xml")])
+def test_nothing_of_an_earlier_export_stays_beside_a_new_one(
+    export: Any, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its correction would be applied to the new graph's predictions."""
+    from diffusers import DDIMScheduler
+
+    net, path = quantize_(Net(), ends="same"), tmp_path / f"net{suffix}"
+    inputs = {"sample": torch.zeros(2, 2, 4, 4), "timestep": torch.tensor([0])}
+    correction = StepCorrection.identity(torch.tensor([3.0, 1.0]), 1)
+    corrected = DenoiserPipeline(net, CorrectedScheduler(DDIMScheduler(), correction), (2, 4, 4))
+    export(corrected, path, inputs=inputs)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert "net.correction.json" in before
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise EngineError("no graph")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stepquant.integrations.graphs.export", fails)
+        with pytest.raises(EngineError, match="no graph"):
+            export(net, path, inputs=inputs, overwrite=True)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    written = export(net, path, inputs=inputs, overwrite=True)
+    assert written.correction is None
+    assert {file.name for file in tmp_path.iterdir()} == {*before} - {"net.correction.json"}
+    for name in before:
+        for file in tmp_path.iterdir():
+            file.unlink()
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(SpecError, match=rf"has {name} of that name already: .*overwrite=True"):
+            export(net, path, inputs=inputs)
+        assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
 def test_a_unet_that_is_told_classes_takes_their_labels(tmp_path: Path) -> None:
