@@ -282,6 +282,10 @@ def test_the_command_makes_a_corrected_checkpoint(run: RunCommand, tmp_path: Pat
     assert status == 0, err
     assert "none" in text
     assert "trajectory; ridge 0.001" in text
+    paper = ["--estimator", "scale", "--set", "gamma=1", "--set", "ridge=0", "--set", "held_out=2"]
+    status, text, err = run(*command, "--overwrite", *paper, "--against", base)
+    assert status == 0, err
+    assert "scale with gamma 1; ridge 0" in text
     assert "Next: stepquant evaluate" in text
     assert load_checkpoint(out)[1].correction == (4, 1)
 
@@ -293,6 +297,9 @@ def test_the_command_makes_a_corrected_checkpoint(run: RunCommand, tmp_path: Pat
         (["--against", "digits-unte"], "Did you mean 'digits-unet'?"),
         (["--argument", "prompt"], "--argument takes key=value"),
         (["--device", "tpu9"], "no device"),
+        (["--set", "gama=1"], "Did you mean 'gamma'?"),
+        (["--set", "gamma=7"], "--set gamma: Input should be 0 or 1, found 7"),
+        (["--set", "ridge=0"], "belong to a named estimator"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(

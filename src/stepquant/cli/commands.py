@@ -458,6 +458,15 @@ def compensate(
             "Or one of bias, scale, free_run, closed_loop, trajectory, regression."
         ),
     ] = "auto",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Of the fit: regressors=[prediction, one], gamma=1, ridge=0, shared=true, held_out=4. May be "
+            "repeated.",
+        ),
+    ] = None,
     calibration_samples: Annotated[int, typer.Option(min=2, help="Images sampled to fit on.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Root of all random numbers.")] = 0,
     device: Device = "auto",
@@ -472,6 +481,8 @@ def compensate(
     quantized model follows it. They are kept in the new checkpoint and cost next to nothing when sampling. They hold
     for the checkpoint's own number of steps. Fit again after any change of the model.
 
+    The form of the paper is --estimator scale --set gamma=1 --set ridge=0.
+
     Models that other software has quantized go through Python: stepquant.api.compensate(pipe, full_precision_pipe).
 
     Example: stepquant compensate digits-w4a8 -o digits-w4a8-cec
@@ -479,7 +490,16 @@ def compensate(
     from stepquant.cli import compensate as compensation
 
     request = compensation.CompensateRequest(
-        candidate, out, against, estimator, calibration_samples, seed, device, batch_size, tuple(argument or ())
+        candidate,
+        out,
+        against,
+        estimator,
+        calibration_samples,
+        seed,
+        device,
+        batch_size,
+        tuple(argument or ()),
+        tuple(set_ or ()),
     )
     compensation.compensate(request, _settings(ctx), json_, overwrite=overwrite)
 

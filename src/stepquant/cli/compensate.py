@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, get_args
+
+from pydantic import TypeAdapter, ValidationError
 
 from stepquant import api
-from stepquant.calibrate.compensation import EstimatorChoice
+from stepquant.calibrate.compensation import Compensate, EstimatorChoice
 from stepquant.cli import views
 from stepquant.cli.arguments import parsed, ready
 from stepquant.cli.console import Settings, interruptible, progress_for, write_json
@@ -20,6 +22,7 @@ from stepquant.cli.outputs import (
     write_figures,
 )
 from stepquant.cli.work import base_model_of, device_named, prepare, steps_of
+from stepquant.config import parse_yaml
 from stepquant.errors import SpecError, nearest
 from stepquant.inspection import inspect_checkpoint
 from stepquant.run import Run
@@ -40,6 +43,23 @@ class CompensateRequest:
     device: str
     batch_size: int
     arguments: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+    def fit(self) -> Compensate:
+        """The stage. Raises SpecError for a setting that it does not have, or a value that it does not take."""
+        known = [field.name for field in fields(Compensate) if field.name != "estimator"]
+        values: dict[str, Any] = {"estimator": self.estimator}
+        for option in self.options:
+            name, equals, text = option.partition("=")
+            if not equals or name not in known:
+                raise SpecError(f"--set takes key=value of {', '.join(known)}, found {option!r}.{nearest(name, known)}")
+            values[name] = parse_yaml(text, source=f"--set {name}")
+        try:
+            return TypeAdapter(Compensate).validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise SpecError(f"--set {where}: {first['msg']}, found {first['input']!r}.") from None
 
 
 def compensate(
@@ -53,6 +73,7 @@ def compensate(
     if request.estimator not in get_args(EstimatorChoice):
         known = get_args(EstimatorChoice)
         raise SpecError(f"--estimator: there is none named {request.estimator!r}.{nearest(request.estimator, known)}")
+    fit = request.fit()
     arguments = ready(parsed(request.arguments), request.samples)
     description = inspect_checkpoint(request.candidate)
     base = request.against or base_model_of(request.candidate, description)
@@ -65,7 +86,12 @@ def compensate(
             steps=steps_of(description),
             samples=request.samples,
             batch=request.batch_size,
-            estimator=cast(EstimatorChoice, request.estimator),
+            estimator=fit.estimator,
+            regressors=fit.regressors,
+            gamma=fit.gamma,
+            ridge=fit.ridge,
+            shared=fit.shared,
+            held_out=fit.held_out,
             arguments=arguments,
             run=Run(seed=request.seed, progress=progress_for(settings)),
         )

@@ -28,9 +28,10 @@ Differs from the paper (which does not publish M per model, learning rates, iter
 - `correct_biases` (off by default, on in those presets) adds to every bias what the channel's mean has lost, as far as
   that helps the final sample, before the windows (`CorrectBiases`).
 - Blocks are rounded first as in Q-Diffusion; the window stage then reopens all roundings from a point between the
-  full-precision fraction and the present rounding (`keep_rounding`), and learns weights and scales together.
-- For the last fifth of the iterations (`settle`) weights are rounded for good and only scales go on learning, so that
-  scales fit the weights that are saved.
+  full-precision fraction and the present rounding (`FitWindows.keep_rounding`, which the recipe leaves at its default),
+  and learns weights and scales together.
+- For the last fifth of the iterations (`FitWindows.settle`) weights are rounded for good and only scales go on
+  learning, so that scales fit the weights that are saved.
 - Scales learn at a rate relative to their size, with cosine decay.
 - Windows may have different lengths (`windows`), the one near the image is best kept short: there the remaining steps
   erase part of earlier errors, and the identity approximation is least true.
@@ -40,7 +41,9 @@ Differs from the paper (which does not publish M per model, learning rates, iter
   windows at 4-bit activations, full-precision starts raised the final drift (docs/results.md at commit 0324925).
 - `judged` (0 by default, 32 in those presets) samples so many recorded images before and after the windows and takes
   back what does not help: a few dozen windows of small mini-batches are noisy, and raised the final drift by a third
-  at W6A6 (docs/results.md).
+  at W6A6 (docs/results.md). Half of it may stay (the geometric mean of old and new scales). Windows are drawn from
+  these images, too.
+- A scale does not fall below a tenth of where it started.
 """
 
 from __future__ import annotations
