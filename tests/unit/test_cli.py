@@ -570,7 +570,11 @@ def test_methods(run: Run) -> None:
     assert status == 0
     for wanted in ("Differs from the paper", "@inproceedings", "window", "--preset quick"):
         assert wanted in out
-    assert {"rtn", "accuquant"} <= {method["name"] for method in json.loads(run("methods", "--json")[1])}
+    listed = {method["name"]: method for method in json.loads(run("methods", "--json")[1])}
+    assert {"rtn", "accuquant"} <= listed.keys()
+    assert (listed["ptqd"]["year"], listed["ptqd"]["source"]) == ("2023", "arXiv:2305.10657")
+    ours = {"rtn", "layerwise", "combined"}
+    assert {name for name, method in listed.items() if not (method["year"] and method["source"])} <= ours
     status, _, err = run("methods", "acuquant")
     assert status == 1
     assert "Did you mean 'accuquant'?" in err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import sys
 import types
 import typing
@@ -291,14 +292,19 @@ def show_methods(name: str | None, json_target: str | None) -> None:
     if name:
         _show_method(described[name])
         return
-    table = Table("method", "what it is")
+    table = Table("method", "year", "source", "what it is")
     for key, method in described.items():
-        table.add_row(key, method["summary"])
+        # The year has a column of its own.
+        table.add_row(key, method["year"] or "", method["source"] or "", re.sub(r" \(\d{4}\)", "", method["summary"]))
     console = stdout_console()
     console.print(table)
     console.print("`stepquant methods NAME` explains one.")
     extras = ", ".join(ADD_ONS)
     console.print(f"Can follow any other, as in --method q_diffusion+{next(iter(ADD_ONS))}: {extras}.")
+    console.print(
+        "Beta sampling (2024) draws calibration timesteps: --set timesteps=beta with ptq4dm and pqd. As a schedule it "
+        "goes through Python (docs/methods/beta_sampling.md)."
+    )
 
 
 def _method(name: str) -> dict[str, Any]:
@@ -311,6 +317,8 @@ def _method(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "summary": explanation.partition("\n")[0],
+        "year": _first(r"year\s*=\s*\{(\d{4})\}", str(getattr(module, "BIBTEX", ""))),
+        "source": _first(r"(arXiv:\d{4}\.\d{5})", explanation),
         "explanation": explanation,
         "options": [
             {"name": option.name, "type": _type_text(hints[option.name]), "default": _plain_default(option.default)}
@@ -319,6 +327,12 @@ def _method(name: str) -> dict[str, Any]:
         "presets": dict(PRESETS.get(name, {})),
         "bibtex": str(getattr(module, "BIBTEX", "")),
     }
+
+
+def _first(pattern: str, text: str) -> str | None:
+    """The first group of the first match."""
+    found = re.search(pattern, text)
+    return found.group(1) if found else None
 
 
 def _type_text(hint: Any) -> str:
