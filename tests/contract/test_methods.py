@@ -352,7 +352,7 @@ def _killed_once(run: Callable[..., Any], started: list[str]) -> Callable[..., A
 
 def test_another_run_does_not_go_on_in_the_same_folder(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        quantize(pipe_of(), recipe_of("rtn"), steps=STEPS, run=Run(work=tmp_path, progress=Interrupt("record", 1)))
+        quantize(pipe_of(), recipe_of("rtn"), steps=STEPS, run=Run(work=tmp_path, progress=Interrupt("Observing", 1)))
     for recipe, steps, seed, named in (
         (recipe_of("rtn", weights=3), STEPS, 0, "recipe"),
         (recipe_of("rtn"), STEPS + 1, 0, "steps"),
