@@ -147,9 +147,12 @@ class SplitShortcuts:
             assert isinstance(layer, QuantizedLayer)
             layer.split_input_(at)
             scheme = replace(scheme, second=scheme.input)
-            if self.weights and scheme.weight is not None and scheme.weight.granularity != "group":
-                size = math.gcd(at, layer.in_features)
-                if size >= LEAST_GROUP:
+            if self.weights and scheme.weight is not None:
+                # Groups that were asked for stay where none has channels of both parts.
+                size = math.gcd(at, layer.in_features, scheme.weight.group_size or 0)
+                if size == scheme.weight.group_size:
+                    pass
+                elif size >= LEAST_GROUP:
                     scheme = replace(scheme, weight=replace(scheme.weight, granularity="group", group_size=size))
                 else:
                     whole.append(name)

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,17 @@ def test_ranges_rounding_and_scales_are_of_each_part() -> None:
         groups = layer.weight_quantizer.scale.shape[1]
         assert groups > 1
         assert hidden % ((hidden + skip) // groups) == 0
+
+
+def test_groups_that_were_asked_for_do_not_straddle_the_two_parts() -> None:
+    """12 divides the 24 channels of a shortcut, of which 16 are hidden state."""
+    name = "up_blocks.0.resnets.1.conv_shortcut"
+    for asked, expected in ((12, 8), (8, 8), (4, 4)):
+        job = job_of()
+        scheme = job.handed["plan"][name]
+        job.handed["plan"][name] = replace(scheme, weight=replace(scheme.weight, granularity="group", group_size=asked))
+        SplitShortcuts().run(job)
+        assert job.handed["plan"][name].weight.group_size == expected
 
 
 def test_weights_may_stay_whole() -> None:
