@@ -148,10 +148,9 @@ class SplitShortcuts:
             layer.split_input_(at)
             scheme = replace(scheme, second=scheme.input)
             if self.weights and scheme.weight is not None:
-                # Groups that were asked for stay where none has channels of both parts.
-                size = math.gcd(at, layer.in_features, scheme.weight.group_size or 0)
-                if size == scheme.weight.group_size:
-                    pass
+                size = math.gcd(at, layer.in_features)
+                if scheme.weight.group_size is not None and at % scheme.weight.group_size == 0:
+                    pass  # groups that were asked for, none of which has channels of both parts
                 elif size >= LEAST_GROUP:
                     scheme = replace(scheme, weight=replace(scheme.weight, granularity="group", group_size=size))
                 else:
