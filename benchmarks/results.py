@@ -53,6 +53,8 @@ would show: older rows differ. W8A8: 1 had zero points in all weights."""
 REVISION = 2
 """1 (W8A8: 2) had ranges of activations whose search counted the extremes a thousand times too much."""
 
+OLDER = 'Of an older revision (CHANGELOG.md, "Numbers changed"): not measured again yet.'
+
 ROWS = Path(__file__).with_suffix(".jsonl")
 MOST_BITS = 8
 STEPS = 20
@@ -442,7 +444,8 @@ def put(page: Path, body: str, begin: str, end: str) -> None:
 def pages(args: argparse.Namespace) -> None:
     """The rows of each method on its page, at the bits at which it was measured, beside those of its baselines.
 
-    What a page has of another model than `--model` stays there.
+    What a page has of another model than `--model` stays there, and so does what has no rows of the present revision,
+    with a word that says so.
     """
     known = set(variants())
     found = [row for row in current(args.json, args.model) if row["method"] in known]
@@ -457,6 +460,9 @@ def pages(args: argparse.Namespace) -> None:
         if shown:
             note = f"{conditions(shown[0])}, {shown[0]['date']}."
             parts[args.model] = "\n".join((note, "", *lines_of(shown, variants())))
+        elif args.model in parts and OLDER not in parts[args.model]:
+            first, _, rest = parts[args.model].partition("\n")
+            parts[args.model] = f"{first} {OLDER}\n{rest}"
         ordered = [parts[model] for model in ("digits-unet", "digits-dit") if model in parts]
         put(page, "\n\n".join(ordered) or "Not measured yet.", "<!-- figures -->", "<!-- /figures -->")
 
