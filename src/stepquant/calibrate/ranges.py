@@ -118,7 +118,8 @@ LEAST_KEPT = 1024
 
 TAIL = 0.01
 TAIL_KEPT = 512
-"""Of this share of a call's values, the largest, an observer keeps so many exactly, and as many drawn from the rest."""
+"""Of this share of a call's values, the largest, an observer keeps so many exactly, and as many drawn from the rest; no
+more than it draws in all."""
 
 
 class Observer(nn.Module):
@@ -200,14 +201,14 @@ class Observer(nn.Module):
         beyond = (flat.abs() > border.to(flat)).nonzero().flatten()
         tail, beyond = flat[beyond].float().cpu(), beyond.cpu()
         inside = drawn.abs() <= border
-        order = tail.abs().argsort(descending=True)
-        top, others = order[:TAIL_KEPT], order[TAIL_KEPT:]
+        order, most = tail.abs().argsort(descending=True), min(TAIL_KEPT, len(drawn))
+        top, others = order[:most], order[most:]
         share = 1.0
-        if len(others) > TAIL_KEPT:
-            share = len(others) / TAIL_KEPT
-            others = others[torch.randint(len(others), (TAIL_KEPT,), generator=self.generator)]
+        if len(others) > most:
+            share = len(others) / most
+            others = others[torch.randint(len(others), (most,), generator=self.generator)]
         counts = [
-            self._counts(chosen[inside], stride, (size - len(tail)) / int(inside.sum())),
+            self._counts(chosen[inside], stride, (size - len(tail)) / max(1, int(inside.sum()))),
             self._counts(beyond[top], stride, 1.0),
             self._counts(beyond[others], stride, share),
         ]

@@ -75,3 +75,12 @@ def test_values_count_as_the_weights_that_they_meet() -> None:
         scales.append(float(observer.params(QuantSpec(4), ONE_ROW, "mse", "x").scale))
     assert scales[0] * 15 < 15
     assert scales[1] * 15 > 150
+
+
+def test_values_that_are_not_finite_do_not_stop_the_observer() -> None:
+    """What to do about them is for those who look at the ranges."""
+    x = torch.full((4, 5000), float("nan"))
+    x[:, :100] = 1.0
+    observer = Observer(StepClock(torch.tensor([])), torch.Generator().manual_seed(1))
+    observer(x)
+    assert list(observer.seen) == [0]
