@@ -130,6 +130,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "combined": ("combined", STATIC),
     "combined without windows": ("combined", STATIC | {"window_iterations": 0}),
     "combined without biases": ("combined", STATIC | {"correct_biases": False}),
+    "combined without windows and biases": ("combined", STATIC | {"window_iterations": 0, "correct_biases": False}),
     "combined without rows": ("combined", STATIC | {"rows": "shared"}),
     "combined without layer rounding": ("combined", STATIC | {"layer_rounding": False}),
     "combined without balance": ("combined", STATIC | {"balance": False}),
@@ -285,6 +286,9 @@ def run(args: argparse.Namespace) -> None:
     if args.searched_sample_range:
         ranges.SAMPLE_MARGIN_BITS = MOST_BITS + 1
         args.json = args.json.with_suffix(".searched-range.jsonl")
+    if args.clipped is not None:
+        ranges.CLIPPED = args.clipped
+        args.json = args.json.with_suffix(f".clipped-{args.clipped:g}.jsonl")
     args.json.parent.mkdir(parents=True, exist_ok=True)
     part, parts = map(int, args.part.split("/"))
     asked = args.methods.split(";")
@@ -522,6 +526,9 @@ def main() -> None:
         "--searched-sample-range",
         action="store_true",
         help="search the range of the layer that reads the sample like any other, into a file of its own",
+    )
+    first.add_argument(
+        "--clipped", type=float, help="how much a clipped value counts (ranges.CLIPPED), into a file of its own"
     )
     second.add_argument("--model", default="digits-unet")
     second.add_argument("--json", type=Path, default=ROWS)

@@ -52,7 +52,7 @@ from stepquant.model.families import (
 )
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.pipeline import arguments_of_batch, refuse_unknown, with_labels
-from stepquant.model.schedule import ScheduleFingerprint, guard_schedule, guarded_by
+from stepquant.model.schedule import ScheduleFingerprint, config_of, guard_schedule, guarded_by
 from stepquant.model.surgery import check_finite, quantized_layers
 from stepquant.pretrained import attach_
 from stepquant.processes import ALONE, Processes
@@ -507,8 +507,7 @@ def _scheduler_identity(pipe: Any) -> dict[str, Any]:
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None:
         return {}
-    config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
-    return {"class": type(scheduler).__name__, **json.loads(json.dumps(config, default=repr))}
+    return {"class": type(scheduler).__name__, **config_of(scheduler)}
 
 
 def _run_stages(job: Job, recipe: Recipe, work: WorkFolder | None) -> list[dict[str, Any]]:

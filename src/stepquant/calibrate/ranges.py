@@ -48,8 +48,8 @@ CLIPPED = 8.0
 
 A rounding error is another one in every step, and many of them add up as their square root. What is clipped in one step
 is mostly clipped in the next one too, and such errors add up as they are: over S steps up to sqrt(S) times as much.
-With 1, ranges of balanced channels cut off so much of the residual path that the drift at W4A4 tripled; with 20,
-rounding to nearest lost half of what it gains by searching. Ours, and from no paper.
+With 1, ranges of balanced channels cut off so much of the residual path that the drift at W4A4 doubled; with 20,
+rounding to nearest lost half of what it gains by searching (docs/results.md has the command). Ours, from no paper.
 """
 
 SAMPLE_MARGIN = 0.25

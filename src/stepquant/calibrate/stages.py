@@ -295,7 +295,7 @@ class FitInputRanges:
 
     rule: as for weights, and narrower ranges are tried too (`ranges.FURTHER_CANDIDATES`).
     samples: calibration samples to observe, spread evenly over the calibration set; with a row for every step
-        `LEAST_IN_ROW` of each of them, if that is more.
+        `LEAST_IN_ROW` times as many as there are steps, if that is more.
     windows: lengths of consecutive windows of steps, noise first, that get a row of parameters each; "step" gives
         every timestep that calibration saw a row, and others that of the next noisier; None is one row for all.
         Rows are divided where the plan has the bits of a layer change.

@@ -39,6 +39,7 @@ from stepquant.calibrate.trajectory import State, Trajectory, replay
 from stepquant.calibrate.windows import GradientMode, equal_windows, window_gradient, windows_of
 from stepquant.errors import CalibrationError, SpecError, nearest
 from stepquant.model.layer import QuantizedLayer
+from stepquant.model.pipeline import SCHEDULE_ARGUMENTS
 from stepquant.model.quantizer import InputQuantizer
 from stepquant.model.surgery import quantized_layers
 from stepquant.recipe import Figures, Job
@@ -113,9 +114,9 @@ class FitWindows:
 
     def check(self, job: Job) -> None:
         """Window lengths that cannot add up to the steps. Some schedulers make more calls than steps (Heun, PNDM), and
-        image to image walks a part of them.
+        image to image walks a part of them. Timesteps that the caller gives are counted once they are recorded.
         """
-        if self.windows is None:
+        if self.windows is None or any(name in job.arguments for name in SCHEDULE_ARGUMENTS):
             return
         scheduler = copy.deepcopy(getattr(job.pipe, "scheduler", None))
         most = math.inf

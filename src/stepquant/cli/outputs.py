@@ -125,7 +125,9 @@ def refuse_used_folder(folder: Path, *, overwrite: bool) -> None:
     if folder.is_file():
         raise SpecError(f"{folder} is a file, expected a folder to write into.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise SpecError(f"{folder} is not empty. Choose another folder, or give --overwrite to write into it.")
+        raise SpecError(
+            f"{folder} is not empty. Choose another folder, or give --overwrite to replace the images in it."
+        )
 
 
 def clear_work(work: Path, *, resume: bool, overwrite: bool) -> None:

@@ -339,7 +339,7 @@ class CorrectedScheduler(_Remembering):
         if guarded_by(self) is None:
             return
         own = self._correction.timesteps
-        if not any(same_timestep(float(timestep), one) for one in own.tolist()):
+        if not same_timestep(float(timestep), float(own[self._correction.row(timestep)])):
             raise SpecError(
                 f"The correction has no row for timestep {float(timestep):g}: it was fitted from {float(own[0]):g} to "
                 f"{float(own[-1]):g}. Sample from where it was fitted (with image to image the same strength or less), "

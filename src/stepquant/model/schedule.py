@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from stepquant.errors import SpecError
 
-__all__ = ["ScheduleFingerprint", "guard_schedule", "guarded_by", "same_timestep", "with_constants"]
+__all__ = ["ScheduleFingerprint", "config_of", "guard_schedule", "guarded_by", "same_timestep", "with_constants"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ScheduleFingerprint:
         """
         return cls(
             scheduler=_name(scheduler),
-            config=_json_config(scheduler),
+            config=config_of(scheduler),
             steps=steps,
             timesteps=_timesteps(scheduler),
             guidance=guidance,
@@ -162,7 +162,8 @@ def _shown(timesteps: tuple[float, ...]) -> str:
     return f"[{', '.join(texts)}] ({len(timesteps)} values)"
 
 
-def _json_config(scheduler: Any) -> dict[str, Any]:
+def config_of(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's configuration as JSON values, without diffusers' private entries."""
     config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
     decoded: dict[str, Any] = json.loads(json.dumps(config, default=_as_json), parse_constant=str)
     return decoded
