@@ -16,6 +16,7 @@ import inspect
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -38,11 +39,20 @@ from stepquant.calibrate.stages import Record
 from stepquant.calibrate.steps import forked_devices
 from stepquant.calibrate.trajectory import Trajectory, quiet
 from stepquant.calibrate.walked_correction import CorrectProgressively
-from stepquant.checkpoint import load_checkpoint, save_checkpoint
+from stepquant.checkpoint import load_checkpoint, replacing, save_checkpoint
+from stepquant.correction_folder import (
+    CORRECTION_NAME,
+    TABLES_NAME,
+    attached,
+    is_copy,
+    read_correction,
+    write_correction,
+)
 from stepquant.engines.base import GraphEngine, place
 from stepquant.errors import CheckpointError, EngineError, ModelError, SpecError, UnsupportedPipeline, nearest
 from stepquant.manifest import MANIFEST_NAME, Manifest, read_manifest
-from stepquant.model.correction import CorrectedScheduler, StepCorrection
+from stepquant.model.clock import clock_of
+from stepquant.model.correction import CorrectedScheduler, StepCorrection, correction_of
 from stepquant.model.families import (
     find_denoiser,
     network_beside,
@@ -72,6 +82,7 @@ __all__ = [
     "open_model",
     "quantize",
     "sample",
+    "with_correction",
     "with_denoiser",
 ]
 
@@ -97,8 +108,10 @@ def calibrations_of(pipe: Any) -> tuple[Mapping[str, Any], ...]:
 def open_model(model: str, *, device: torch.device | str | None = None) -> Any:
     """A full-precision diffusers pipeline.
 
-    model: a shipped model ("digits-unet", "digits-dit"), a diffusers folder, or a hub id ("owner/name").
-    Raises ModelError if there is none of these, naming the nearest shipped model.
+    model: a shipped model ("digits-unet", "digits-dit"), a diffusers folder, or a hub id ("owner/name"). A folder that
+        `compensate` has written comes with its correction, and samples on no other schedule.
+    Raises ModelError if there is none of these, naming the nearest shipped model; CheckpointError for a damaged
+    correction.
     """
     path = Path(model)
     if model in SHIPPED_MODELS:
@@ -108,6 +121,8 @@ def open_model(model: str, *, device: torch.device | str | None = None) -> Any:
         if (path / MANIFEST_NAME).is_file():
             raise ModelError(f"{model} is a stepquant checkpoint, not a full-precision model: open it with load().")
         pipe = _from_folder(path)
+        if (path / CORRECTION_NAME).is_file():
+            pipe = with_correction(pipe, path)
     elif path.exists():
         raise ModelError(f"{model} exists but is no diffusers pipeline: it has no model_index.json.")
     elif "/" in model and not model.startswith((".", "/")):
@@ -151,6 +166,19 @@ def _from_hub(model: str) -> Any:
             f"{model!r} is no folder here and could not be had from the hub ({type(error).__name__}). Check the "
             "spelling and the connection, or give the path of a downloaded diffusers folder."
         ) from error
+
+
+def with_correction(pipe: Any, folder: Path | str) -> Any:
+    """A pipeline like `pipe` that corrects every step as `Compensated.save_correction` has written it.
+
+    For models that other software has quantized and opened. Sampling on another schedule than that of the fit is
+    refused; everything but the scheduler is shared with `pipe`.
+    Raises CheckpointError for a damaged correction, or one of another scheduler.
+    """
+    said, _ = read_correction(Path(folder))
+    corrected = attached(pipe, Path(folder))
+    setattr(corrected, _CALIBRATIONS, (*calibrations_of(pipe), {"run": said.run}))
+    return corrected
 
 
 def with_denoiser(pipe: Any, name: str, denoiser: nn.Module) -> Any:
@@ -288,6 +316,7 @@ def _to_quantize(pipe: Any, recipe: Recipe, steps: int, denoiser: str | None) ->
     name, full_precision = find_denoiser(pipe, denoiser)
     refuse_unsupported(pipe, denoiser)
     _refuse_correction(pipe, recipe)
+    _refuse_corrected(pipe)
     check_finite(full_precision)
     return name, full_precision
 
@@ -306,6 +335,15 @@ def _refuse_correction(pipe: Any, recipe: Recipe) -> None:
             f"{fitting[0]} of recipe {recipe.name!r} corrects the scheduler's steps, and {type(pipe).__name__} "
             f"switches between {' and '.join(several_denoisers(pipe))}, whose steps it would change too. Use a recipe "
             "without it."
+        )
+
+
+def _refuse_corrected(pipe: Any) -> None:
+    """A correction was fitted for the denoiser that its pipeline had, and would be recorded as the model's own."""
+    if correction_of(getattr(pipe, "scheduler", None)) is not None:
+        raise SpecError(
+            "The pipeline corrects its steps for the quantized denoiser that the correction was fitted for, and a "
+            "full-precision pipeline is needed here: give one without it (pipe.scheduler = pipe.scheduler.uncorrected)."
         )
 
 
@@ -343,7 +381,7 @@ class Compensated:
     pipe: like the candidate, with a scheduler that corrects the predictions; without one if nothing was better.
     schedule: the one that the correction was fitted on; the pipeline refuses others.
     figures: of the recording and of the fit, with their seconds.
-    manifest: of the candidate, if it was a checkpoint.
+    manifest: of the candidate, if it was a checkpoint. source: the candidate's name, if it was a model of others.
     """
 
     pipe: Any
@@ -353,20 +391,33 @@ class Compensated:
     figures: tuple[dict[str, Any], ...]
     settings: Compensate
     manifest: Manifest | None = None
+    source: str | None = None
 
     def save(self, folder: Path | str, *, overwrite: bool = False) -> None:
-        """Write a checkpoint folder: the candidate's with its correction, and how that was made.
+        """Write the candidate with its correction, and how that was made.
 
-        Raises ModelError for a denoiser that stepquant has not quantized, and CheckpointError for one that an engine
-        has packed: give `compensate` the candidate's folder instead of the loaded pipeline.
+        Of a checkpoint, a checkpoint. Of a diffusers folder of others, a copy of it, whatever format its denoiser has,
+        and of a model of the hub what diffusers saves, with the correction beside it: `open_model` opens both.
+
+        Raises ModelError for a pipeline whose denoiser stepquant has not quantized (`save_correction` writes the
+        correction alone), and CheckpointError for one that an engine has packed: give `compensate` the candidate's
+        folder instead of the loaded pipeline.
         """
+        if self.source is not None:
+            self._save_copy(Path(folder), self.source, overwrite=overwrite)
+            return
+        if clock_of(getattr(self.pipe, self.denoiser_name)) is None:
+            raise ModelError(
+                f"{self.denoiser_name} has not been quantized by stepquant, so there is no checkpoint of it. Save the "
+                "pipeline in its own way and the correction with save_correction(folder), which "
+                "stepquant.api.with_correction(pipe, folder) puts on again; or give `compensate` the pipeline's folder."
+            )
         before = self.manifest
         recipe: Mapping[str, Any] = {} if before is None else before.recipe
         # An earlier correction has been replaced, so it is no part of how this one came about.
         kept = [part for part in str(recipe.get("name", "")).split("+") if part not in ("", *_CORRECTING_METHODS)]
         stages = [stage for stage in recipe.get("stages", []) if stage.get("stage") not in _CORRECTING_STAGES]
         stage = {"stage": "Compensate", **TypeAdapter(Compensate).dump_python(self.settings, mode="json")}
-        own = {"seed": self.seed, "stages": [_summary(figures) for figures in self.figures]}
         save_checkpoint(
             folder,
             pipe=self.pipe,
@@ -376,9 +427,39 @@ class Compensated:
             created=_today(),
             schedule=self.schedule.to_dict(),
             recipe={**recipe, "name": "+".join([*kept, "cec"]), "stages": [*stages, stage]},
-            run={**({} if before is None else before.run), "compensation": own},
+            run={**({} if before is None else before.run), **self._run},
             overwrite=overwrite,
         )
+
+    def save_correction(self, folder: Path | str) -> None:
+        """Write the correction alone, into a new folder or beside a model: for pipelines that others save and open.
+
+        Raises CheckpointError if the folder has a correction already.
+        """
+        write_correction(Path(folder), correction_of(self.pipe.scheduler), self.schedule, run=self._run)
+
+    @property
+    def _run(self) -> dict[str, Any]:
+        """How it was fitted, as in manifests."""
+        return {"compensation": {"seed": self.seed, "stages": [_summary(figures) for figures in self.figures]}}
+
+    def _save_copy(self, target: Path, source: str, *, overwrite: bool) -> None:
+        if target.exists() and not overwrite:
+            raise CheckpointError(f"{target} exists already: choose another folder or pass overwrite=True.")
+        if target.exists() and not is_copy(target):
+            raise CheckpointError(f"{target} was not made by `compensate`, so overwrite=True does not remove it.")
+        if target.resolve() == Path(source).resolve():
+            raise CheckpointError(f"{target} is the candidate itself: choose another folder.")
+        with replacing(target) as partial:
+            if Path(source).is_dir():
+                names = (CORRECTION_NAME, TABLES_NAME)  # an earlier correction, which has been replaced
+                shutil.copytree(source, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*names))
+            else:
+                plain = copy.copy(self.pipe)
+                plain.scheduler = getattr(self.pipe.scheduler, "uncorrected", self.pipe.scheduler)
+                plain.save_pretrained(partial)
+            correction = correction_of(self.pipe.scheduler)
+            write_correction(partial, correction, self.schedule, run=self._run, copy_of=source)
 
 
 def compensate(
@@ -399,15 +480,15 @@ def compensate(
 ) -> Compensated:
     """Fit a correction for a model that is quantized already, by whomever; both pipelines stay as they were.
 
-    candidate: a pipeline around any quantized denoiser, or the folder of a checkpoint (only that can be saved again).
-        A correction that it has already is replaced.
+    candidate: a pipeline around any quantized denoiser, the folder of a checkpoint, or the folder or hub id of a model
+        that others have quantized and diffusers opens. A correction that it has already is replaced.
     against: the full-precision pipeline of the same model, with the same scheduler settings.
     steps: sampling steps to fit for. samples: images to record, `batch` at a time, on the run's calibration seeds.
     estimator, regressors, gamma, ridge, shared, held_out: see `calibrate.compensation.Compensate`.
     arguments: what the pipelines are called with beside seeds and steps.
 
-    Raises SpecError if the two pipelines would sample with different schedules, UnsupportedPipeline if sampling cannot
-    be replayed, CalibrationError for fewer than two images.
+    Raises SpecError if the two pipelines would sample with different schedules or the full-precision one corrects its
+    own, UnsupportedPipeline if sampling cannot be replayed, CalibrationError for fewer than two images.
     """
     run = run or Run()
     settings = Compensate(estimator, regressors, gamma, ridge, shared, held_out)
@@ -417,6 +498,7 @@ def compensate(
             "be fitted for one denoiser in all steps only."
         )
     _, full_precision = find_denoiser(against)
+    _refuse_corrected(against)
     check_finite(full_precision)
     pipe, manifest = _candidate(candidate, full_precision)
     name, quantized = find_denoiser(pipe)
@@ -438,13 +520,16 @@ def compensate(
     guard_schedule(result.scheduler, schedule)
     own = {"seed": run.seed, "stages": [_summary(entry) for entry in figures]}
     setattr(result, _CALIBRATIONS, (*calibrations_of(result), {"run": {"compensation": own}}))
-    return Compensated(result, name, schedule, run.seed, tuple(figures), settings, manifest)
+    source = str(candidate) if isinstance(candidate, str | Path) and manifest is None else None
+    return Compensated(result, name, schedule, run.seed, tuple(figures), settings, manifest, source)
 
 
 def _candidate(candidate: Any, full_precision: nn.Module) -> tuple[Any, Manifest | None]:
-    """The pipeline, and the manifest if it comes from a folder. Layers are not packed, so that they can be saved."""
+    """The pipeline, and the manifest of a checkpoint. Layers are not packed, so that they can be saved."""
     if not isinstance(candidate, str | Path):
         return candidate, None
+    if not (Path(candidate) / MANIFEST_NAME).is_file():
+        return open_model(str(candidate), device=next(full_precision.parameters()).device), None
     plain = read_manifest(Path(candidate)).denoiser.library == "plain"
     pipe, manifest = load_checkpoint(candidate, denoiser=full_precision if plain else None)
     pipe.to(next(full_precision.parameters()).device)

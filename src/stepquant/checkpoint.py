@@ -82,7 +82,15 @@ from stepquant.storage import (
     write_tensors,
 )
 
-__all__ = ["CORRECTION_PREFIX", "TENSORS_NAME", "check_folder", "load_checkpoint", "save_checkpoint", "skeleton"]
+__all__ = [
+    "CORRECTION_PREFIX",
+    "TENSORS_NAME",
+    "check_folder",
+    "load_checkpoint",
+    "replacing",
+    "save_checkpoint",
+    "skeleton",
+]
 
 TENSORS_NAME = "stepquant.safetensors"
 CORRECTION_PREFIX = "stepquant_correction"
@@ -158,7 +166,7 @@ def save_checkpoint(
         quality=dict(quality or {}),
         checksums={name: checksum(tensor) for name, tensor in tensors.items()},
     )
-    with _replacing(target) as partial:
+    with replacing(target) as partial:
         _write_parts(partial, pipe, manifest)
         write_tensors(partial / denoiser_name / TENSORS_NAME, tensors)
         write_manifest(partial / MANIFEST_NAME, manifest)
@@ -272,7 +280,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """A sibling folder to write into; it takes the target's place once the body has ended well."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _tidy_after_killed(target)

@@ -14,7 +14,17 @@ from diffusers import DDIMPipeline, DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
 import tiny
-from stepquant.api import Compensated, Quantized, compensate, load, quantize
+from stepquant.api import (
+    Compensated,
+    Quantized,
+    calibrations_of,
+    compensate,
+    load,
+    open_model,
+    quantize,
+    sample,
+    with_correction,
+)
 from stepquant.calibrate.compensation import Compensate
 from stepquant.calibrate.stages import Record
 from stepquant.checkpoint import load_checkpoint
@@ -197,6 +207,72 @@ def test_a_foreign_model_is_corrected_and_left_alone(tmp_path: Path) -> None:
     assert not isinstance(again.pipe.scheduler.uncorrected, CorrectedScheduler)
 
 
+def test_a_foreign_pipeline_keeps_its_correction_in_files(tmp_path: Path) -> None:
+    candidate, full = foreign()
+    made = compensate(candidate, full, steps=STEPS, samples=8, batch=4, estimator="regression", run=Run(seed=4))
+    made.save_correction(tmp_path / "c")
+    again = with_correction(candidate, tmp_path / "c")
+    assert torch.equal(images(again), images(made.pipe))
+    assert type(candidate.scheduler) is DDIMScheduler
+    assert [entry["run"]["compensation"]["seed"] for entry in calibrations_of(again)] == [4]
+    with pytest.raises(SpecError, match="calibrated for 4 steps"):
+        images(again, 5)
+    with pytest.raises(CheckpointError, match=r"stepquant_correction\.json already"):
+        made.save_correction(tmp_path / "c")
+    with pytest.raises(CheckpointError, match="has no correction"):
+        with_correction(candidate, tmp_path)
+    other = copy.copy(candidate)
+    other.scheduler = DDIMScheduler(clip_sample=False, beta_end=0.03)
+    with pytest.raises(CheckpointError, match=r"beta_end is 0.03 instead of 0.02"):
+        with_correction(other, tmp_path / "c")
+
+
+def test_nothing_better_is_kept_as_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("stepquant.calibrate.correction_fit.Moments.share_to_keep", lambda *_: 0.0)
+    candidate, full = foreign()
+    compensate(candidate, full, steps=STEPS, samples=4, batch=2).save_correction(tmp_path / "c")
+    again = with_correction(candidate, tmp_path / "c")
+    assert type(again.scheduler) is DDIMScheduler
+    assert torch.equal(images(again, 3), images(candidate, 3)), "nothing to keep to a schedule"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[:-20], "is not JSON"),
+        (lambda text: text.replace('"format_version": 1', '"format_version": 2'), "format version 2"),
+        (lambda text: text.replace('"copy_of"', '"copied"'), "copied: unknown key"),
+        (lambda text: text.replace('"stepquant": "', '"stepquant": 1, "x": "'), "unknown key"),
+        (lambda text: text.replace('"gain"', '"gains"'), "declares the tables"),
+        (lambda text: text.replace('"timesteps": "', '"timesteps": "0'), "bytes are not those"),
+        (lambda text: text.replace('"steps": 4', '"step": 4'), "lacks the keys"),
+    ],
+)
+def test_a_damaged_correction_is_refused(tmp_path: Path, damage: Callable[[str], str], message: str) -> None:
+    candidate, full = foreign()
+    made = compensate(candidate, full, steps=STEPS, samples=2, batch=2, estimator="bias")
+    made.save_correction(tmp_path / "c")
+    path = tmp_path / "c" / "stepquant_correction.json"
+    before = path.read_text()
+    path.write_text(damage(before))
+    assert path.read_text() != before
+    with pytest.raises(CheckpointError, match=message):
+        with_correction(candidate, tmp_path / "c")
+    path.write_text(before)
+    (tmp_path / "c" / "stepquant_correction.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks stepquant_correction\.safetensors"):
+        with_correction(candidate, tmp_path / "c")
+
+
+def test_a_corrected_pipeline_is_no_full_precision_model() -> None:
+    candidate, full = foreign()
+    corrected = compensate(candidate, full, steps=STEPS, samples=2, batch=2, estimator="bias").pipe
+    with pytest.raises(SpecError, match="a full-precision pipeline is needed"):
+        compensate(candidate, corrected, steps=STEPS, samples=2, batch=2)
+    with pytest.raises(SpecError, match="a full-precision pipeline is needed"):
+        quantize(corrected, rtn(**SETTINGS), steps=STEPS)
+
+
 def test_another_schedule_is_refused() -> None:
     candidate, full = foreign()
     candidate.scheduler = DPMSolverMultistepScheduler()
@@ -288,6 +364,56 @@ def test_the_command_makes_a_corrected_checkpoint(run: RunCommand, tmp_path: Pat
     assert "scale with gamma 1; ridge 0" in text
     assert "Next: stepquant evaluate" in text
     assert load_checkpoint(out)[1].correction == (4, 1)
+
+
+def test_the_command_corrects_a_folder_of_others(run: RunCommand, tmp_path: Path) -> None:
+    base, rounded, out = tmp_path / "base", tmp_path / "rounded", tmp_path / "out"
+    pipe = DDIMPipeline(tiny.tiny_unet(), DDIMScheduler(clip_sample=False))
+    pipe.save_pretrained(base)
+    for parameter in pipe.unet.parameters():
+        parameter.data = (parameter.data * 8).round() / 8
+    pipe.save_pretrained(rounded)
+    (rounded / "theirs.bin").write_bytes(b"what only other software reads")
+    command = ["compensate", rounded, "-o", out, "--calibration-samples", "4", "--batch-size", "2"]
+    command += ["--estimator", "regression"]
+    for missing, given in (("--against", ["--steps", 4]), ("--steps", ["--against", base])):
+        status, _, err = run(*command, *given)
+        assert status == 1
+        assert f"give {missing}" in err.replace("\n", " ")
+    command += ["--against", base, "--steps", "4"]
+    status, text, err = run(*command)
+    assert status == 0, err
+    assert f"--against {base} --steps 4" in text.replace("\n", "")
+    assert (out / "theirs.bin").read_bytes() == (rounded / "theirs.bin").read_bytes()
+    assert not (rounded / "stepquant_correction.json").exists()
+
+    def pictures(pipe: Any, steps: int = STEPS) -> Tensor:
+        return sample(pipe, seeds=range(3), steps=steps)
+
+    corrected, plain = open_model(str(out)), open_model(str(rounded))
+    wanted = pictures(open_model(str(base)))
+    assert float((pictures(corrected) - wanted).abs().mean()) < float((pictures(plain) - wanted).abs().mean())
+    with pytest.raises(SpecError, match="calibrated for 4 steps"):
+        pictures(corrected, 5)
+    # Its own steps, a second time from the corrected copy, and nothing of the user's is replaced.
+    status, text, err = run("sample", out, "-o", tmp_path / "images", "--seeds", "0-1")
+    assert status == 0, err
+    assert "2 images of 4 steps" in text
+    status, _, err = run(*["compensate", out, *command[2:]], "--overwrite")
+    assert status == 1
+    assert "candidate itself" in err
+    twice = tmp_path / "twice"
+    status, _, err = run("compensate", out, "-o", twice, *command[4:])
+    assert status == 0, err
+    assert torch.equal(pictures(open_model(str(twice))), pictures(corrected))
+    assert run(*command, "--overwrite")[0] == 0
+    status, _, err = run("compensate", out, "-o", rounded, *command[4:], "--overwrite")
+    assert status == 1
+    assert "does not replace it" in err.replace("\n", " ")
+    compensate(plain, open_model(str(base)), steps=4, samples=2, batch=2).save_correction(rounded)
+    status, _, err = run("compensate", out, "-o", rounded, *command[4:], "--overwrite")
+    assert status == 1, "a correction put beside a model does not make the folder ours"
+    assert (rounded / "theirs.bin").exists()
 
 
 @pytest.mark.parametrize(

@@ -445,11 +445,20 @@ def evaluate(
 @app.command()
 def compensate(
     ctx: typer.Context,
-    candidate: Annotated[Path, typer.Argument(help="A checkpoint that `quantize` wrote; it stays as it is.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder to make for the new checkpoint.")],
+    candidate: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint that `quantize` wrote, or a diffusers folder or hub id of a model that other software "
+            "has quantized; it stays as it is."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder to make for the corrected model.")],
     against: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The full-precision model.  [default: the one that was quantized]"),
+        typer.Option(metavar="MODEL", help="The full-precision model.  [default: the one a checkpoint was made from]"),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps to fit for.  [default: those of a checkpoint]")
     ] = None,
     estimator: Annotated[
         str,
@@ -475,17 +484,21 @@ def compensate(
     overwrite: Overwrite = False,
     json_: Json = None,
 ) -> None:
-    """Correct what quantization does to every sampling step of a finished checkpoint; no weight changes.
+    """Correct what quantization does to every sampling step of a finished model; no weight changes.
 
     The full-precision model is sampled once more, and a few numbers for each step and channel are fitted so that the
-    quantized model follows it. They are kept in the new checkpoint and cost next to nothing when sampling. They hold
-    for the checkpoint's own number of steps. Fit again after any change of the model.
+    quantized model follows it. They are kept in OUT and cost next to nothing when sampling. They hold for one number of
+    steps. Fit again after any change of the model.
 
     The form of the paper is --estimator scale --set gamma=1 --set ridge=0.
 
-    Models that other software has quantized go through Python: stepquant.api.compensate(pipe, full_precision_pipe).
+    Of a model that other software has quantized, OUT is a copy of its folder with the correction beside it. stepquant's
+    commands and stepquant.open_model sample it corrected; diffusers alone opens it without. What only Python opens goes
+    through stepquant.compensate(pipe, full_precision_pipe, steps=N).
 
     Example: stepquant compensate digits-w4a8 -o digits-w4a8-cec
+
+    Example: stepquant compensate sd15-nf4 --against sd15 --steps 20 -o sd15-nf4-cec --argument prompt="a cat"
     """
     from stepquant.cli import compensate as compensation
 
@@ -493,6 +506,7 @@ def compensate(
         candidate,
         out,
         against,
+        steps,
         estimator,
         calibration_samples,
         seed,

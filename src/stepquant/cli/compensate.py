@@ -1,4 +1,4 @@
-"""`stepquant compensate`: fit a correction for a checkpoint that is there already, and write the corrected one."""
+"""`stepquant compensate`: fit a correction for a quantized model that is there already, and write the corrected one."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from stepquant.cli.outputs import (
 )
 from stepquant.cli.work import base_model_of, device_named, prepare, steps_of
 from stepquant.config import parse_yaml
-from stepquant.errors import SpecError, nearest
+from stepquant.correction_folder import is_copy
+from stepquant.errors import CheckpointError, SpecError, nearest
 from stepquant.inspection import inspect_checkpoint
+from stepquant.manifest import MANIFEST_NAME
 from stepquant.run import Run
 
 __all__ = ["CompensateRequest", "compensate"]
@@ -32,11 +34,16 @@ __all__ = ["CompensateRequest", "compensate"]
 
 @dataclass(frozen=True)
 class CompensateRequest:
-    """What the user asked `compensate` for. against None: the model that the checkpoint was made from."""
+    """What the user asked `compensate` for.
 
-    candidate: Path
+    candidate: a checkpoint, or what `open_model` opens. against None: the model that the checkpoint was made from.
+    steps None: those of the checkpoint.
+    """
+
+    candidate: str
     out: Path
     against: str | None
+    steps: int | None
     estimator: str
     samples: int
     seed: int
@@ -65,25 +72,24 @@ class CompensateRequest:
 def compensate(
     request: CompensateRequest, settings: Settings, json_target: str | None, *, overwrite: bool = False
 ) -> None:
-    """Fit a correction for a checkpoint, write the corrected one, and say what it gained."""
+    """Fit a correction for a quantized model, write the corrected one, and say what it gained."""
     refuse_existing(request.out, overwrite=overwrite)
-    refuse_no_checkpoint(request.out)
-    if request.out.resolve() == request.candidate.resolve():
+    _refuse_others(request.out)
+    if request.out.resolve() == Path(request.candidate).resolve():
         raise SpecError(f"OUT is the candidate itself, {request.out}: choose another folder.")
     if request.estimator not in get_args(EstimatorChoice):
         known = get_args(EstimatorChoice)
         raise SpecError(f"--estimator: there is none named {request.estimator!r}.{nearest(request.estimator, known)}")
     fit = request.fit()
     arguments = ready(parsed(request.arguments), request.samples)
-    description = inspect_checkpoint(request.candidate)
-    base = request.against or base_model_of(request.candidate, description)
+    base, steps = _base_and_steps(request)
     prepare(settings)
     device = device_named(request.device)
     with interruptible(f"Nothing was written; {request.candidate} is as it was."):
         made = api.compensate(
             request.candidate,
             api.open_model(base, device=device),
-            steps=steps_of(description),
+            steps=steps,
             samples=request.samples,
             batch=request.batch_size,
             estimator=fit.estimator,
@@ -105,4 +111,32 @@ def compensate(
     if json_target is not None:
         write_json({"checkpoint": str(request.out), "against": base, "figures": figures}, json_target)
     if json_target != "-" and not settings.quiet:
-        views.show_compensated(request.candidate, request.out, figures)
+        told = made.manifest is not None  # by the checkpoint itself
+        further = "" if told else f" --against {base} --steps {steps}"
+        views.show_compensated(request.candidate, request.out, figures, further)
+
+
+def _refuse_others(out: Path) -> None:
+    """Refuse to overwrite what neither `quantize` nor this command has made."""
+    if not is_copy(out):
+        refuse_no_checkpoint(out)
+
+
+def _base_and_steps(request: CompensateRequest) -> tuple[str, int]:
+    """The full-precision model, and the sampling steps to fit for. Only a checkpoint says either."""
+    path = Path(request.candidate)
+    if not (path / MANIFEST_NAME).is_file():
+        if path.is_dir() and not (path / "model_index.json").is_file():
+            raise CheckpointError(f"{path} is neither a checkpoint ({MANIFEST_NAME}) nor a diffusers folder.")
+        for option, value in (("--against MODEL", request.against), ("--steps N", request.steps)):
+            if value is None:
+                raise SpecError(
+                    f"{request.candidate} is no checkpoint of stepquant, so it does not say which full-precision model "
+                    f"it was made from, nor how many steps it is for: give {option}."
+                )
+        return str(request.against), int(request.steps or 0)
+    description = inspect_checkpoint(path)
+    steps = steps_of(description)
+    if request.steps not in (None, steps):
+        raise SpecError(f"--steps {request.steps}: {path} is calibrated for {steps}. Leave the option out.")
+    return request.against or base_model_of(path, description), steps

@@ -23,6 +23,7 @@ from stepquant.doctor.examination import Diagnosis, examine
 from stepquant.doctor.findings import Finding, Thresholds
 from stepquant.errors import SpecError
 from stepquant.manifest import MANIFEST_NAME, read_manifest
+from stepquant.model.schedule import guarded_by
 from stepquant.run import Run
 
 __all__ = ["DoctorRequest", "doctor", "patched", "settings_of"]
@@ -83,6 +84,9 @@ def _examined(request: DoctorRequest, thresholds: Thresholds, settings: Settings
         steps = steps or (manifest.schedule or {}).get("steps")
     options = {"engine": sampling.engine, "schedule": sampling.schedule}
     pipe, _ = api.open_any(request.source, device=device, **options)
+    fitted = guarded_by(getattr(pipe, "scheduler", None))
+    if steps is None and fitted is not None:  # of a model of others with a correction
+        steps = fitted.steps
     against = None if base in (None, _NO_MODEL) else api.open_model(str(base), device=device)
     with interruptible("Nothing was written; an examination starts from the beginning."):
         return examine(

@@ -30,10 +30,11 @@ from stepquant.evaluate.folder import discard
 from stepquant.evaluate.gates import Gate, check_gates, parse_gates
 from stepquant.evaluate.lpips import Lpips
 from stepquant.evaluate.named_features import features_named
-from stepquant.evaluate.source import ImageFolder, Source, open_source
+from stepquant.evaluate.source import ImageFolder, PipelineSource, Source, open_source
 from stepquant.evaluate.weights import MissingWeights
 from stepquant.inspection import inspect_checkpoint
 from stepquant.manifest import MANIFEST_NAME
+from stepquant.model.schedule import guarded_by
 from stepquant.processes import joined
 from stepquant.run import Run
 
@@ -183,12 +184,17 @@ def _description(source: str | Path) -> dict[str, Any]:
 
 
 def _common_steps(sampling: Sampling, sources: Iterable[Source]) -> int | None:
-    """Steps as asked for, else of the first checkpoint, else 20; None if there is nothing to sample."""
+    """Steps as asked for, else of the first checkpoint or correction, else 20; None if there is nothing to sample."""
     pipelines = [source for source in sources if source.seeds is None]
     if sampling.steps is not None or not pipelines:
         return sampling.steps
-    described = [_description(source.name) for source in pipelines]
-    return next((steps_of(found) for found in described if found), 20)
+    for source in pipelines:
+        if found := _description(source.name):
+            return steps_of(found)
+        fitted = guarded_by(getattr(source.pipe, "scheduler", None)) if isinstance(source, PipelineSource) else None
+        if fitted is not None:
+            return fitted.steps
+    return 20
 
 
 def _networks(

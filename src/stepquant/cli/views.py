@@ -182,8 +182,8 @@ def show_quantized(
         console.print("The preset was quick: --preset standard takes longer and loses less.")
 
 
-def show_compensated(candidate: Path, out: Path, figures: Sequence[Mapping[str, Any]]) -> None:
-    """What `compensate` tried, what it took, and what to type next."""
+def show_compensated(candidate: str, out: Path, figures: Sequence[Mapping[str, Any]], further: str) -> None:
+    """What `compensate` tried, what it took, and what to type next. further: what `evaluate` needs beside the name."""
     console = stdout_console()
     fitted = figures[-1]
     table = Table(_names("candidate"), "final error on held-out images", "of that without correction")
@@ -200,7 +200,8 @@ def show_compensated(candidate: Path, out: Path, figures: Sequence[Mapping[str, 
         console.print(f"Nothing was better than no correction, so {out} is {candidate} without one.")
     else:
         console.print(f"{out} is {candidate} with the correction {fitted['chosen']}, made in {duration(seconds)}.")
-    console.print(f"Next: stepquant evaluate {out}    and compare with: stepquant evaluate {candidate}")
+    console.print(f"Next: stepquant evaluate {out}{further}")
+    console.print(f"and compare with: stepquant evaluate {candidate}{further}")
 
 
 def bytes_text(count: int) -> str:

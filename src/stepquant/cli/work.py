@@ -41,6 +41,7 @@ from stepquant.errors import CheckpointError, SpecError
 from stepquant.evaluate.images import save_png, to_grid
 from stepquant.inspection import inspect_checkpoint
 from stepquant.manifest import MANIFEST_NAME
+from stepquant.model.schedule import guarded_by
 from stepquant.processes import joined
 from stepquant.run import Run
 from stepquant.work_folder import hold
@@ -358,7 +359,10 @@ def sample(
     pipe, kind = api.open_any(source, device=device_named(sampling.device), **options)
     steps = sampling.steps
     if steps is None:
-        steps = steps_of(inspect_checkpoint(Path(source))) if kind == "checkpoint" else 20
+        fitted = guarded_by(getattr(pipe, "scheduler", None))  # of a model of others with a correction
+        steps = 20 if fitted is None else fitted.steps
+        if kind == "checkpoint":
+            steps = steps_of(inspect_checkpoint(Path(source)))
     with interruptible(f"No images were written to {out}."):
         how: dict[str, Any] = {
             "seeds": sampling.seeds,

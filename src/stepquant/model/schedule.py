@@ -113,7 +113,7 @@ def guard_schedule(scheduler: Any, fingerprint: ScheduleFingerprint) -> None:
 
 def guarded_by(scheduler: Any) -> ScheduleFingerprint | None:
     """The schedule that `guard_schedule` holds this scheduler to; None if there is no guard."""
-    current = scheduler.set_timesteps
+    current = getattr(scheduler, "set_timesteps", None)
     if not isinstance(current, functools.partial) or current.func is not _guarded_set_timesteps:
         return None
     found: ScheduleFingerprint = current.args[2]
