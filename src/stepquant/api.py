@@ -61,7 +61,7 @@ from stepquant.model.families import (
     several_denoisers,
 )
 from stepquant.model.layer import QuantizedLayer
-from stepquant.model.pipeline import arguments_of_batch, refuse_unknown, with_labels
+from stepquant.model.pipeline import arguments_of_batch, check_call, with_labels
 from stepquant.model.schedule import ScheduleFingerprint, config_of, guard_schedule, guarded_by
 from stepquant.model.surgery import check_finite, quantized_layers
 from stepquant.pretrained import attach_
@@ -745,7 +745,7 @@ def sampled(
     if not seeds or batch_size < 1:
         raise SpecError(f"Sampling needs at least one seed and a batch size of at least 1, found {len(seeds)} seeds.")
     accepted = inspect.signature(pipe.__call__).parameters
-    refuse_unknown(pipe, arguments or {})
+    check_call(pipe, arguments or {}, steps)
 
     def images_of(start: int) -> Tensor:
         chunk = seeds[start : start + batch_size]

@@ -46,7 +46,7 @@ from stepquant.calibrate.steps import (
 from stepquant.errors import CalibrationError, UnsupportedPipeline
 from stepquant.model.correction import Corrector, Finishing, StepCorrection
 from stepquant.model.families import network_beside, other_denoisers, writes_known_part
-from stepquant.model.pipeline import arguments_of_batch, refuse_unknown, with_labels
+from stepquant.model.pipeline import arguments_of_batch, check_call, with_labels
 from stepquant.model.schedule import ScheduleFingerprint
 from stepquant.run import Run
 
@@ -185,7 +185,7 @@ def _pipeline_arguments(pipe: Any, seeds: tuple[int, ...], steps: int, arguments
             "and its scheduler in "
             "stepquant.model.pipeline.DenoiserPipeline."
         )
-    refuse_unknown(pipe, arguments)
+    check_call(pipe, arguments, steps)
     offered = {
         "batch_size": len(seeds),
         "num_inference_steps": steps,

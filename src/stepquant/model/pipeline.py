@@ -8,6 +8,7 @@ It is for models that have no diffusers pipeline of their own: the demo models, 
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ __all__ = [
     "Generators",
     "PipelineOutput",
     "arguments_of_batch",
-    "refuse_unknown",
+    "check_call",
     "with_labels",
 ]
 
@@ -37,14 +38,37 @@ SCHEDULE_ARGUMENTS = ("timesteps", "sigmas")
 """Arguments of pipelines that have one entry for each step: with as many steps as images they must not be cut."""
 
 
-def refuse_unknown(pipe: Any, arguments: Mapping[str, Any]) -> None:
-    """Raise SpecError for an argument that the pipeline's call does not take."""
+def check_call(pipe: Any, arguments: Mapping[str, Any], steps: int) -> None:
+    """Raise SpecError for an argument that the pipeline's call does not take, a class that there is not, and more steps
+    than its scheduler has.
+    """
     accepted = inspect.signature(pipe.__call__).parameters
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values()):
-        return
-    for name in arguments:
+    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
+    for name in () if anything else arguments:
         if name not in accepted:
             raise SpecError(f"{type(pipe).__name__} takes no argument {name!r}.{nearest(name, accepted)}")
+    _check_labels(pipe, arguments.get("class_labels"))
+    trained = getattr(getattr(getattr(pipe, "scheduler", None), "config", None), "num_train_timesteps", None)
+    # Some schedulers divide the way more finely than training did; those that cannot say so.
+    if trained is not None and steps > int(trained) and not any(name in arguments for name in SCHEDULE_ARGUMENTS):
+        try:
+            copy.deepcopy(pipe.scheduler).set_timesteps(steps)
+        except ValueError as error:
+            name = type(pipe.scheduler).__name__
+            raise SpecError(f"steps must be at most {trained} with the pipeline's {name}, found {steps}.") from error
+
+
+def _check_labels(pipe: Any, labels: Any) -> None:
+    """A class that there is not would end deep inside an embedding."""
+    classes = _classes(pipe)
+    numbers = labels if isinstance(labels, list) else [labels]
+    if not classes or not all(isinstance(one, int | Tensor) for one in numbers):
+        return
+    # A transformer has one class more: none, for guidance.
+    end = classes + (1 if hasattr(pipe, "transformer") else 0)
+    for label in (value for one in numbers for value in torch.as_tensor(one).reshape(-1).tolist()):
+        if not 0 <= label < end:
+            raise SpecError(f"class_labels must be from 0 to {classes - 1}, found {label}.")
 
 
 def arguments_of_batch(arguments: Mapping[str, Any], batch: slice, count: int) -> dict[str, Any]:

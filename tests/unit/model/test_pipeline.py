@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, EulerDiscreteScheduler, FlowM
 from torch import Tensor, nn
 
 from stepquant.errors import SpecError, UnsupportedPipeline
-from stepquant.model.pipeline import DenoiserPipeline, arguments_of_batch, with_labels
+from stepquant.model.pipeline import DenoiserPipeline, arguments_of_batch, check_call, with_labels
 
 
 class Half(nn.Module):
@@ -179,3 +180,28 @@ def test_other_pipelines_get_no_classes() -> None:
 def test_a_pipeline_that_does_not_say_how_many_classes_there_are_is_refused() -> None:
     with pytest.raises(UnsupportedPipeline, match="Classes needs class_labels"):
         with_labels(Classes(), {}, [3])
+
+
+def test_a_class_that_there_is_not_is_named() -> None:
+    conditional = OptionalClasses(4)
+    for labels in ([0, 4], torch.tensor([4]), 4, -1):
+        with pytest.raises(SpecError, match=r"class_labels must be from 0 to 3, found (4|-1)"):
+            check_call(conditional, {"class_labels": labels}, 4)
+    for fine in ([0, 3], torch.tensor([3]), 0, None):
+        check_call(conditional, {"class_labels": fine}, 4)
+    check_call(OptionalClasses(None), {"class_labels": [9]}, 4)
+    transformer = Classes(config={"num_embeds_ada_norm": 5})
+    check_call(transformer, {"class_labels": [5]}, 4)  # no class, as guidance has it
+    with pytest.raises(SpecError, match="from 0 to 4, found 6"):
+        check_call(transformer, {"class_labels": [6]}, 4)
+
+
+def test_more_steps_than_the_scheduler_has_are_refused() -> None:
+    def pipe(scheduler: Any) -> DenoiserPipeline:
+        return DenoiserPipeline(Half(), scheduler, (1, 4, 4))
+
+    check_call(pipe(DDIMScheduler(num_train_timesteps=10)), {}, 10)
+    with pytest.raises(SpecError, match=r"steps must be at most 10 with the pipeline's DDIMScheduler, found 11"):
+        check_call(pipe(DDIMScheduler(num_train_timesteps=10)), {}, 11)
+    # Timesteps between those of training are no fault of the caller's.
+    check_call(pipe(FlowMatchEulerDiscreteScheduler(num_train_timesteps=10)), {}, 11)
