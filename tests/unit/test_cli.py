@@ -588,7 +588,10 @@ def test_demo_does_each_part_once(run: Run, library: Library, tmp_path: Path) ->
     assert (tmp_path / "demo" / "samples" / "full-precision" / "001000.png").is_file()
     assert str(tmp_path / "demo" / "report.html") in out
     calls = len(library.calls)
-    assert run("demo", "-o", tmp_path / "demo")[0] == 0
+    assert "made before" not in out
+    status, out, _ = run("demo", "-o", tmp_path / "demo")
+    assert status == 0
+    assert "rtn-w4a8 and accuquant-w4a8 had been made before" in out.replace("\n", " ")
     assert len(library.calls) == calls
 
 

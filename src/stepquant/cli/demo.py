@@ -45,6 +45,7 @@ def run(folder: Path, settings: Settings) -> None:
     """Do what is not done yet, and say where everything is."""
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
+    kept = [candidate.folder for candidate in _CANDIDATES if (folder / candidate.folder).exists()]
     for candidate in _CANDIDATES:
         _quantize(folder / candidate.folder, candidate, settings)
     checkpoints = [folder / candidate.folder for candidate in _CANDIDATES]
@@ -56,6 +57,8 @@ def run(folder: Path, settings: Settings) -> None:
         show_results(result)
     console = stdout_console()
     console.print(f"Done in {duration(time.monotonic() - started)}.")
+    if kept:
+        console.print(f"{' and '.join(kept)} had been made before; remove {folder} to begin anew.")
     console.print(f"  report       {folder / 'report.html'}")
     console.print(f"  picture      {folder / 'demo.png'}")
     console.print(f"  images       {folder / 'samples'}")
