@@ -284,7 +284,15 @@ INTERRUPTIONS = {
     "ptq4dit": [("Balancing channels", 2)],
     "vidit_q": [("Rotating channels", 2)],
     "svdquant": [("Fitting low-rank", 2), ("layer by layer", 2)],
+    "ptq4dm": [("block by block", 2)],
+    "pqd": [("block by block", 3)],
+    "d2_dpm": [("Measuring quantization noise", 3)],
+    "lsgquant": [("Refining low-rank", 2)],
 }
+
+
+def test_every_method_is_interrupted() -> None:
+    assert set(INTERRUPTIONS) == set(METHODS)
 
 
 @pytest.mark.parametrize(
