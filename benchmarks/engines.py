@@ -2,7 +2,7 @@
 
     python benchmarks/engines.py [--networks digits-unet,ddpm-cifar10,dit,sd,faces64] [--batch 1,16] [--threads 1]
                                  [--rows 1] [--weights 8] [--asymmetric] [--attention] [--candidates ...] [--peers ...]
-                                 [--steps 0] [--repeats 10] [--json FILE]
+                                 [--steps 0] [--repeats 10] [--json FILE] [--keep ROWS] [--table PAGE]
 
 Networks have random weights (digits-unet: the shipped ones; faces64: those of `../shared`), weights rounded to the
 nearest, ranges by minimum and maximum over one batch. With `--rows 8` every activation quantizer has eight parameter
@@ -15,6 +15,9 @@ second: where another core of the same machine computes, it may fall to a half, 
 torch's float32 does not. `relative_error` is that of one prediction to full precision, `int8_layers` what the engine's
 graph reports. `--steps N` also times a whole sampling of N steps, in ratio to N calls.
 
+`--keep ROWS` appends what was measured of each network and batch to a file, as soon as it is; a line that is there
+already is not measured again. `--table PAGE` measures nothing and puts those rows into a page.
+
 `--peers` adds other packages' candidates: nncf (post-training int8 in OpenVINO), ort-f32, ort-int8 (ONNX Runtime
 and its own static quantization), torchao (dynamic int8), quanto (int8 weights and activations). Each needs its package.
 """
@@ -25,6 +28,7 @@ import argparse
 import copy
 import datetime
 import json
+import os
 import platform
 import statistics
 import sys
@@ -58,35 +62,125 @@ NETWORKS = ("digits-unet", "ddpm-cifar10", "dit", "sd", "faces64")
 
 def main() -> None:
     arguments = _arguments()
+    if arguments.table is not None:
+        write_table(arguments.keep, arguments.table)
+        return
     torch.set_num_threads(arguments.threads)
-    results = [
-        measure(network, batch, arguments) for network in arguments.networks for batch in map(int, arguments.batch)
-    ]
-    document = {
+    header = {
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": machine(),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "openvino", "onnx")},
+        "versions": {name: version(name) for name in ("torch", "diffusers", "openvino", *_peers(arguments.peers))},
         "threads": arguments.threads,
-        "results": results,
     }
+    results = []
+    for name in arguments.networks:
+        for batch in map(int, arguments.batch):
+            asked = setting(name, batch, arguments)
+            if asked in map(setting_of, kept(arguments.keep)):
+                continue
+            found = measure(name, batch, arguments)
+            results.append(found)
+            if arguments.keep.name != os.devnull:
+                with arguments.keep.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(header | found) + "\n")
+    document = header | {"results": results}
     text = json.dumps(document, indent=1)
     print(text)
     if arguments.json is not None:
         arguments.json.write_text(text + "\n")
 
 
+def _peers(names: list[str]) -> list[str]:
+    """The packages behind these candidates."""
+    return list(dict.fromkeys(PEERS[name] for name in names))
+
+
+SETTING = ("network", "batch", "threads", "rows", "weights", "asymmetric", "attention", "steps")
+"""What a row is of, beside the machine."""
+
+
+def setting(name: str, batch: int, arguments: argparse.Namespace) -> tuple[Any, ...]:
+    """What will be measured, and by which candidates."""
+    own = {**vars(arguments), "network": name, "batch": batch}
+    return (*(own[key] for key in SETTING), frozenset([*arguments.candidates, *arguments.peers]))
+
+
+def setting_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return (*(row[key] for key in SETTING), frozenset(row["candidates"]))
+
+
+def kept(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+ENTRIES = (
+    "torch-f32", "torch-bf16", "torch-compile-bf16", "openvino-f32", "openvino-bf16", "nncf", "ort-f32", "ort-int8",
+    "torchao", "quanto", "simulated", "onednn", "int8-f32", "int8-bf16",
+)  # fmt: skip
+"""Columns of the table, ours last."""
+
+
+def write_table(rows: Path, page: Path) -> None:
+    """Ratios to torch's float32 and errors of all kept rows, between the markers of a page."""
+    from results import put
+
+    found = kept(rows)
+    if not found:
+        raise SystemExit(f"{rows} has no rows: measure with --keep {rows} first.")
+    found.sort(
+        key=lambda row: (row["threads"], NETWORKS.index(row["network"]), row["batch"], -row["weights"], row["rows"])
+    )
+    lines = []
+    for where in sorted({(row["machine"], row["date"], row["threads"]) for row in found}, key=str):
+        own = [row for row in found if (row["machine"], row["date"], row["threads"]) == where]
+        names = [name for name in ENTRIES if any(name in row["candidates"] for row in own)]
+        known = {name: text for row in own for name, text in row["versions"].items()}
+        versions = ", ".join(f"{name} {text}" for name, text in known.items())
+        threads = "1 thread, CPU time" if where[2] == 1 else f"{where[2]} threads, wall clock"
+        lines += [f"{where[0]}; {threads}; {versions}; {where[1]}.", ""]
+        lines += [f"| network | batch | bits | rows | torch-f32 ms | {' | '.join(names[1:])} | int8 peak |"]
+        lines += ["|" + "---|" * (len(names) + 5)]
+        lines += [_line(row, names, _ratio) + f" {row['int8_peak']} |" for row in own]
+        lines += ["", "Relative error of one prediction to full precision, in per cent:", ""]
+        errors = [name for name in names if name in LOSSY]
+        lines += [f"| network | batch | bits | rows | {' | '.join(errors)} |", "|" + "---|" * (len(errors) + 4)]
+        lines += [_line(row, ["", *errors], _error) for row in own if row["batch"] == 1]
+        lines += [""]
+    put(page, "\n".join(lines).rstrip(), "<!-- table engines -->", "<!-- /table engines -->")
+
+
+LOSSY = ("nncf", "ort-int8", "torchao", "quanto", "simulated", "int8-f32", "int8-bf16")
+
+
+def _line(row: dict[str, Any], names: list[str], cell: Callable[[dict[str, Any], str], str]) -> str:
+    first = row["candidates"].get("torch-f32", {}).get("milliseconds", "")
+    bits = f"W{row['weights']}A8" + (", attention" if row["attention"] else "")
+    cells = [cell(row["candidates"].get(name, {}), name) for name in names[1:]]
+    head = [row["network"], row["batch"], bits, row["rows"], *([first] if names[0] else [])]
+    return "| " + " | ".join(map(str, [*head, *cells])) + " |"
+
+
+def _ratio(entry: dict[str, Any], _: str) -> str:
+    return f"{entry['times_torch_f32']:.2f}" if entry else ""
+
+
+def _error(entry: dict[str, Any], _: str) -> str:
+    return f"{100 * entry['relative_error']:.1f}" if entry else ""
+
+
 def machine() -> str:
     """The processor, and the instructions that decide here."""
     info = Path("/proc/cpuinfo")
     if not info.is_file():
-        return platform.platform()
+        return f"{platform.system()} {platform.machine()}"
     found = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
     fields = {key.strip(): value.strip() for key, value in found.items()}
     flags = [
         flag for flag in fields.get("flags", "").split() if flag.endswith(("vnni", "bf16", "amx_int8", "amx_tile"))
     ]
-    return f"{fields.get('model name', platform.machine())} ({', '.join(flags) or 'no VNNI'}), {platform.platform()}"
+    name = fields.get("model name", platform.machine())
+    return f"{name} ({', '.join(flags) or 'no VNNI'}), {platform.system()} {platform.machine()}"
 
 
 def _arguments() -> argparse.Namespace:
@@ -104,6 +198,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--keep", type=Path, default=Path(os.devnull), help="file of rows to append to")
+    parser.add_argument("--table", type=Path, help="page to put the rows of --keep into")
     return parser.parse_args()
 
 

@@ -529,7 +529,11 @@ def _candidate(candidate: Any, full_precision: nn.Module) -> tuple[Any, Manifest
     if not isinstance(candidate, str | Path):
         return candidate, None
     if not (Path(candidate) / MANIFEST_NAME).is_file():
-        return open_model(str(candidate), device=next(full_precision.parameters()).device), None
+        pipe, device = open_model(str(candidate)), next(full_precision.parameters()).device
+        # Some formats are on their device once they are opened, and refuse to be moved.
+        if any(parameter.device != device for parameter in find_denoiser(pipe)[1].parameters()):
+            pipe.to(device)
+        return pipe, None
     plain = read_manifest(Path(candidate)).denoiser.library == "plain"
     pipe, manifest = load_checkpoint(candidate, denoiser=full_precision if plain else None)
     pipe.to(next(full_precision.parameters()).device)
