@@ -145,7 +145,7 @@ def write_table(rows: Path, page: Path) -> None:
         lines += ["", "Relative error of one prediction to full precision, in per cent:", ""]
         errors = [name for name in names if name in LOSSY]
         lines += [f"| network | batch | bits | rows | {' | '.join(errors)} |", "|" + "---|" * (len(errors) + 4)]
-        lines += [_line(row, ["", *errors], _error) for row in own if row["batch"] == 1]
+        lines += [_line(row, ["", *errors], _error) for row in own if row["batch"] == 1 and not row["steps"]]
         lines += [""]
     put(page, "\n".join(lines).rstrip(), "<!-- table engines -->", "<!-- /table engines -->")
 
@@ -154,19 +154,25 @@ LOSSY = ("nncf", "ort-int8", "torchao", "quanto", "simulated", "int8-f32", "int8
 
 
 def _line(row: dict[str, Any], names: list[str], cell: Callable[[dict[str, Any], str], str]) -> str:
-    first = row["candidates"].get("torch-f32", {}).get("milliseconds", "")
+    key = "sampling_milliseconds" if row["steps"] else "milliseconds"
+    first = row["candidates"].get("torch-f32", {}).get(key, "")
     bits = f"W{row['weights']}A8" + (", attention" if row["attention"] else "")
-    cells = [cell(row["candidates"].get(name, {}), name) for name in names[1:]]
+    bits += f", {row['steps']} steps" if row["steps"] else ""
+    cells = [cell(row, name) if name in row["candidates"] else "" for name in names[1:]]
     head = [row["network"], row["batch"], bits, row["rows"], *([first] if names[0] else [])]
     return "| " + " | ".join(map(str, [*head, *cells])) + " |"
 
 
-def _ratio(entry: dict[str, Any], _: str) -> str:
-    return f"{entry['times_torch_f32']:.2f}" if entry else ""
+def _ratio(row: dict[str, Any], name: str) -> str:
+    """Of a whole sampling, if that was measured."""
+    own, base = (row["candidates"].get(one, {}) for one in (name, "torch-f32"))
+    if row["steps"]:
+        return f"{base['sampling_milliseconds'] / own['sampling_milliseconds']:.2f}"
+    return f"{own['times_torch_f32']:.2f}"
 
 
-def _error(entry: dict[str, Any], _: str) -> str:
-    return f"{100 * entry['relative_error']:.1f}" if entry else ""
+def _error(row: dict[str, Any], name: str) -> str:
+    return f"{100 * row['candidates'][name]['relative_error']:.1f}"
 
 
 def machine() -> str:
@@ -358,6 +364,7 @@ class _Plain(nn.Module):
     def __init__(self, net: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
         self.net, self.names = net, names
+        self.eval()  # torch's exporter puts what it was given back into the mode that it was in, the network with it
 
     def forward(self, *values: Tensor) -> Tensor:
         return _first(self.net(**dict(zip(self.names, values, strict=True))))

@@ -98,14 +98,30 @@ def fit_range(
 
     least = error(best)
     scale, zero_point = best.scale.clone(), best.zero_point.clone()
-    for factor in factors[1:]:
-        params = choose_qparams(low * factor, high * factor, spec)
-        found = error(params)
+    # Many candidates at once where a range has few values: of rows over time there are thousands of ranges.
+    at_once = max(1, AT_ONCE // max(1, view.numel()))
+    for start in range(1, len(factors), at_once):
+        some = factors[start : start + at_once]
+        lower, upper = (torch.stack([end * factor for factor in some]) for end in (low, high))
+        params = choose_qparams(lower, upper, spec)
+        found, first = _first_least(error(params))
         better = found < least
         least = torch.where(better, found, least)
-        scale = torch.where(better, params.scale, scale)
-        zero_point = torch.where(better, params.zero_point, zero_point)
+        scale = torch.where(better, params.scale.gather(0, first)[0], scale)
+        zero_point = torch.where(better, params.zero_point.gather(0, first)[0], zero_point)
     return QParams(scale, zero_point)
+
+
+AT_ONCE = 2**18
+"""Elements of what a search of ranges computes at once: a megabyte, which stays in the cache."""
+
+
+def _first_least(errors: Tensor) -> tuple[Tensor, Tensor]:
+    """Of candidates `[N, ...]` the least error `[...]`, and the first that has it `[1, ...]`. NaN is infinite."""
+    errors = errors.nan_to_num(nan=math.inf, posinf=math.inf)
+    found = errors.amin(0)
+    numbers = torch.arange(len(errors), device=errors.device).reshape(-1, *[1] * found.ndim)
+    return found, torch.where(errors == found, numbers, len(errors)).amin(0, keepdim=True)
 
 
 def weight_params(weight: Tensor, spec: QuantSpec, rule: RangeRule) -> QParams:

@@ -11,6 +11,7 @@ from stepquant.calibrate.ranges import Observer, fit_range
 from stepquant.calibrate.stages import LEAST_IN_ROW, FitInputRanges
 from stepquant.model.clock import StepClock
 from stepquant.model.layer import QuantizedLayer, geometry_of
+from stepquant.numerics.affine import QParams, choose_qparams, dequantize, grouped, quantize, range_of
 from stepquant.numerics.spec import QuantSpec
 
 ONE_ROW = torch.zeros(1, dtype=torch.long)
@@ -84,3 +85,54 @@ def test_values_that_are_not_finite_do_not_stop_the_observer() -> None:
     observer = Observer(StepClock(torch.tensor([])), torch.Generator().manual_seed(1))
     observer(x)
     assert list(observer.seen) == [0]
+
+
+def one_by_one(x: Tensor, spec: QuantSpec, ends: Tensor | None, counts: Tensor | None) -> QParams:
+    """`fit_range` as it reads: every candidate after the other, the first of equal ones kept."""
+    low, high = range_of(x, spec)
+    factors = [1 - 0.01 * i for i in range(80)]
+    if ends is not None:
+        lowest, highest = range_of(ends, spec)
+        low, high = torch.minimum(low, lowest), torch.maximum(high, highest)
+        factors += [factors[-1] * 0.9 ** (i + 1) for i in range(20)]
+    view, best, least = grouped(x, spec), None, torch.tensor(torch.inf)
+    for factor in factors:
+        params = choose_qparams(low * factor, high * factor, spec)
+        found = (view - dequantize(quantize(view, params, spec), params)).abs().pow(2.4)
+        if ends is not None:
+            below, above = ((end - params.zero_point) * params.scale for end in (spec.qmin - 0.5, spec.qmax + 0.5))
+            found = torch.where((view < below) | (view > above), ranges.CLIPPED * found, found)
+        error = found.mean(-1, keepdim=True) if counts is None else (found * counts).sum(-1, keepdim=True)
+        if best is None:
+            best = params
+        better = error < least
+        best = QParams(
+            torch.where(better, params.scale, best.scale), torch.where(better, params.zero_point, best.zero_point)
+        )
+        least = torch.where(better, error, least)
+    assert best is not None
+    return best
+
+
+@pytest.mark.parametrize("at_once", [1, 2**12, 2**30])
+@pytest.mark.parametrize(
+    ("shape", "spec", "counted"),
+    [
+        ((3000,), QuantSpec(4, symmetric=False), True),
+        ((3000,), QuantSpec(8), False),
+        ((6, 5, 3, 3), QuantSpec(3, symmetric=True, granularity="channel"), False),
+        ((4, 64), QuantSpec(4, symmetric=False, granularity="group", group_size=16), False),
+    ],
+)
+def test_candidates_at_once_are_those_one_by_one(
+    shape: tuple[int, ...], spec: QuantSpec, counted: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges, "AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator) ** 3
+    x.view(-1)[:40] = 0  # a tie between groups that hold nothing else
+    counts = torch.rand(shape, generator=generator) * 100 if counted else None
+    ends = torch.tensor([float(x.min()) * 2, float(x.max()) * 1.5]) if counted else None
+    found, expected = fit_range(x, spec, "mse", ends, counts), one_by_one(x, spec, ends, counts)
+    assert torch.equal(found.scale, expected.scale)
+    assert torch.equal(found.zero_point, expected.zero_point)
