@@ -113,6 +113,13 @@ def open_model(model: str, *, device: torch.device | str | None = None) -> Any:
     Raises ModelError if there is none of these, naming the nearest shipped model; CheckpointError for a damaged
     correction.
     """
+    pipe = _without_correction(model)
+    if model not in SHIPPED_MODELS and (Path(model) / CORRECTION_NAME).is_file():
+        pipe = with_correction(pipe, Path(model))
+    return pipe if device is None else pipe.to(device)
+
+
+def _without_correction(model: str) -> Any:
     path = Path(model)
     if model in SHIPPED_MODELS:
         with importlib.resources.as_file(importlib.resources.files("stepquant") / "assets" / model) as folder:
@@ -121,8 +128,6 @@ def open_model(model: str, *, device: torch.device | str | None = None) -> Any:
         if (path / MANIFEST_NAME).is_file():
             raise ModelError(f"{model} is a stepquant checkpoint, not a full-precision model: open it with load().")
         pipe = _from_folder(path)
-        if (path / CORRECTION_NAME).is_file():
-            pipe = with_correction(pipe, path)
     elif path.exists():
         raise ModelError(f"{model} exists but is no diffusers pipeline: it has no model_index.json.")
     elif "/" in model and not model.startswith((".", "/")):
@@ -132,7 +137,7 @@ def open_model(model: str, *, device: torch.device | str | None = None) -> Any:
             f"There is no model {model!r}: expected a shipped model ({', '.join(SHIPPED_MODELS)}), a diffusers folder "
             f"or a hub id such as 'owner/name'.{nearest(model, SHIPPED_MODELS)}"
         )
-    return pipe if device is None else pipe.to(device)
+    return pipe
 
 
 def _from_folder(folder: Path, **options: Any) -> Any:
@@ -529,7 +534,7 @@ def _candidate(candidate: Any, full_precision: nn.Module) -> tuple[Any, Manifest
     if not isinstance(candidate, str | Path):
         return candidate, None
     if not (Path(candidate) / MANIFEST_NAME).is_file():
-        pipe, device = open_model(str(candidate)), next(full_precision.parameters()).device
+        pipe, device = _without_correction(str(candidate)), next(full_precision.parameters()).device
         # Some formats are on their device once they are opened, and refuse to be moved.
         if any(parameter.device != device for parameter in find_denoiser(pipe)[1].parameters()):
             pipe.to(device)

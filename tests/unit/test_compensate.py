@@ -406,6 +406,9 @@ def test_the_command_corrects_a_folder_of_others(run: RunCommand, tmp_path: Path
     status, _, err = run("compensate", out, "-o", twice, *command[4:])
     assert status == 0, err
     assert torch.equal(pictures(open_model(str(twice))), pictures(corrected))
+    status, _, err = run(*["compensate", out, "-o", tmp_path / "five", *command[4:-1]], "5")
+    assert status == 0, err
+    assert bool(pictures(open_model(str(tmp_path / "five")), 5).isfinite().all()), "for other steps than before"
     assert run(*command, "--overwrite")[0] == 0
     status, _, err = run("compensate", out, "-o", rounded, *command[4:], "--overwrite")
     assert status == 1
