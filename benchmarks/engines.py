@@ -28,7 +28,6 @@ import argparse
 import copy
 import datetime
 import json
-import os
 import platform
 import statistics
 import sys
@@ -81,7 +80,7 @@ def main() -> None:
                 continue
             found = measure(name, batch, arguments)
             results.append(found)
-            if arguments.keep.name != os.devnull:
+            if arguments.keep is not None:
                 with arguments.keep.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(header | found) + "\n")
     document = header | {"results": results}
@@ -110,8 +109,10 @@ def setting_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return (*(row[key] for key in SETTING), frozenset(row["candidates"]))
 
 
-def kept(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+def kept(path: Path | None) -> list[dict[str, Any]]:
+    if path is None or not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 ENTRIES = (
@@ -121,13 +122,13 @@ ENTRIES = (
 """Columns of the table, ours last."""
 
 
-def write_table(rows: Path, page: Path) -> None:
+def write_table(rows: Path | None, page: Path) -> None:
     """Ratios to torch's float32 and errors of all kept rows, between the markers of a page."""
     from results import put
 
     found = kept(rows)
     if not found:
-        raise SystemExit(f"{rows} has no rows: measure with --keep {rows} first.")
+        raise SystemExit(f"--keep {rows} has no rows: measure some with it first.")
     found.sort(
         key=lambda row: (row["threads"], NETWORKS.index(row["network"]), row["batch"], -row["weights"], row["rows"])
     )
@@ -204,7 +205,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--keep", type=Path, default=Path(os.devnull), help="file of rows to append to")
+    parser.add_argument("--keep", type=Path, help="file of rows to append to")
     parser.add_argument("--table", type=Path, help="page to put the rows of --keep into")
     return parser.parse_args()
 

@@ -45,7 +45,6 @@ from stepquant.correction_folder import (
     TABLES_NAME,
     attached,
     is_copy,
-    read_correction,
     write_correction,
 )
 from stepquant.engines.base import GraphEngine, place
@@ -180,8 +179,7 @@ def with_correction(pipe: Any, folder: Path | str) -> Any:
     refused; everything but the scheduler is shared with `pipe`.
     Raises CheckpointError for a damaged correction, or one of another scheduler.
     """
-    said, _ = read_correction(Path(folder))
-    corrected = attached(pipe, Path(folder))
+    corrected, said = attached(pipe, Path(folder))
     setattr(corrected, _CALIBRATIONS, (*calibrations_of(pipe), {"run": said.run}))
     return corrected
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from stepquant._version import __version__
 from stepquant.errors import CheckpointError, SpecError, UnsupportedPipeline
+from stepquant.manifest import read_checked
 from stepquant.model.correction import CORRECTION_FIELDS, OPTIONAL_FIELDS, CorrectedScheduler, StepCorrection
-from stepquant.model.plain_json import parse_json
 from stepquant.model.schedule import ScheduleFingerprint, guard_schedule
 from stepquant.storage import checksum, open_tensors, write_tensors
 
@@ -37,9 +37,6 @@ __all__ = [
 
 CORRECTION_NAME = "stepquant_correction.json"
 TABLES_NAME = "stepquant_correction.safetensors"
-
-MOST_BYTES = 16_000_000
-"""Far above any schedule: a thousand timesteps take some twenty thousand bytes."""
 
 
 @dataclass(frozen=True)
@@ -129,29 +126,13 @@ def is_copy(folder: Path) -> bool:
 def _read(path: Path) -> CorrectionFile:
     if not path.is_file():
         raise CheckpointError(f"{path.parent} has no correction: there is no {CORRECTION_NAME} in it.")
-    if path.stat().st_size > MOST_BYTES:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; such a file has at most {MOST_BYTES}.")
-    text = path.read_bytes()
-    try:
-        data = parse_json(text)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}. The file is damaged.") from None
-    version = data.get("format_version") if isinstance(data, dict) else None
-    if version != 1:
-        raise CheckpointError(f"{path} has format version {version!r}; this stepquant reads version 1.")
-    unknown = sorted(set(data) - set(CorrectionFile.__dataclass_fields__))
-    if unknown:
-        raise CheckpointError(f"{path}, {unknown[0]}: unknown key.")
-    try:
-        return _ADAPTER.validate_json(text, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path}, {where}: {first['msg']}, found {str(first['input'])[:200]!r}.") from None
+    return read_checked(path, _ADAPTER, newest=1)
 
 
-def attached(pipe: Any, folder: Path) -> Any:
-    """A pipeline like `pipe` with the correction of this folder; it refuses other schedules. All else is shared.
+def attached(pipe: Any, folder: Path) -> tuple[Any, CorrectionFile]:
+    """A pipeline like `pipe` with the correction of this folder, and what the folder says of it.
+
+    It refuses other schedules. All but the scheduler is shared.
 
     Raises CheckpointError if the folder's correction is damaged or for another scheduler than the pipeline's.
     """
@@ -160,7 +141,7 @@ def attached(pipe: Any, folder: Path) -> Any:
     scheduler = copy.deepcopy(pipe.scheduler)
     other.scheduler = getattr(scheduler, "uncorrected", scheduler)
     if correction is None:
-        return other
+        return other, said
     path = folder / CORRECTION_NAME
     try:
         schedule = ScheduleFingerprint.from_dict(said.schedule)
@@ -169,7 +150,7 @@ def attached(pipe: Any, folder: Path) -> Any:
     except (SpecError, UnsupportedPipeline) as error:
         raise CheckpointError(f"{path}: {error}") from error
     guard_schedule(other.scheduler, schedule)
-    return other
+    return other, said
 
 
 def _refuse_other_scheduler(path: Path, scheduler: Any, fitted: ScheduleFingerprint) -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -30,6 +30,7 @@ __all__ = [
     "group_layers",
     "manifest_json",
     "needed_version",
+    "read_checked",
     "read_manifest",
     "structure_of",
     "write_manifest",
@@ -42,6 +43,8 @@ MANIFEST_NAME = "stepquant.json"
 
 # Far above any real manifest (a hundred thousand layers), and small enough to be read at once.
 MAX_MANIFEST_BYTES = 64_000_000
+
+T = TypeVar("T")
 
 Library = Literal["diffusers", "transformers", "plain"]
 """Where a class comes from. "plain" is anything else: never imported, the caller passes the object."""
@@ -241,6 +244,17 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a stepquant checkpoint: it has no {MANIFEST_NAME}.")
+    manifest = read_checked(path, _ADAPTER, FORMAT_VERSION)
+    _check_names(path, manifest)
+    _check_version(path, manifest)
+    return manifest
+
+
+def read_checked(path: Path, adapter: TypeAdapter[T], newest: int) -> T:
+    """The value in one of our JSON files, all of it understood. Raises CheckpointError naming the field.
+
+    newest: format versions up to this one are read; the file has its own in `format_version`.
+    """
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise CheckpointError(f"{path} has {path.stat().st_size} bytes; a manifest has at most {MAX_MANIFEST_BYTES}.")
     text = path.read_bytes()
@@ -251,17 +265,15 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}, expected an object.")
     version = data.get("format_version")
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= newest:
         writer = data.get("stepquant", "of unknown version")
         raise CheckpointError(
             f"{path} has format version {version!r}, written by stepquant {writer}; "
-            f"this stepquant reads versions 1 to {FORMAT_VERSION}. Install the version that wrote it."
+            f"this stepquant reads versions 1 to {newest}. Install the version that wrote it."
         )
-    manifest = _validated(path, text)
-    _refuse_unknown_keys(path, data, _ADAPTER.dump_python(manifest, mode="json"))
-    _check_names(path, manifest)
-    _check_version(path, manifest)
-    return manifest
+    value = _validated(path, text, adapter)
+    _refuse_unknown_keys(path, data, adapter.dump_python(value, mode="json"))
+    return value
 
 
 def _check_version(path: Path, manifest: Manifest) -> None:
@@ -274,9 +286,9 @@ def _check_version(path: Path, manifest: Manifest) -> None:
         )
 
 
-def _validated(path: Path, text: bytes) -> Manifest:
+def _validated(path: Path, text: bytes, adapter: TypeAdapter[T]) -> T:
     try:
-        return _ADAPTER.validate_json(text, strict=True)
+        return adapter.validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

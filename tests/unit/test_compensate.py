@@ -241,8 +241,12 @@ def test_nothing_better_is_kept_as_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
     [
         (lambda text: text[:-20], "is not JSON"),
         (lambda text: text.replace('"format_version": 1', '"format_version": 2'), "format version 2"),
-        (lambda text: text.replace('"copy_of"', '"copied"'), "copied: unknown key"),
-        (lambda text: text.replace('"stepquant": "', '"stepquant": 1, "x": "'), "unknown key"),
+        (lambda text: text.replace('"copy_of"', '"copied": 1, "copy_of"'), "copied: unknown key"),
+        (lambda text: text.replace('"copy_of"', '"copied"'), "copy_of: Field required"),
+        (
+            lambda text: text.replace('"stepquant": "', '"stepquant": 1, "x": "'),
+            "stepquant: Input should be a valid string",
+        ),
         (lambda text: text.replace('"gain"', '"gains"'), "declares the tables"),
         (lambda text: text.replace('"timesteps": "', '"timesteps": "0'), "bytes are not those"),
         (lambda text: text.replace('"steps": 4', '"step": 4'), "lacks the keys"),
@@ -417,6 +421,24 @@ def test_the_command_corrects_a_folder_of_others(run: RunCommand, tmp_path: Path
     status, _, err = run("compensate", out, "-o", rounded, *command[4:], "--overwrite")
     assert status == 1, "a correction put beside a model does not make the folder ours"
     assert (rounded / "theirs.bin").exists()
+
+
+def test_a_model_of_the_hub_is_saved_beside_its_correction(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    full = DDIMPipeline(tiny.tiny_unet(), DDIMScheduler(clip_sample=False))
+    rounded = copy.deepcopy(full)
+    for parameter in rounded.unet.parameters():
+        parameter.data = (parameter.data * 8).round() / 8
+    monkeypatch.setattr("stepquant.api._from_hub", {"them/rounded": rounded}.__getitem__)
+    made = compensate("them/rounded", full, steps=STEPS, samples=4, batch=2, estimator="regression")
+    made.save(tmp_path / "out")
+    again = open_model(str(tmp_path / "out"))
+    assert torch.equal(*(sample(pipe, seeds=[1, 2], steps=STEPS) for pipe in (again, made.pipe)))
+    with pytest.raises(CheckpointError, match="exists already"):
+        made.save(tmp_path / "out")
+    made.save(tmp_path / "out", overwrite=True)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(CheckpointError, match="was not made by `compensate`"):
+        made.save(tmp_path / "other", overwrite=True)
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,13 @@ from stepquant import api
 from stepquant.calibrate.stages import LayerRule
 from stepquant.cli.console import Settings, interruptible, progress_for, stdout_console, write_json
 from stepquant.cli.outputs import refuse_existing, settings_path
-from stepquant.cli.work import Sampling, device_named, prepare
+from stepquant.cli.work import Sampling, device_named, fitted_steps, prepare
 from stepquant.config import load_config, resolve
 from stepquant.doctor.advice import plain_rules
 from stepquant.doctor.examination import Diagnosis, examine
 from stepquant.doctor.findings import Finding, Thresholds
 from stepquant.errors import SpecError
 from stepquant.manifest import MANIFEST_NAME, read_manifest
-from stepquant.model.schedule import guarded_by
 from stepquant.run import Run
 
 __all__ = ["DoctorRequest", "doctor", "patched", "settings_of"]
@@ -84,16 +83,13 @@ def _examined(request: DoctorRequest, thresholds: Thresholds, settings: Settings
         steps = steps or (manifest.schedule or {}).get("steps")
     options = {"engine": sampling.engine, "schedule": sampling.schedule}
     pipe, _ = api.open_any(request.source, device=device, **options)
-    fitted = guarded_by(getattr(pipe, "scheduler", None))
-    if steps is None and fitted is not None:  # of a model of others with a correction
-        steps = fitted.steps
     against = None if base in (None, _NO_MODEL) else api.open_model(str(base), device=device)
     with interruptible("Nothing was written; an examination starts from the beginning."):
         return examine(
             pipe,
             against,
             seeds=sampling.seeds,
-            steps=int(steps or DEFAULT_STEPS),
+            steps=int(steps or fitted_steps(pipe) or DEFAULT_STEPS),
             batch_size=sampling.batch_size,
             top=request.top,
             thresholds=thresholds,

@@ -20,7 +20,15 @@ from stepquant.cli.console import (
     write_json,
 )
 from stepquant.cli.outputs import evaluation_path
-from stepquant.cli.work import Sampling, base_model_of, device_named, prepare, refuse_onto_a_model, steps_of
+from stepquant.cli.work import (
+    Sampling,
+    base_model_of,
+    device_named,
+    fitted_steps,
+    prepare,
+    refuse_onto_a_model,
+    steps_of,
+)
 from stepquant.errors import StepquantError
 from stepquant.evaluate.clip import ClipScore
 from stepquant.evaluate.compare import METRICS, NotFiniteImages
@@ -34,7 +42,6 @@ from stepquant.evaluate.source import ImageFolder, PipelineSource, Source, open_
 from stepquant.evaluate.weights import MissingWeights
 from stepquant.inspection import inspect_checkpoint
 from stepquant.manifest import MANIFEST_NAME
-from stepquant.model.schedule import guarded_by
 from stepquant.processes import joined
 from stepquant.run import Run
 
@@ -191,9 +198,8 @@ def _common_steps(sampling: Sampling, sources: Iterable[Source]) -> int | None:
     for source in pipelines:
         if found := _description(source.name):
             return steps_of(found)
-        fitted = guarded_by(getattr(source.pipe, "scheduler", None)) if isinstance(source, PipelineSource) else None
-        if fitted is not None:
-            return fitted.steps
+        if isinstance(source, PipelineSource) and (steps := fitted_steps(source.pipe)):
+            return steps
     return 20
 
 

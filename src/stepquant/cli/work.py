@@ -51,6 +51,7 @@ __all__ = [
     "Sampling",
     "base_model_of",
     "device_named",
+    "fitted_steps",
     "kept_if_worth_it",
     "prepare",
     "quantize",
@@ -359,10 +360,7 @@ def sample(
     pipe, kind = api.open_any(source, device=device_named(sampling.device), **options)
     steps = sampling.steps
     if steps is None:
-        fitted = guarded_by(getattr(pipe, "scheduler", None))  # of a model of others with a correction
-        steps = 20 if fitted is None else fitted.steps
-        if kind == "checkpoint":
-            steps = steps_of(inspect_checkpoint(Path(source)))
+        steps = steps_of(inspect_checkpoint(Path(source))) if kind == "checkpoint" else fitted_steps(pipe) or 20
     with interruptible(f"No images were written to {out}."):
         how: dict[str, Any] = {
             "seeds": sampling.seeds,
@@ -438,6 +436,12 @@ def steps_of(description: Mapping[str, Any]) -> int:
     if steps is None:
         raise CheckpointError("The checkpoint does not say for how many steps it was calibrated: give --steps.")
     return int(steps)
+
+
+def fitted_steps(pipe: Any) -> int | None:
+    """Sampling steps that the correction of a model of others is for; None for a pipeline that takes any number."""
+    fitted = guarded_by(getattr(pipe, "scheduler", None))
+    return None if fitted is None else fitted.steps
 
 
 def _required(out: Path | None) -> Path:
