@@ -39,7 +39,7 @@ from stepquant.calibrate.stages import Record
 from stepquant.calibrate.steps import forked_devices
 from stepquant.calibrate.trajectory import Trajectory, quiet
 from stepquant.calibrate.walked_correction import CorrectProgressively
-from stepquant.checkpoint import load_checkpoint, replacing, save_checkpoint
+from stepquant.checkpoint import load_checkpoint, replacing, save_checkpoint, saved_scheduler
 from stepquant.correction_folder import (
     CORRECTION_NAME,
     TABLES_NAME,
@@ -61,7 +61,15 @@ from stepquant.model.families import (
 )
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.pipeline import arguments_of_batch, check_call, with_labels
-from stepquant.model.schedule import ScheduleFingerprint, config_of, guard_schedule, guarded_by
+from stepquant.model.schedule import (
+    ScheduleFingerprint,
+    chooses_timesteps,
+    config_of,
+    guard_schedule,
+    guarded_by,
+    walk_timesteps,
+)
+from stepquant.model.scheduler_choice import take_scheduler_, use_scheduler_
 from stepquant.model.surgery import check_finite, quantized_layers
 from stepquant.pretrained import attach_
 from stepquant.processes import ALONE, Processes
@@ -78,6 +86,7 @@ __all__ = [
     "estimate",
     "load",
     "open_any",
+    "open_base",
     "open_model",
     "quantize",
     "sample",
@@ -104,18 +113,37 @@ def calibrations_of(pipe: Any) -> tuple[Mapping[str, Any], ...]:
     return found
 
 
-def open_model(model: str, *, device: torch.device | str | None = None) -> Any:
+def open_model(
+    model: str, *, device: torch.device | str | None = None, scheduler: Mapping[str, Any] | str | None = None
+) -> Any:
     """A full-precision diffusers pipeline.
 
     model: a shipped model ("digits-unet", "digits-dit"), a diffusers folder, or a hub id ("owner/name"). A folder that
         `compensate` has written comes with its correction, and samples on no other schedule.
+    scheduler: another one than the model's, "euler" or `{"name": "euler", "use_karras_sigmas": True}`, and without a
+        name other settings of its own (`model.scheduler_choice.use_scheduler_`).
     Raises ModelError if there is none of these, naming the nearest shipped model; CheckpointError for a damaged
-    correction.
+    correction; SpecError for a scheduler that does not fit.
     """
     pipe = _without_correction(model)
     if model not in SHIPPED_MODELS and (Path(model) / CORRECTION_NAME).is_file():
         pipe = with_correction(pipe, Path(model))
+    if scheduler:
+        settings = {"name": scheduler} if isinstance(scheduler, str) else dict(scheduler)
+        use_scheduler_(pipe, settings.pop("name", None), settings)
     return pipe if device is None else pipe.to(device)
+
+
+def open_base(model: str, checkpoint: Path | str, *, device: torch.device | str | None = None) -> Any:
+    """The full-precision model to compare a checkpoint with: `open_model`, with the scheduler of the checkpoint.
+
+    A model whose scheduler is of another kind, or is corrected, keeps it.
+    """
+    pipe = open_model(model, device=device)
+    saved, schedule = saved_scheduler(checkpoint), read_manifest(Path(checkpoint)).schedule
+    if saved is not None:
+        take_scheduler_(pipe, saved, None if schedule is None else ScheduleFingerprint.from_dict(schedule))
+    return pipe
 
 
 def _without_correction(model: str) -> Any:
@@ -541,7 +569,9 @@ def _candidate(candidate: Any, full_precision: nn.Module) -> tuple[Any, Manifest
     pipe, manifest = load_checkpoint(candidate, denoiser=full_precision if plain else None)
     pipe.to(next(full_precision.parameters()).device)
     if manifest.schedule is not None:
-        guard_schedule(pipe.scheduler, ScheduleFingerprint.from_dict(manifest.schedule))
+        calibrated = ScheduleFingerprint.from_dict(manifest.schedule)
+        walk_timesteps(pipe.scheduler, calibrated)
+        guard_schedule(pipe.scheduler, calibrated)
     return pipe, manifest
 
 
@@ -599,7 +629,8 @@ def _scheduler_identity(pipe: Any) -> dict[str, Any]:
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None:
         return {}
-    return {"class": type(scheduler).__name__, **config_of(scheduler)}
+    chosen = chooses_timesteps(scheduler)
+    return {"class": type(scheduler).__name__, **config_of(scheduler)} | ({"set_timesteps": chosen} if chosen else {})
 
 
 def _run_stages(job: Job, recipe: Recipe, work: WorkFolder | None) -> list[dict[str, Any]]:
@@ -663,8 +694,11 @@ def load(
     setattr(pipe, manifest.denoiser.name, placed)
     if placed is not simulated and hasattr(pipe, "save_pretrained"):
         pipe.save_pretrained = functools.partial(_refuse_to_save, manifest.denoiser.name)
-    if schedule == "strict" and manifest.schedule is not None:
-        guard_schedule(pipe.scheduler, ScheduleFingerprint.from_dict(manifest.schedule))
+    if manifest.schedule is not None:
+        calibrated = ScheduleFingerprint.from_dict(manifest.schedule)
+        walk_timesteps(pipe.scheduler, calibrated)
+        if schedule == "strict":
+            guard_schedule(pipe.scheduler, calibrated)
     return pipe
 
 
@@ -695,14 +729,28 @@ def _parts_for(folder: Path, onto: Any) -> dict[str, Any]:
     return {**parts, "scheduler": copy.deepcopy(onto.scheduler)}
 
 
-def open_any(source: str, *, device: torch.device | str | None = None, **options: Any) -> tuple[Any, str]:
-    """A checkpoint (`load` with the options) or a full-precision model; says which: "checkpoint" or "model"."""
+def open_any(
+    source: str,
+    *,
+    device: torch.device | str | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> tuple[Any, str]:
+    """A checkpoint (`load` with the options) or a full-precision model; says which: "checkpoint" or "model".
+
+    scheduler: as for `open_model`. Raises SpecError for one with a checkpoint, which samples with its own.
+    """
     path = Path(source)
     if (path / MANIFEST_NAME).is_file():
+        if scheduler:
+            raise SpecError(
+                f"{source} is a checkpoint, and samples with the scheduler that it was calibrated for: quantize the "
+                "model with the other one."
+            )
         return load(path, device=device, **options), "checkpoint"
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise CheckpointError(f"{source} is neither a checkpoint ({MANIFEST_NAME}) nor a diffusers folder.")
-    return open_model(source, device=device), "model"
+    return open_model(source, device=device, scheduler=scheduler), "model"
 
 
 @torch.no_grad()

@@ -89,6 +89,7 @@ __all__ = [
     "load_checkpoint",
     "replacing",
     "save_checkpoint",
+    "saved_scheduler",
     "skeleton",
 ]
 
@@ -584,6 +585,17 @@ def _rebuilt_pipeline(
         except UnsupportedPipeline as error:
             raise CheckpointError(f"{root}: {error}") from error
     return pipe
+
+
+def saved_scheduler(folder: Path | str) -> Any:
+    """The scheduler of a checkpoint, without its correction and its guard; None if diffusers does not know its class.
+
+    Raises CheckpointError for a damaged folder.
+    """
+    identity = read_manifest(Path(folder)).pipeline.components.get("scheduler")
+    if identity is None or identity.library == "plain":
+        return None
+    return _part(Path(folder), "scheduler", identity, {})
 
 
 def _part(root: Path, name: str, part: ComponentIdentity | None, given: Mapping[str, Any]) -> Any:

@@ -33,6 +33,7 @@ __all__ = [
     "load_config",
     "parse_yaml",
     "resolve",
+    "scheduler_choice",
 ]
 
 COMMAND_LINE = "command line"
@@ -90,6 +91,7 @@ class RunConfig(BaseModel):
 
     model: str | None = None
     denoiser: str | None = None
+    scheduler: Any = None  # checked by `scheduler_choice`
     method: str | None = None
     preset: str | None = None
     weights: int | None = None
@@ -119,6 +121,7 @@ class Resolved:
     budget: the keys of `run.yaml` that have bits allocated, empty if none has.
     arguments: what the pipeline is called with beside seeds and steps.
     denoiser: which one is quantized, of a pipeline that switches between several; None for the only one.
+    scheduler: what the model samples with, as for `api.open_model`; empty for its own.
     """
 
     model: str
@@ -132,12 +135,15 @@ class Resolved:
     keywords: Mapping[str, Any] = field(default_factory=dict)
     budget: Mapping[str, Any] = field(default_factory=dict)
     denoiser: str | None = None
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data in the form of `run.yaml`: resolving it again gives the same recipe."""
         data: dict[str, Any] = {"model": self.model}
         if self.denoiser is not None:
             data["denoiser"] = self.denoiser
+        if self.scheduler:
+            data["scheduler"] = dict(self.scheduler)
         if self.method is None:
             data["recipe"] = self.recipe.to_dict()
         else:
@@ -329,6 +335,7 @@ def resolve(data: Mapping[str, Any], *, source: str = "run.yaml", flags: Mapping
         "device": merged.get("device", "auto"),
         "arguments": merged.get("arguments", {}),
         "denoiser": merged.get("denoiser"),
+        "scheduler": _scheduler(layers),
     }
     budget = _budget(layers)
     if "recipe" in merged:
@@ -343,6 +350,39 @@ def resolve(data: Mapping[str, Any], *, source: str = "run.yaml", flags: Mapping
     if budget:
         recipe, budget = _allocated(recipe, budget, source)
     return Resolved(method=method, preset=preset, recipe=recipe, keywords=keywords, budget=budget, **common)
+
+
+def scheduler_choice(value: Any, where: str) -> dict[str, Any]:
+    """A scheduler's name and settings from `euler`, `euler,use_karras_sigmas=true` or a mapping with or without a name.
+
+    Values are read as YAML. Raises SpecError.
+    """
+    if isinstance(value, str):
+        name, *settings = value.split(",")
+        if "=" in name:
+            name, settings = "", [name, *settings]
+        value = {"name": name.strip()} if name.strip() else {}
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            if not equals or not key.strip() or key.strip() in value:
+                raise SpecError(f"{where}: expected NAME or NAME,KEY=VALUE with each key once, found {setting!r}.")
+            value[key.strip()] = parse_yaml(text, source=f"{where}.{key.strip()}")
+    if not isinstance(value, dict) or not isinstance(value.get("name", ""), str):
+        raise SpecError(
+            f"{where}: expected a name such as euler, or a name and settings such as {{name: euler, "
+            f"use_karras_sigmas: true}}, found {_described(value)}."
+        )
+    return value
+
+
+def _scheduler(layers: Iterable[_Layer]) -> dict[str, Any]:
+    """The last source's. Settings that an earlier one gives without a name, as with --set, go with any name."""
+    found: dict[str, Any] = {}
+    for layer in layers:
+        if layer.given.get("scheduler") is not None:
+            given = scheduler_choice(layer.given["scheduler"], f"{layer.source}: scheduler")
+            found = given if "name" in found and "name" in given else found | given
+    return found
 
 
 def _budget(layers: Iterable[_Layer]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from stepquant._version import __version__
 from stepquant.errors import CheckpointError, SpecError, UnsupportedPipeline
 from stepquant.manifest import read_checked
 from stepquant.model.correction import CORRECTION_FIELDS, OPTIONAL_FIELDS, CorrectedScheduler, StepCorrection
-from stepquant.model.schedule import ScheduleFingerprint, guard_schedule
+from stepquant.model.schedule import ScheduleFingerprint, guard_schedule, walk_timesteps
 from stepquant.storage import checksum, open_tensors, write_tensors
 
 __all__ = [
@@ -149,6 +149,7 @@ def attached(pipe: Any, folder: Path) -> tuple[Any, CorrectionFile]:
         other.scheduler = CorrectedScheduler(other.scheduler, correction)
     except (SpecError, UnsupportedPipeline) as error:
         raise CheckpointError(f"{path}: {error}") from error
+    walk_timesteps(other.scheduler, schedule)
     guard_schedule(other.scheduler, schedule)
     return other, said
 

@@ -68,11 +68,14 @@ class Library:
     def asked(self, name: str) -> list[Mapping[str, Any]]:
         return [arguments for called, arguments in self.calls if called == name]
 
-    def open_model(self, model: str, *, device: Any = None) -> FakePipe:
-        self.calls.append(("open_model", {"model": model}))
+    def open_model(self, model: str, *, device: Any = None, scheduler: Any = None) -> FakePipe:
+        self.calls.append(("open_model", {"model": model, **({"scheduler": scheduler} if scheduler else {})}))
         if model == "digits-unte":
             raise ModelError("There is no model 'digits-unte'. Did you mean 'digits-unet'?")
         return FakePipe()
+
+    def open_base(self, model: str, _checkpoint: Path, *, device: Any = None) -> FakePipe:
+        return self.open_model(model, device=device)
 
     def open_any(self, source: str, **options: Any) -> tuple[FakePipe, str]:
         self.calls.append(("open_any", {"source": source, **options}))
@@ -137,7 +140,7 @@ def describe(folder: Path) -> dict[str, Any]:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     fake = Library()
-    for name in ("open_model", "open_any", "load", "estimate", "quantize", "sample"):
+    for name in ("open_model", "open_base", "open_any", "load", "estimate", "quantize", "sample"):
         monkeypatch.setattr(work.api, name, getattr(fake, name))
     monkeypatch.setattr(evaluate, "compare", fake.compare)
     for module in (work, evaluate, compensate, report):

@@ -29,7 +29,7 @@ from stepquant.calibrate.forms import form_from_dict, scaled_sample
 from stepquant.calibrate.steps import ConditionCall, DenoiserCall, Step, cached_tensors, copy_sharing, run_scheduler
 from stepquant.calibrate.trajectory import Trajectory
 from stepquant.errors import CalibrationError
-from stepquant.model.schedule import ScheduleFingerprint, with_constants
+from stepquant.model.schedule import ScheduleFingerprint, walk_timesteps, with_constants
 
 __all__ = ["Written", "decoded_step", "load_trajectories", "packed", "save_trajectories", "shards", "unpacked"]
 
@@ -279,6 +279,7 @@ def _fresh_scheduler(pipe_scheduler: Any, fingerprint: ScheduleFingerprint, argu
             "pipeline that scheduler, or record again."
         )
     scheduler = type(pipe_scheduler).from_config(with_constants(fingerprint.config))
+    walk_timesteps(scheduler, fingerprint)
     args, kwargs = arguments
     scheduler.set_timesteps(*args, **kwargs)
     return scheduler

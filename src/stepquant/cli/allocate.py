@@ -47,7 +47,7 @@ def allocate(request: QuantizeRequest, settings: Settings, json_target: str | No
     with hold(work) if (work / WORK_MARK).is_file() else nullcontext():
         clear_work(work, resume=request.resume, overwrite=request.overwrite)
     prepare(settings)
-    pipe = api.open_model(resolved.model, device=device_named(resolved.device))
+    pipe = api.open_model(resolved.model, device=device_named(resolved.device), scheduler=resolved.scheduler)
     with (
         hold(work),
         kept_if_worth_it(work),

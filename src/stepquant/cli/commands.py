@@ -69,6 +69,16 @@ Schedule = Annotated[
     ),
 ]
 
+SchedulerName = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler",
+        metavar="NAME",
+        help="Sample the model with another scheduler of diffusers: ddim, euler, dpm++, unipc, ... or its class. "
+        "NAME,KEY=VALUE,... with other settings; KEY=VALUE alone sets those of the model's own.",
+    ),
+]
+
 Denoiser = Annotated[
     str | None,
     typer.Option(
@@ -202,6 +212,7 @@ def quantize(
         Path | None, typer.Option(metavar="FOLDER", help="Write what the stages measure there, for TensorBoard.")
     ] = None,
     denoiser: Denoiser = None,
+    scheduler: SchedulerName = None,
     prompts: Prompts = None,
     argument: Arguments = None,
     json_: Json = None,
@@ -227,6 +238,7 @@ def quantize(
         "max_bytes": max_bytes,
         "max_drift": max_drift,
         "denoiser": denoiser,
+        "scheduler": scheduler,
     }
     given: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
     if argument or prompts:
@@ -288,6 +300,7 @@ def allocate(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an allocation that was interrupted.")] = False,
     denoiser: Denoiser = None,
+    scheduler: SchedulerName = None,
     overwrite: Overwrite = False,
     json_: Json = None,
 ) -> None:
@@ -313,6 +326,7 @@ def allocate(
         "max_bytes": max_bytes,
         "max_drift": max_drift,
         "denoiser": denoiser,
+        "scheduler": scheduler,
     }
     given = {key: value for key, value in flags.items() if value is not None}
     request = work.QuantizeRequest(out, config, tuple(set_ or ()), given, resume=resume, overwrite=overwrite)
@@ -339,6 +353,7 @@ def sample(
     grid: Annotated[bool, typer.Option("--grid", help="Also write all images in one picture, grid.png.")] = False,
     prompts: Prompts = None,
     argument: Arguments = None,
+    scheduler: SchedulerName = None,
     schedule: Schedule = "strict",
     onto: Onto = None,
     overwrite: Overwrite = False,
@@ -350,7 +365,9 @@ def sample(
     from stepquant.cli import work
 
     given = _with_prompts(argument, prompts)
-    sampling = work.Sampling(parse_seeds(seeds), steps, batch_size, given, engine, device, schedule, onto)
+    sampling = work.Sampling(
+        parse_seeds(seeds), steps, batch_size, given, engine, device, schedule, onto, _chosen(scheduler)
+    )
     work.sample(source, out, sampling, _settings(ctx), grid=grid, overwrite=overwrite)
 
 
@@ -404,6 +421,7 @@ def evaluate(
     batch_size: Batch = 16,
     prompts: Prompts = None,
     argument: Arguments = None,
+    scheduler: SchedulerName = None,
     schedule: Schedule = "strict",
     onto: Onto = None,
     allow_calibration_seeds: Annotated[
@@ -424,9 +442,17 @@ def evaluate(
     from stepquant.cli import evaluate as evaluation
     from stepquant.cli import work
 
-    chosen = [] if seeds is None else parse_seeds(seeds)
+    given = _with_prompts(argument, prompts)
     sampling = work.Sampling(
-        chosen, steps, batch_size, _with_prompts(argument, prompts), engine, device, schedule, onto
+        [] if seeds is None else parse_seeds(seeds),
+        steps,
+        batch_size,
+        given,
+        engine,
+        device,
+        schedule,
+        onto,
+        _chosen(scheduler),
     )
     measuring = evaluation.Measuring(
         features,
@@ -714,6 +740,12 @@ def demo(
 def _with_prompts(arguments: list[str] | None, prompts: str | None) -> tuple[str, ...]:
     """--prompts FILE is short for --argument prompt=@FILE."""
     return (*(arguments or ()), *([] if prompts is None else [f"prompt=@{prompts}"]))
+
+
+def _chosen(scheduler: str | None) -> dict[str, Any] | None:
+    from stepquant.config import scheduler_choice
+
+    return None if scheduler is None else scheduler_choice(scheduler, "--scheduler")
 
 
 def _settings(ctx: typer.Context) -> Settings:

@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from stepquant import api
 from stepquant.calibrate.stages import LayerRule
+from stepquant.checkpoint import saved_scheduler
 from stepquant.cli.console import Settings, interruptible, progress_for, stdout_console, write_json
 from stepquant.cli.outputs import refuse_existing, settings_path
 from stepquant.cli.work import Sampling, device_named, fitted_steps, prepare
@@ -23,6 +24,7 @@ from stepquant.doctor.examination import Diagnosis, examine
 from stepquant.doctor.findings import Finding, Thresholds
 from stepquant.errors import SpecError
 from stepquant.manifest import MANIFEST_NAME, read_manifest
+from stepquant.model.scheduler_choice import choice_of
 from stepquant.run import Run
 
 __all__ = ["DoctorRequest", "doctor", "patched", "settings_of"]
@@ -81,9 +83,13 @@ def _examined(request: DoctorRequest, thresholds: Thresholds, settings: Settings
         manifest = read_manifest(Path(request.source))
         base = base or manifest.base_model or None
         steps = steps or (manifest.schedule or {}).get("steps")
-    options = {"engine": sampling.engine, "schedule": sampling.schedule}
+    options: dict[str, Any] = {"engine": sampling.engine, "schedule": sampling.schedule}
     pipe, _ = api.open_any(request.source, device=device, **options)
-    against = None if base in (None, _NO_MODEL) else api.open_model(str(base), device=device)
+    against = None
+    if base not in (None, _NO_MODEL) and request.is_checkpoint:
+        against = api.open_base(str(base), request.source, device=device)
+    elif base not in (None, _NO_MODEL):
+        against = api.open_model(str(base), device=device)
     with interruptible("Nothing was written; an examination starts from the beginning."):
         return examine(
             pipe,
@@ -119,6 +125,7 @@ def settings_of(source: str) -> dict[str, Any]:
     if any(stage.get("stage") in ("Place", "Allocate") for stage in manifest.recipe.get("stages", [])):
         found["recipe"] = dict(manifest.recipe)
     found |= {"steps": (manifest.schedule or {}).get("steps"), "seed": manifest.run.get("seed")}
+    found["scheduler"] = None if (saved := saved_scheduler(folder)) is None else choice_of(saved)
     return {key: value for key, value in found.items() if value is not None}
 
 

@@ -29,7 +29,7 @@ from stepquant.cli.work import (
     refuse_onto_a_model,
     steps_of,
 )
-from stepquant.errors import StepquantError
+from stepquant.errors import SpecError, StepquantError
 from stepquant.evaluate.clip import ClipScore
 from stepquant.evaluate.compare import METRICS, NotFiniteImages
 from stepquant.evaluate.compare import evaluate as compare
@@ -136,18 +136,24 @@ def measure(
     options = {"device": device, "engine": sampling.engine, "schedule": sampling.schedule}
     if sampling.onto is not None:
         refuse_onto_a_model(str(candidate))
-    source = open_source(str(candidate), onto=sampling.onto, **options)
     base = against or base_model_of(Path(candidate), _description(candidate))
-    reference = open_source(base, **options)
+    checkpoints = [name for name in (str(candidate), base) if (Path(name) / MANIFEST_NAME).is_file()]
+    if sampling.scheduler and not any(_is_model(name) for name in (str(candidate), base)):
+        raise SpecError(
+            f"--scheduler is for models, and neither {candidate} nor {base} is one: checkpoints sample with the "
+            "scheduler that they were calibrated for, and images are there already."
+        )
+    options |= {"scheduler": sampling.scheduler}
+    source = open_source(str(candidate), onto=sampling.onto, **options)
+    reference = open_source(base, checkpoint=Path(candidate) if str(candidate) in checkpoints else None, **options)
     seeds = sampling.seeds or source.seeds or reference.seeds or list(_EVALUATED)
     arguments = sampling.pipeline_arguments(len(seeds))
-    # What ran checkpoints; models and folders of images have no engine.
-    checkpoints = [name for name in (candidate, base) if (Path(name) / MANIFEST_NAME).is_file()]
     kind = "images" if isinstance(reference, ImageFolder) else "checkpoint" if base in checkpoints else "model"
     named = {
         "candidate": str(Path(candidate)),
         "against": base,
         "reference_kind": kind,
+        # What ran checkpoints; models and folders of images have no engine.
         "engine": sampling.engine if checkpoints else None,
         "command": settings.command,
         **({} if sampling.onto is None else {"onto": str(sampling.onto)}),
@@ -183,6 +189,12 @@ def measure(
             error.results |= named
             raise
     return results | named
+
+
+def _is_model(source: str) -> bool:
+    """Whether this is neither a checkpoint nor a folder of images."""
+    folder = Path(source)
+    return not folder.is_dir() or ((folder / "model_index.json").is_file() and not (folder / MANIFEST_NAME).is_file())
 
 
 def _description(source: str | Path) -> dict[str, Any]:

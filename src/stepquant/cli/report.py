@@ -102,7 +102,9 @@ def _images_for(
     common: dict[str, Any] = {"seeds": seeds, "batch_size": batch_size, "arguments": arguments, "progress": progress}
     steps = [int(result["steps"]) for result in results]
     notes = _of_images(checkpoints, results, steps)
-    reference = open_source(str(first["against"]), device=device, engine="simulated", schedule="nearest")
+    reference = open_source(
+        str(first["against"]), device=device, checkpoint=checkpoints[0], engine="simulated", schedule="nearest"
+    )
     found: dict[str, Any] = {"seeds": seeds, "candidates": [], "rows": [], "notes": notes}
     with interruptible("The report was not written; evaluations that were finished are kept."):
         walks = None

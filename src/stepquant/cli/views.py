@@ -73,7 +73,7 @@ class Counting(Protocol):
 def plan_of(resolved: Resolved) -> dict[str, Any]:
     """What a run would do, as plain data: settings, stages and, where the model is at hand, layers and cost."""
     data: dict[str, Any] = {"settings": resolved.to_dict(), "stages": resolved.recipe.to_dict()["stages"]}
-    pipe = _local_model(resolved.model)
+    pipe = _local_model(resolved.model, resolved.scheduler)
     if pipe is None:
         return data | {"note": f"{resolved.model} is not on this machine, so layers and cost are not shown."}
     from stepquant.model.families import find_denoiser
@@ -93,13 +93,13 @@ def plan_of(resolved: Resolved) -> dict[str, Any]:
     return data | {"layers": layers}
 
 
-def _local_model(model: str) -> Any:
+def _local_model(model: str, scheduler: Mapping[str, Any]) -> Any:
     """The pipeline if it can be opened without fetching anything, else None."""
     from stepquant import api
 
     if "/" in model and not Path(model).exists():
         return None
-    return api.open_model(model)
+    return api.open_model(model, scheduler=scheduler)
 
 
 def _scheme_bits(scheme: Any) -> dict[str, Any]:
@@ -303,8 +303,8 @@ def show_methods(name: str | None, json_target: str | None) -> None:
     extras = ", ".join(ADD_ONS)
     console.print(f"Can follow any other, as in --method q_diffusion+{next(iter(ADD_ONS))}: {extras}.")
     console.print(
-        "Beta sampling (2024) draws calibration timesteps: --set timesteps=beta with ptq4dm and pqd. As a schedule it "
-        "goes through Python (docs/methods/beta_sampling.md)."
+        "Beta sampling (2024) draws calibration timesteps: --set timesteps=beta with ptq4dm and pqd. As a schedule: "
+        "--scheduler dpm++,timesteps=beta."
     )
 
 

@@ -103,6 +103,7 @@ class Sampling:
 
     steps: None for the checkpoint's own.
     onto: the checkpoint of the pipeline's other denoiser, whose pipeline the sampled checkpoint is loaded onto.
+    scheduler: of models, as for `api.open_model`; None for their own.
     """
 
     seeds: list[int]
@@ -113,6 +114,7 @@ class Sampling:
     device: str = "auto"
     schedule: Literal["strict", "nearest"] = "strict"
     onto: Path | None = None
+    scheduler: Mapping[str, Any] | None = None
 
     def pipeline_arguments(self, count: int | None = None) -> dict[str, Any]:
         """The `--argument KEY=VALUE` of the command line as keyword arguments for `count` images, one for each seed."""
@@ -295,10 +297,10 @@ def _opened(resolved: Resolved, *, offload: bool) -> tuple[Any, Any]:
     """The model where it is calibrated, and with `offload` the device that its blocks come to (`Run.offload`)."""
     device = device_named(resolved.device)
     if not offload:
-        return api.open_model(resolved.model, device=device), None
+        return api.open_model(resolved.model, device=device, scheduler=resolved.scheduler), None
     if device.type == "cpu":
         logger.warning("With --offload on the CPU, blocks are copied within main memory: it takes longer for nothing.")
-    return api.open_model(resolved.model), device
+    return api.open_model(resolved.model, scheduler=resolved.scheduler), device
 
 
 def _conclude(resolved: Resolved, out: Path, figures: Iterable[Mapping[str, Any]]) -> None:
@@ -357,7 +359,8 @@ def sample(
     if sampling.onto is not None:
         refuse_onto_a_model(source)
         options["onto"] = api.load(sampling.onto, **options)
-    pipe, kind = api.open_any(source, device=device_named(sampling.device), **options)
+    device = device_named(sampling.device)
+    pipe, kind = api.open_any(source, device=device, scheduler=sampling.scheduler, **options)
     steps = sampling.steps
     if steps is None:
         steps = steps_of(inspect_checkpoint(Path(source))) if kind == "checkpoint" else fitted_steps(pipe) or 20

@@ -23,7 +23,7 @@ from stepquant.evaluate.features import weights_identity
 from stepquant.evaluate.images import check_png, paths_by_seed, read_png
 from stepquant.manifest import MANIFEST_NAME, read_manifest
 from stepquant.model.correction import correction_of
-from stepquant.model.schedule import ScheduleFingerprint, guarded_by
+from stepquant.model.schedule import ScheduleFingerprint, chooses_timesteps, guarded_by
 
 __all__ = ["ImageFolder", "PipelineSource", "Source", "as_source", "check_same_schedule", "open_source"]
 
@@ -84,7 +84,10 @@ class PipelineSource:
         for _, module in modules:
             digest.update("|".join(type(layer).__qualname__ for layer in module.modules()).encode())
         scheduler = ScheduleFingerprint.of(self.pipe.scheduler, steps=0, guidance="")
-        digest.update(json.dumps([scheduler.scheduler, scheduler.config], sort_keys=True).encode())
+        chosen = chooses_timesteps(self.pipe.scheduler)
+        digest.update(
+            json.dumps([scheduler.scheduler, scheduler.config, *([chosen] if chosen else [])], sort_keys=True).encode()
+        )
         correction = correction_of(self.pipe.scheduler)
         for key, table in sorted({} if correction is None else correction.tables().items()):
             digest.update(key.encode())
@@ -199,12 +202,20 @@ def as_source(thing: Any) -> Source:
 
 
 def open_source(
-    text: str, *, device: torch.device | str | None = None, onto: Path | None = None, **options: Any
+    text: str,
+    *,
+    device: torch.device | str | None = None,
+    onto: Path | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+    checkpoint: Path | None = None,
+    **options: Any,
 ) -> PipelineSource | ImageFolder:
     """A checkpoint of stepquant, a diffusers folder, a folder of images, a shipped model or a hub id.
 
     onto: the checkpoint of the pipeline's other denoiser, for a checkpoint. options: of `api.load`, for a checkpoint;
         the engine is "simulated" unless one is named.
+    scheduler: of a model, another one than its own, as for `api.open_model`. Checkpoints and images have theirs.
+    checkpoint: what a model is to be compared with; without `scheduler` it samples with the checkpoint's.
     Raises EvaluationError for a folder that is none of these, ModelError or CheckpointError for one that is damaged.
     """
     path = Path(text)
@@ -220,7 +231,9 @@ def open_source(
                 f"{MANIFEST_NAME} nor model_index.json nor PNG files."
             )
         return ImageFolder(path)
-    return PipelineSource(api.open_model(text, device=device), text)
+    if checkpoint is not None and not scheduler:
+        return PipelineSource(api.open_base(text, checkpoint, device=device), text)
+    return PipelineSource(api.open_model(text, device=device, scheduler=scheduler), text)
 
 
 def check_same_schedule(candidate: PipelineSource, against: PipelineSource, steps: int) -> None:

@@ -57,8 +57,8 @@ def use_beta_timesteps_(pipe: Any, *, alpha: float = BETA_SHAPE, beta: float = B
     """Make a pipeline sample on `beta_timesteps`, however many steps it is asked for.
 
     Only the pipeline's scheduler instance is changed; copies of it (also unpickled ones) are changed likewise. Calling
-    it again replaces the shapes. The fingerprint of a quantized model records the timesteps. A checkpoint does not
-    carry the change, and its schedule guard refuses other timesteps: call this on the loaded pipeline too.
+    it again replaces the shapes. The fingerprint of a quantized model records the timesteps, and a loaded checkpoint
+    walks them again; for another number of steps with `schedule="nearest"`, call this on the loaded pipeline too.
 
     Raises SpecError for a scheduler whose `set_timesteps` takes no `timesteps`, and for one of flow matching, which
     takes them but shifts its sigmas away from them.

@@ -2,12 +2,15 @@
 
 Per-step state (scales of timestep bins, corrections of steps) is fitted on the timesteps of one schedule. Sampling with
 another number of steps would run without complaint and give quietly worse images; the guard makes that an error.
+Where the timesteps were chosen otherwise than by the scheduler's settings, it is made to walk them.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -16,7 +19,16 @@ from typing import Any, Self
 
 from stepquant.errors import SpecError
 
-__all__ = ["ScheduleFingerprint", "config_of", "guard_schedule", "guarded_by", "same_timestep", "with_constants"]
+__all__ = [
+    "ScheduleFingerprint",
+    "chooses_timesteps",
+    "config_of",
+    "guard_schedule",
+    "guarded_by",
+    "same_timestep",
+    "walk_timesteps",
+    "with_constants",
+]
 
 
 @dataclass(frozen=True)
@@ -134,6 +146,68 @@ def _guarded_set_timesteps(
             'schedule="nearest" to use what was fitted on the nearest timestep.'
         )
     return result
+
+
+def walk_timesteps(scheduler: Any, fingerprint: ScheduleFingerprint) -> None:
+    """Make `set_timesteps` of the fingerprint's number of steps walk the fingerprint's timesteps.
+
+    Only where the scheduler would choose others by itself (those of Beta sampling came from outside) and can be given
+    these. Timesteps that a caller brings, and other numbers of steps, are as before. Only this instance is changed.
+    """
+    current = scheduler.set_timesteps
+    if not {"num_inference_steps", "timesteps"} <= set(inspect.signature(current).parameters):
+        return
+    # Whole numbers, as these schedulers have in their own tables; each once, where a solver steps twice on it.
+    wanted = [int(t) if float(t).is_integer() else t for t in dict.fromkeys(fingerprint.timesteps)]
+    try:
+        if _same(_set(scheduler, num_inference_steps=fingerprint.steps), fingerprint.timesteps):
+            return
+        if not _same(_set(scheduler, timesteps=wanted), fingerprint.timesteps):
+            return
+    except (SpecError, TypeError, ValueError):
+        return  # needs more than a number from its pipeline, or cannot walk them: the guard will speak
+    walk = functools.partial(_walk_timesteps, scheduler, current, fingerprint, wanted)
+    functools.update_wrapper(walk, current)
+    scheduler.set_timesteps = walk
+
+
+def _set(scheduler: Any, **arguments: Any) -> tuple[float, ...]:
+    """The timesteps of a copy."""
+    other = copy.deepcopy(scheduler)
+    other.set_timesteps(**arguments)
+    return _timesteps(other)
+
+
+def _walk_timesteps(
+    scheduler: Any,  # noqa: ARG001 - copies of the partial belong to copies of it
+    original: Callable[..., Any],
+    fingerprint: ScheduleFingerprint,
+    wanted: list[float],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    given = {
+        key: value
+        for key, value in inspect.signature(original).bind(*args, **kwargs).arguments.items()
+        if value is not None
+    }
+    if given.pop("num_inference_steps", None) != fingerprint.steps or set(given) - {"device"}:
+        return original(*args, **kwargs)
+    return original(timesteps=list(wanted), **given)
+
+
+def chooses_timesteps(scheduler: Any) -> list[Any]:
+    """What was put between this scheduler and its timesteps, as JSON values; empty for one that chooses them itself."""
+    found = []
+    current = getattr(scheduler, "set_timesteps", None)
+    while isinstance(current, functools.partial):
+        if current.func is not _guarded_set_timesteps:  # refuses, and changes nothing
+            settings = [
+                entry.timesteps_hash if isinstance(entry, ScheduleFingerprint) else entry for entry in current.args[2:]
+            ]
+            found.append([current.func.__name__, settings])
+        current = current.args[1]
+    return found
 
 
 def _name(scheduler: Any) -> str:
