@@ -107,10 +107,26 @@ _CALIBRATIONS = "stepquant_calibrations"
 def calibrations_of(pipe: Any) -> tuple[Mapping[str, Any], ...]:
     """How a pipeline was calibrated: `recipe` and `run` as in a manifest, for each of its calibrations.
 
-    Empty for a pipeline that stepquant did not make, and for one that was opened by diffusers.
+    Of a checkpoint that diffusers has opened (`from_pretrained`), what its folder says, if that is still there. Empty
+    for a pipeline that stepquant did not make.
     """
     found: tuple[Mapping[str, Any], ...] = getattr(pipe, _CALIBRATIONS, ())
-    return found
+    if found or not isinstance(getattr(pipe, "components", None), Mapping):
+        return found
+    manifests = [
+        read_manifest(folder)
+        for part in pipe.components.values()
+        if isinstance(part, nn.Module) and clock_of(part) is not None
+        for folder in _opened_from(part)
+    ]
+    return tuple({"recipe": manifest.recipe, "run": manifest.run} for manifest in manifests)
+
+
+def _opened_from(denoiser: nn.Module) -> list[Path]:
+    """The checkpoint folder that diffusers remembers for a denoiser: it, or its subfolder, was given to diffusers."""
+    name = getattr(getattr(denoiser, "config", None), "_name_or_path", None)
+    folders = (Path(name), Path(name).parent) if isinstance(name, str | Path) and str(name) else ()
+    return [folder for folder in folders if (folder / MANIFEST_NAME).is_file()][:1]
 
 
 def open_model(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,10 +24,12 @@ from torch import Tensor
 
 import tiny
 import tiny_pipelines
-from stepquant.api import Quantized, load, quantize, sample
+from stepquant.api import Quantized, calibrations_of, load, quantize, sample
 from stepquant.checkpoint import save_checkpoint
 from stepquant.engines.base import pack_
-from stepquant.errors import CheckpointError, SpecError
+from stepquant.errors import CheckpointError, EvaluationError, SpecError
+from stepquant.evaluate.compare import evaluate
+from stepquant.evaluate.seeds import calibrated_on
 from stepquant.methods import METHODS
 from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
 from stepquant.model.surgery import quantized_layers
@@ -97,6 +100,22 @@ def test_denoiser_alone(kind: Any, folder: Path, quantized: Quantized) -> None:
     unet = kind.from_pretrained(str(folder), subfolder="unet")  # AutoModel takes no other type
     assert type(unet) is UNet2DModel
     assert same_tensors(unet, quantized.pipe.unet)
+
+
+def test_what_it_was_calibrated_on_is_known_while_the_folder_is_there(folder: Path, tmp_path: Path) -> None:
+    accelerated()
+    calibrated = calibrated_on(read_calibration := calibrations_of(load(folder))[0])
+    assert calibrated
+    shutil.copytree(folder, tmp_path / "q")
+    pipe = opened(tmp_path / "q")
+    assert calibrations_of(pipe) == (read_calibration,)
+    alone = DDIMPipeline(UNet2DModel.from_pretrained(tmp_path / "q", subfolder="unet"), DDIMScheduler())
+    assert calibrations_of(alone) == (read_calibration,)
+    assert calibrations_of(DDIMPipeline(tiny.tiny_unet(), DDIMScheduler())) == ()
+    with pytest.raises(EvaluationError, match="was calibrated on 1 of these 1 seeds"):
+        evaluate(pipe, DDIMPipeline(tiny.tiny_unet(), DDIMScheduler()), seeds=[min(calibrated)], steps=STEPS)
+    shutil.rmtree(tmp_path / "q")
+    assert calibrations_of(pipe) == ()
 
 
 def test_saving_again(folder: Path, images: Tensor, tmp_path: Path) -> None:

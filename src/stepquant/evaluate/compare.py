@@ -170,7 +170,8 @@ def evaluate(
         of processes.
     remarks: sentences about figures that the caller could not provide for; they go before the notes.
     allow_calibration_seeds: whether seeds may be among those that either side was calibrated on, as far as a pipeline
-        of `quantize`, `compensate` or `load` says it. Images of these look better than others.
+        of `quantize`, `compensate` or `load` says it, or the folder that diffusers has opened one from. Images of these
+        look better than others.
 
     Figures that cannot be measured are left out, and `notes` says why. Raises EvaluationError for two sources that
     cannot be compared (sizes, channels, schedules, seeds) and for images that are not in [0, 1], NotFiniteImages for
