@@ -1,13 +1,13 @@
 """The cross-schedule study: calibrated at 20 steps of DDIM, sampled with other steps and solvers.
 
-    python benchmarks/schedules.py run --work runs/schedules [--bits W4A8] [--images 64] [--methods rtn,...]
+    python benchmarks/schedules.py run --work runs/schedules [--bits W6A6] [--images 64] [--methods "rtn;..."]
     python benchmarks/schedules.py table --work runs/schedules --into docs/results.md
 
-What a method may keep about time: nothing (`rtn`), activation rows per window or group of timesteps (`accuquant rows`,
-`adp_dm`), weights and scales that were fitted along one schedule (`accuquant`), corrections of steps (`rtn+cec`). Each
-is calibrated once and then sampled everywhere with `load(..., schedule="nearest")`, which lets a timestep use what
-belongs to the nearest calibrated one; `(off)` is the same checkpoint without its corrections. Every figure is against
-the full-precision model with the same solver, steps and seeds.
+What a method may keep about time: nothing (`rtn`; `layerwise, one row`), a row of ranges for every step (`layerwise`,
+`combined`), rows of groups of timesteps (`adp_dm`), corrections of steps (`layerwise+cec`). Each is calibrated once and
+then sampled everywhere with `load(..., schedule="nearest")`, which lets a timestep use what belongs to the nearest
+calibrated one; `(off)` is the same checkpoint without its corrections. Every figure is against the full-precision model
+with the same solver, steps and seeds.
 
 Checkpoints and finished lines stay in the work folder, so a killed run goes on where it stopped.
 """
@@ -40,11 +40,12 @@ EVALUATION_SEED = 1000
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
-    "accuquant": ("accuquant", {}),
-    "accuquant rows": ("accuquant", {"rows": "window", "windows": [5, 5, 5, 5]}),
+    "rtn, a row per step": ("rtn", {"rows": "step"}),
+    "layerwise, one row": ("layerwise", {"rows": "shared"}),
+    "layerwise": ("layerwise", {}),
+    "layerwise+cec": ("layerwise+cec", {}),
     "adp_dm": ("adp_dm", {}),
-    "rtn+cec": ("rtn+cec", {}),
-    "accuquant+cec": ("accuquant+cec", {}),
+    "combined": ("combined", {}),
 }
 
 Schedule = tuple[str, int, float]
@@ -75,7 +76,7 @@ def candidates(
     args: argparse.Namespace, name: str
 ) -> Iterator[tuple[str, Callable[[Schedule, list[int]], torch.Tensor]]]:
     """The checkpoint of a method, with its corrections and, if it has any, without."""
-    folder = args.work / name.replace(" ", "-")
+    folder = args.work / f"{args.bits}-{name}".replace(", ", "-").replace(" ", "-")
     if not folder.exists():
         method, options = METHODS[name]
         settings = {"model": args.model, "method": method, "preset": args.preset, "options": options}
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
     weights = weights_identity(find_denoiser(reference)[1])[:12]
     seeds = list(range(EVALUATION_SEED, EVALUATION_SEED + args.images))
     wanted: dict[Schedule, torch.Tensor] = {}
-    for method in args.methods.split(","):
+    for method in args.methods.split(";"):
         for name, images in candidates(args, method):
             for schedule in SCHEDULES:
                 key = [name, *schedule, args.bits, weights, args.images]
@@ -183,9 +184,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     first = commands.add_parser("run")
     first.add_argument("--model", default="digits-unet")
-    first.add_argument("--bits", default="W4A8")
+    first.add_argument("--bits", default="W6A6")
     first.add_argument("--preset", default="quick")
-    first.add_argument("--methods", default=",".join(METHODS))
+    first.add_argument("--methods", default=";".join(METHODS))
     first.add_argument("--images", type=int, default=64)
     first.add_argument("--work", type=Path, default=Path("runs/schedules"))
     second = commands.add_parser("table")
