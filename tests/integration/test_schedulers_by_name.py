@@ -81,6 +81,9 @@ def test_schedulers_of_another_kind_of_model_are_refused_with_those_that_fit() -
     assert (type(pipe.scheduler).__name__, pipe.scheduler.config.shift) == ("FlowMatchHeunDiscreteScheduler", 3.0)
     found = compatible_schedulers(diffusers.DDIMScheduler())
     assert not [name for name in found if name.startswith(("FlowMatch", "EDM", "CogVideoX", "DDIMInverse"))]
+    flows = compatible_schedulers(diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction"))
+    assert "DPMSolverMultistepScheduler" in flows
+    assert "EulerDiscreteScheduler" not in flows  # knows no flows by this name
     pipe.scheduler = diffusers.DDIMScheduler()
     with pytest.raises(SpecError, match=r"Did you mean 'dpm\+\+'"):
         use_scheduler_(pipe, "dpm+")
@@ -104,6 +107,13 @@ def test_pipelines_that_would_not_keep_it_or_have_a_correction_for_theirs_are_re
     pipe, _ = tiny.tiny_pipe()
     with pytest.raises(SpecError, match="DDIMPipeline samples with DDIMScheduler only"):
         use_scheduler_(pipe, "euler")
+    unscaled = diffusers.DDPMPipeline(pipe.unet, diffusers.DDPMScheduler())
+    with pytest.raises(SpecError, match="DDPMPipeline does not scale its samples as EulerDiscreteScheduler needs it"):
+        use_scheduler_(unscaled, "euler")
+    use_scheduler_(unscaled, "dpm++")
+    transformer = tiny_pipelines.FAMILIES["dit"].build()
+    with pytest.raises(SpecError, match="DiTPipeline does not scale its samples"):  # of the noise that it starts from
+        use_scheduler_(transformer, "euler")
     corrected = DenoiserPipeline(tiny.TinyNet(), diffusers.DDIMScheduler(), (2, 4, 4))
     scheduler = CorrectedScheduler(corrected.scheduler, StepCorrection.identity(torch.tensor([500.0, 0.0]), 2))
     corrected.scheduler = scheduler

@@ -7,13 +7,16 @@ own kind back when they are opened.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import diffusers
+import torch
 
 from stepquant.errors import SpecError, nearest
 from stepquant.model.beta_schedule import use_beta_timesteps_
@@ -67,10 +70,15 @@ def compatible_schedulers(scheduler: Any) -> dict[str, type]:
         if kind is not None and (flow or own.__name__ in getattr(kind, "_compatibles", ())):
             found[name] = kind
 
+    flows = getattr(scheduler.config, "prediction_type", None) == "flow_prediction"
+
     def fits(name: str) -> bool:
         # Where a package is missing, diffusers has an object of the same name that says so, and is no scheduler.
+        if not issubclass(found[name], diffusers.SchedulerMixin):
+            return False
         other = next((family for family in _OWN_NOISE if name.startswith(family)), None)
-        return issubclass(found[name], diffusers.SchedulerMixin) and (other is None or own.__name__.startswith(other))
+        takes_flows = "use_flow_sigmas" in inspect.signature(found[name]).parameters
+        return (other is None or own.__name__.startswith(other)) and (takes_flows or not flows)
 
     return {name: found[name] for name in sorted(found) if fits(name)}
 
@@ -84,7 +92,8 @@ def use_scheduler_(pipe: Any, name: str | None = None, settings: Mapping[str, An
         sampling (`model.beta_schedule`).
 
     Raises SpecError for a scheduler that does not fit the model, a setting that the scheduler does not have or does not
-    take, a pipeline that builds itself with another scheduler, and a model whose correction belongs to its scheduler.
+    take, a pipeline that builds itself with another scheduler or does not scale its samples as the scheduler needs it,
+    and a model whose correction belongs to its scheduler.
     """
     current = pipe.scheduler
     if isinstance(current, CorrectedScheduler):
@@ -108,6 +117,7 @@ def use_scheduler_(pipe: Any, name: str | None = None, settings: Mapping[str, An
         given = ", ".join(f"{key}={value!r}" for key, value in settings.items())
         raise SpecError(f"{kind.__name__} does not take {given or 'the settings of the model'}: {error}") from error
     _refuse_another(pipe, chosen)
+    _refuse_unscaled(pipe, chosen)
     pipe.scheduler = chosen
     if timesteps is not None:
         use_beta_timesteps_(pipe)
@@ -175,12 +185,36 @@ def _refuse_another(pipe: Any, chosen: Any) -> None:
     """Refuse what a pipeline would not keep: some classes convert the scheduler that they are built with."""
     if not isinstance(pipe, diffusers.DiffusionPipeline):
         return
-    parts = {**pipe.components, "scheduler": chosen}
+    parts = {**pipe.components, "scheduler": copy.deepcopy(chosen)}
     known = inspect.signature(type(pipe)).parameters
     arguments = {key: value for key, value in pipe.config.items() if key in known and key not in parts}
-    kept = type(pipe)(**parts, **arguments).scheduler
+    with warnings.catch_warnings():  # what it has to say was said when it was opened
+        warnings.simplefilter("ignore")
+        kept = type(pipe)(**parts, **arguments).scheduler
     if type(kept) is not type(chosen):
         raise SpecError(
             f"{type(pipe).__name__} samples with {type(kept).__name__} only: it would not keep a "
             f"{type(chosen).__name__}. Open the model as another pipeline class, such as DDPMPipeline."
+        )
+
+
+def _refuse_unscaled(pipe: Any, chosen: Any) -> None:
+    """Refuse schedulers that want the noise, or what the network sees, scaled, for pipelines that never do it.
+
+    diffusers would sample noise. Whether a pipeline does it is looked up in its source, where there is one.
+    """
+    trial, one = copy.deepcopy(chosen), torch.ones(1, 1, 1, 1)
+    try:
+        trial.set_timesteps(4)
+        scales = {
+            "scale_model_input": not torch.equal(trial.scale_model_input(one, trial.timesteps[0]), one),
+            "init_noise_sigma": abs(float(trial.init_noise_sigma) - 1) > 1e-3,
+        }
+        source = "".join(inspect.getsource(kind) for kind in type(pipe).__mro__ if kind is not object)
+    except Exception:  # needs more than a number from its pipeline, or there is no source: nothing can be said
+        return
+    if any(needed and name not in source for name, needed in scales.items()):
+        raise SpecError(
+            f"{type(pipe).__name__} does not scale its samples as {type(chosen).__name__} needs it, and would sample "
+            "noise. Use ddim, ddpm, dpm++ or unipc, which need no scaling."
         )
