@@ -98,6 +98,8 @@ def test_settings_are_checked() -> None:
         use_scheduler_(pipe, "euler", {"beta_schedule": "round"})
     with pytest.raises(SpecError, match="none named 'gamma', only beta"):
         use_scheduler_(pipe, "euler", {"timesteps": "gamma"})
+    with pytest.raises(SpecError, match="DDIMScheduler takes no custom timesteps"):
+        use_scheduler_(pipe, None, {"timesteps": "beta"})
     assert pipe.scheduler is own  # as it was
     use_scheduler_(pipe, None, {"timestep_spacing": "trailing"})
     assert (type(pipe.scheduler), pipe.scheduler.config.timestep_spacing) == (diffusers.DDIMScheduler, "trailing")

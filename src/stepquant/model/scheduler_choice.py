@@ -70,7 +70,7 @@ def compatible_schedulers(scheduler: Any) -> dict[str, type]:
         if kind is not None and (flow or own.__name__ in getattr(kind, "_compatibles", ())):
             found[name] = kind
 
-    flows = getattr(scheduler.config, "prediction_type", None) == "flow_prediction"
+    flows = getattr(getattr(scheduler, "config", None), "prediction_type", None) == "flow_prediction"
 
     def fits(name: str) -> bool:
         # Where a package is missing, diffusers has an object of the same name that says so, and is no scheduler.
@@ -120,7 +120,11 @@ def use_scheduler_(pipe: Any, name: str | None = None, settings: Mapping[str, An
     _refuse_unscaled(pipe, chosen)
     pipe.scheduler = chosen
     if timesteps is not None:
-        use_beta_timesteps_(pipe)
+        try:
+            use_beta_timesteps_(pipe)
+        except SpecError:
+            pipe.scheduler = current
+            raise
     logger.info("Scheduler: %s%s.", kind.__name__, "" if timesteps is None else ", timesteps of Beta sampling")
 
 
