@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import platform
 from collections.abc import Callable, Iterator
@@ -56,20 +57,23 @@ SCHEDULES: tuple[Schedule, ...] = (
 )
 
 
-def scheduler_of(kind: str, pipe: Any) -> Any:
+def scheduler_of(schedule: Schedule, pipe: Any) -> Any:
     """A scheduler of this kind with the noise schedule of the pipeline's own."""
+    kind, _, eta = schedule
     config = {
         key: pipe.scheduler.config[key] for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
     }
     if kind == "DPM-Solver++":
         return DPMSolverMultistepScheduler(**config, timestep_spacing="trailing", final_sigmas_type="zero")
-    return DDIMScheduler(**config, clip_sample=False, timestep_spacing="trailing")
+    scheduler = DDIMScheduler(**config, clip_sample=False, timestep_spacing="trailing")
+    if eta:  # most pipelines have no argument of this name
+        scheduler.step = functools.partial(scheduler.step, eta=eta)
+    return scheduler
 
 
 def images_of(pipe: Any, schedule: Schedule, seeds: list[int]) -> torch.Tensor:
-    kind, steps, eta = schedule
-    pipe.scheduler = scheduler_of(kind, pipe)
-    return sample(pipe, seeds=seeds, steps=steps, batch_size=32, arguments={"eta": eta} if eta else None)
+    pipe.scheduler = scheduler_of(schedule, pipe)
+    return sample(pipe, seeds=seeds, steps=schedule[1], batch_size=32)
 
 
 def candidates(
@@ -92,9 +96,8 @@ def candidates(
         return
 
     def corrected(schedule: Schedule, seeds: list[int]) -> torch.Tensor:
-        kind, steps, eta = schedule
-        pipe.scheduler = CorrectedScheduler(scheduler_of(kind, pipe), correction)
-        return sample(pipe, seeds=seeds, steps=steps, batch_size=32, arguments={"eta": eta} if eta else None)
+        pipe.scheduler = CorrectedScheduler(scheduler_of(schedule, pipe), correction)
+        return sample(pipe, seeds=seeds, steps=schedule[1], batch_size=32)
 
     yield name, corrected
     yield f"{name} (off)", lambda schedule, seeds: images_of(pipe, schedule, seeds)
