@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,7 +60,7 @@ from stepquant.model.families import (
     several_denoisers,
 )
 from stepquant.model.layer import QuantizedLayer
-from stepquant.model.pipeline import arguments_of_batch, check_call, with_labels
+from stepquant.model.pipeline import arguments_of_batch, check_call, step_arguments, with_labels
 from stepquant.model.schedule import (
     ScheduleFingerprint,
     chooses_timesteps,
@@ -242,6 +242,7 @@ class Quantized:
 
     pipe: like the given pipeline, with the quantized denoiser in simulated arithmetic.
     figures: what each stage measured, in order, with its seconds.
+    arguments: of the pipeline's call, those that change its steps (`model.pipeline.step_arguments`).
     """
 
     pipe: Any
@@ -251,6 +252,7 @@ class Quantized:
     seed: int
     base_model: str
     figures: tuple[dict[str, Any], ...]
+    arguments: Mapping[str, float] = field(default_factory=dict)
 
     def save(self, folder: Path | str, *, overwrite: bool = False) -> None:
         """Write a checkpoint folder. With `overwrite` an existing one is replaced once the new one is complete."""
@@ -263,9 +265,15 @@ class Quantized:
             created=_today(),
             schedule=self.schedule.to_dict(),
             recipe=self.recipe.to_dict(),
-            run={"seed": self.seed, "stages": [_summary(figures) for figures in self.figures]},
+            run=_run_of(self.seed, self.figures, self.arguments),
             overwrite=overwrite,
         )
+
+
+def _run_of(seed: int, figures: Sequence[Mapping[str, Any]], arguments: Mapping[str, float]) -> dict[str, Any]:
+    """How a checkpoint or a correction came about, as manifests have it."""
+    run = {"seed": seed, "stages": [_summary(entry) for entry in figures]}
+    return run | ({"arguments": dict(arguments)} if arguments else {})
 
 
 def _summary(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -343,7 +351,8 @@ def quantize(
         {"stage": type(stage).__name__, **{key: getattr(stage, key, 0) for key in ("samples", "rounds")}}
         for stage in recipe.stages
     ]
-    own = {"recipe": {"stages": stages}, "run": {"seed": run.seed}}
+    called_with = step_arguments(pipe, arguments or {})
+    own = {"recipe": {"stages": stages}, "run": {"seed": run.seed, "arguments": called_with}}
     setattr(quantized, _CALIBRATIONS, (*calibrations_of(pipe), own))
     return Quantized(
         pipe=quantized,
@@ -353,6 +362,7 @@ def quantize(
         seed=run.seed,
         base_model=base_model,
         figures=tuple(figures),
+        arguments=called_with,
     )
 
 
@@ -429,6 +439,7 @@ class Compensated:
     schedule: the one that the correction was fitted on; the pipeline refuses others.
     figures: of the recording and of the fit, with their seconds.
     manifest: of the candidate, if it was a checkpoint. source: the candidate's name, if it was a model of others.
+    arguments: of the pipeline's call, those that change its steps.
     """
 
     pipe: Any
@@ -439,6 +450,7 @@ class Compensated:
     settings: Compensate
     manifest: Manifest | None = None
     source: str | None = None
+    arguments: Mapping[str, float] = field(default_factory=dict)
 
     def save(self, folder: Path | str, *, overwrite: bool = False) -> None:
         """Write the candidate with its correction, and how that was made.
@@ -488,7 +500,7 @@ class Compensated:
     @property
     def _run(self) -> dict[str, Any]:
         """How it was fitted, as in manifests."""
-        return {"compensation": {"seed": self.seed, "stages": [_summary(figures) for figures in self.figures]}}
+        return {"compensation": _run_of(self.seed, self.figures, self.arguments)}
 
     def _save_copy(self, target: Path, source: str, *, overwrite: bool) -> None:
         if target.exists() and not overwrite:
@@ -565,10 +577,11 @@ def compensate(
         result.scheduler = CorrectedScheduler(result.scheduler, job.handed["correction"])
     schedule: ScheduleFingerprint = job.handed["trajectories"][0].fingerprint
     guard_schedule(result.scheduler, schedule)
-    own = {"seed": run.seed, "stages": [_summary(entry) for entry in figures]}
+    called_with = step_arguments(pipe, arguments or {})
+    own = _run_of(run.seed, figures, called_with)
     setattr(result, _CALIBRATIONS, (*calibrations_of(result), {"run": {"compensation": own}}))
     source = str(candidate) if isinstance(candidate, str | Path) and manifest is None else None
-    return Compensated(result, name, schedule, run.seed, tuple(figures), settings, manifest, source)
+    return Compensated(result, name, schedule, run.seed, tuple(figures), settings, manifest, source, called_with)
 
 
 def _candidate(candidate: Any, full_precision: nn.Module) -> tuple[Any, Manifest | None]:
@@ -817,6 +830,7 @@ def sampled(
         raise SpecError(f"Sampling needs at least one seed and a batch size of at least 1, found {len(seeds)} seeds.")
     accepted = inspect.signature(pipe.__call__).parameters
     check_call(pipe, arguments or {}, steps)
+    _refuse_other_steps(pipe, arguments or {})
 
     def images_of(start: int) -> Tensor:
         chunk = seeds[start : start + batch_size]
@@ -840,6 +854,25 @@ def sampled(
         for start, images in zip(starts, processes.in_turn(images_of, starts), strict=True):
             advance(len(seeds[start : start + batch_size]))
             yield images
+
+
+def _refuse_other_steps(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """A correction holds for the guidance and the noise that it was fitted at; its guard sees the timesteps alone."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if correction_of(scheduler) is None or guarded_by(scheduler) is None:
+        return
+    fitted: Mapping[str, Any] = {}  # of checkpoints that do not say it, nothing is known
+    for calibration in calibrations_of(pipe):  # the last one is of the correction
+        own = calibration["run"].get("compensation") or calibration["run"]
+        fitted = own.get("arguments") or {}
+    for name, asked in step_arguments(pipe, arguments).items():
+        known = fitted.get(name)
+        if isinstance(known, int | float) and not math.isclose(known, asked):
+            raise SpecError(
+                f"The correction was fitted with {name}={known:g}, and the pipeline is called with "
+                f"{name}={asked:g}. Sample as it was fitted, fit it anew, or load the checkpoint with "
+                'schedule="nearest" to use it all the same.'
+            )
 
 
 def _pictures(pipe: Any, output: Any) -> np.ndarray[Any, Any]:

@@ -120,6 +120,32 @@ def test_saved_and_loaded_it_makes_the_same_images_and_refuses_other_steps(
     assert (tmp_path / "q" / name).read_bytes() == (tmp_path / "r" / name).read_bytes()
 
 
+def test_another_eta_than_that_of_the_fit_is_refused(quantized: Quantized, folder: Path, tmp_path: Path) -> None:
+    noisy = {"eta": 1.0}
+    how: dict[str, Any] = {"seeds": [1], "steps": STEPS}
+    quantized.save(tmp_path / "q")
+    for pipe in (quantized.pipe, opened(tmp_path / "q")):
+        sample(pipe, **how)
+        with pytest.raises(SpecError, match=r"was fitted with eta=0, and the pipeline is called with eta=1"):
+            sample(pipe, **how, arguments=noisy)
+    sample(opened(tmp_path / "q", schedule="nearest"), **how, arguments=noisy)
+    sample(opened(folder), **how, arguments=noisy)  # no correction: nothing is fitted at an eta
+
+    made = compensate(folder, pipe_of(), samples=4, steps=STEPS, estimator="bias", arguments=noisy)
+    made.save(tmp_path / "corrected")
+    made.save_correction(tmp_path / "correction")
+    for pipe in (made.pipe, opened(tmp_path / "corrected"), with_correction(opened(folder), tmp_path / "correction")):
+        sample(pipe, **how, arguments=noisy)
+        with pytest.raises(SpecError, match=r"was fitted with eta=1, and the pipeline is called with eta=0"):
+            sample(pipe, **how)
+
+    manifest = tmp_path / "q" / "stepquant.json"  # one of before, which does not say it
+    values = json.loads(manifest.read_text())
+    assert values["run"].pop("arguments") == {"eta": 0.0}
+    manifest.write_text(json.dumps(values))
+    sample(opened(tmp_path / "q"), **how, arguments=noisy)
+
+
 def test_a_table_of_another_name_is_damage(quantized: Quantized, tmp_path: Path) -> None:
     quantized.save(tmp_path / "q")
     path = tmp_path / "q" / "stepquant.json"

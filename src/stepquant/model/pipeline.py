@@ -27,6 +27,7 @@ __all__ = [
     "PipelineOutput",
     "arguments_of_batch",
     "check_call",
+    "step_arguments",
     "with_labels",
 ]
 
@@ -36,6 +37,22 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 SCHEDULE_ARGUMENTS = ("timesteps", "sigmas")
 """Arguments of pipelines that have one entry for each step: with as many steps as images they must not be cut."""
+
+
+STEP_ARGUMENTS = ("guidance_scale", "true_cfg_scale", "guidance_rescale", "eta")
+"""Arguments of pipelines that change what a step makes of the network's output."""
+
+
+def step_arguments(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, float]:
+    """The `STEP_ARGUMENTS` that a call with these arguments has, defaults included, as far as they are numbers.
+
+    Pipelines take an `eta` for schedulers that have no use for it: it counts with those that have.
+    """
+    accepted = inspect.signature(pipe.__call__).parameters
+    found = {name: arguments.get(name, accepted[name].default) for name in STEP_ARGUMENTS if name in accepted}
+    if "eta" in found and "eta" not in inspect.signature(pipe.scheduler.step).parameters:
+        del found["eta"]
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
 def check_call(pipe: Any, arguments: Mapping[str, Any], steps: int) -> None:
