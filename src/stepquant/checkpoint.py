@@ -592,10 +592,12 @@ def saved_scheduler(folder: Path | str) -> Any:
 
     Raises CheckpointError for a damaged folder.
     """
-    identity = read_manifest(Path(folder)).pipeline.components.get("scheduler")
+    root = Path(folder)
+    check_folder(root)
+    identity = read_manifest(root).pipeline.components.get("scheduler")
     if identity is None or identity.library == "plain":
         return None
-    return _part(Path(folder), "scheduler", identity, {})
+    return _part(root, "scheduler", identity, {})
 
 
 def _part(root: Path, name: str, part: ComponentIdentity | None, given: Mapping[str, Any]) -> Any:
