@@ -1,7 +1,7 @@
 """The cross-schedule study: calibrated at 20 steps of DDIM, sampled with other steps and solvers.
 
-    python benchmarks/schedules.py run --work runs/schedules [--bits W6A6] [--images 64] [--methods "rtn;..."]
-    python benchmarks/schedules.py table --work runs/schedules --into docs/results.md
+    python benchmarks/schedules.py run [--work runs/schedules] [--bits W6A6] [--images 64] [--methods "rtn;..."]
+    python benchmarks/schedules.py table --into docs/results.md
 
 What a method may keep about time: nothing (`rtn`; `layerwise, one row`), a row of ranges for every step (`layerwise`,
 `combined`), rows of groups of timesteps (`adp_dm`), corrections of steps (`layerwise+cec`). Each is calibrated once and
@@ -9,7 +9,8 @@ then sampled everywhere with `load(..., schedule="nearest")`, which lets a times
 calibrated one; `(off)` is the same checkpoint without its corrections. Every figure is against the full-precision model
 with the same solver, steps and seeds.
 
-Checkpoints and finished lines stay in the work folder, so a killed run goes on where it stopped.
+Lines are kept in `benchmarks/schedules.jsonl`, part of the repository, and checkpoints in the work folder: a killed run
+goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -106,7 +107,6 @@ def candidates(
 def run(args: argparse.Namespace) -> None:
     tune_allocator()
     args.work.mkdir(parents=True, exist_ok=True)
-    path = args.work / "schedules.jsonl"
     reference, features = open_model(args.model), DigitFeatures()
     weights = weights_identity(find_denoiser(reference)[1])[:12]
     seeds = list(range(EVALUATION_SEED, EVALUATION_SEED + args.images))
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
         for name, images in candidates(args, method):
             for schedule in SCHEDULES:
                 key = [name, *schedule, args.bits, weights, args.images]
-                if any(row["key"] == key for row in rows_of(path)):
+                if any(row["key"] == key for row in rows_of(args.json)):
                     continue
                 if schedule not in wanted:
                     wanted[schedule] = images_of(reference, schedule, seeds)
@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> None:
                         statistics_of(features, found), statistics_of(features, wanted[schedule])
                     ),
                 }
-                with path.open("a") as file:
+                with args.json.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(name, schedule, round(row["psnr"], 2), round(row["frechet_to_fp"], 1), flush=True)
 
@@ -156,7 +156,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def table(args: argparse.Namespace) -> None:
     """PSNR and Fréchet distance, methods by schedules, as Markdown between the markers of a page."""
-    rows = rows_of(args.work / "schedules.jsonl")
+    rows = rows_of(args.json)
     rows = [row for row in rows if all(row[name] == rows[-1][name] for name in ("weights", "bits", "n", "preset"))]
     by_place = {(row["name"], tuple(row["schedule"])): row for row in rows}
     titles = [f"{kind} {steps}" + (f", eta {eta:g}" if eta else "") for kind, steps, eta in SCHEDULES]
@@ -193,8 +193,9 @@ def main() -> None:
     first.add_argument("--images", type=int, default=64)
     first.add_argument("--work", type=Path, default=Path("runs/schedules"))
     second = commands.add_parser("table")
-    second.add_argument("--work", type=Path, default=Path("runs/schedules"))
     second.add_argument("--into", type=Path, default=Path("docs/results.md"))
+    for command in (first, second):
+        command.add_argument("--json", type=Path, default=Path(__file__).with_name("schedules.jsonl"))
     args = parser.parse_args()
     run(args) if args.command == "run" else table(args)
 

@@ -50,5 +50,12 @@ def test_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert page.read_text() == (ROOT / "docs" / "performance.md").read_text()
 
 
+def test_schedules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedules = benchmark("schedules", monkeypatch)
+    page = Path(shutil.copy(ROOT / "docs" / "results.md", tmp_path))
+    schedules.table(argparse.Namespace(json=BENCHMARKS / "schedules.jsonl", into=page))
+    assert page.read_text() == (ROOT / "docs" / "results.md").read_text()
+
+
 def of_repository(page: Path, docs: Path) -> str:
     return (ROOT / "docs" / page.relative_to(docs)).read_text()
