@@ -1,9 +1,9 @@
 """Equal average bits, chosen in different ways: the final drift on seeds that no calibration has seen.
 
-    python benchmarks/bits.py run --json runs/bits.jsonl [--model faces64] [--bits 4 3] [--methods rtn accuquant]
+    python benchmarks/bits.py run [--model faces64] [--bits 4 3] [--methods rtn accuquant]
     python benchmarks/bits.py run --activations 4 --free weights activations --bits 4 --json runs/bits-time.jsonl
     python benchmarks/bits.py run --quick --json runs/bits-quick.jsonl
-    python benchmarks/bits.py table --json runs/bits.jsonl
+    python benchmarks/bits.py table --into docs/bits.md
 
 Variants, all with the average bits of `uniform`, first and last layer at 8 bits as there:
 
@@ -31,6 +31,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -250,13 +251,23 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Mean and half range over calibration seeds, as Markdown."""
-    rows = rows_of(args.json)
+    """Mean and half range over calibration seeds, as Markdown; with `--into` between the markers of that page."""
+    lines = list(lines_of(rows_of(args.json)))
+    if args.into is None:
+        print("\n".join(lines))
+        return
+    begin, end = "<!-- table -->", "<!-- /table -->"
+    head, rest = args.into.read_text().split(begin)
+    args.into.write_text(head + begin + "\n" + "\n".join(lines) + "\n" + end + rest.split(end)[1])
+
+
+def lines_of(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The rows that agree with the last in their settings."""
     last = rows[-1]
     same = ("model", "weights", "n", "steps", "samples", "sensitivity", "free")
     rows = [row for row in rows if all(row[name] == last[name] for name in same)]
-    print("| bits | method | variant | bits of weights | of activations | seeds | final drift | predicted |")
-    print("|---|---|---|---|---|---|---|---|")
+    yield "| bits | method | variant | bits of weights | of activations | seeds | final drift | predicted |"
+    yield "|---|---|---|---|---|---|---|---|"
     for bits, method in dict.fromkeys((row["bits"], row["method"]) for row in rows):
         for variant in VARIANTS:
             group = [row for row in rows if (row["bits"], row["method"], row["variant"]) == (bits, method, variant)]
@@ -265,11 +276,12 @@ def table(args: argparse.Namespace) -> None:
             average = statistics.mean(row["average_bits"] for row in group)
             foretold = [row["predicted_drift"] for row in group if row["predicted_drift"] is not None]
             activations = [row["average_activation_bits"] for row in group]
-            told = "" if None in activations else f"{statistics.mean(activations):.3f}"
+            told = "" if None in activations or min(activations) >= 16 else f"{statistics.mean(activations):.3f}"
             cells = [f"{average:.3f}", told, str(len(group)), spread([row["drift_final"] for row in group])]
-            print(f"| {bits} | {method} | {variant} | {' | '.join(cells)} | {spread(foretold) if foretold else ''} |")
-    print(
-        f"\n{last['model']} (weights {last['weights']}), {last['steps']} steps, n = {last['n']} images of seeds "
+            yield f"| {bits} | {method} | {variant} | {' | '.join(cells)} | {spread(foretold) if foretold else ''} |"
+    yield ""
+    yield (
+        f"{last['model']} (weights {last['weights']}), {last['steps']} steps, n = {last['n']} images of seeds "
         f"{last['evaluation_seeds'][0]}-{last['evaluation_seeds'][1]}, {last['samples']} calibration images, "
         f"{last['sensitivity'][0]} of them with {last['sensitivity'][1]} vectors each for sensitivities, "
         f"{last['machine']}, torch {last['torch']}, {last['date']}."
@@ -308,9 +320,10 @@ def main() -> None:
     first.add_argument("--steps", type=int, help="sampling steps")
     first.add_argument("--threads", type=int, default=1)
     first.add_argument("--quick", action="store_true")
-    first.add_argument("--json", type=Path, default=Path("runs/bits.jsonl"))
+    first.add_argument("--json", type=Path, default=Path(__file__).with_name("bits.jsonl"))
     second = commands.add_parser("table")
-    second.add_argument("--json", type=Path, default=Path("runs/bits.jsonl"))
+    second.add_argument("--json", type=Path, default=Path(__file__).with_name("bits.jsonl"))
+    second.add_argument("--into", type=Path, help="page to put the table into")
     args = parser.parse_args()
     if args.command == "run" and args.quick:
         vars(args).update(QUICK)

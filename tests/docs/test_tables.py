@@ -57,5 +57,12 @@ def test_schedules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert page.read_text() == (ROOT / "docs" / "results.md").read_text()
 
 
+def test_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bits = benchmark("bits", monkeypatch)
+    page = Path(shutil.copy(ROOT / "docs" / "bits.md", tmp_path))
+    bits.table(argparse.Namespace(json=BENCHMARKS / "bits.jsonl", into=page))
+    assert page.read_text() == (ROOT / "docs" / "bits.md").read_text()
+
+
 def of_repository(page: Path, docs: Path) -> str:
     return (ROOT / "docs" / page.relative_to(docs)).read_text()
