@@ -215,6 +215,9 @@ def test_quantize_sample_and_evaluate_with_another_scheduler(model: str, cli: Cl
 
 
 def test_models_are_sampled_and_compared_with_another_scheduler(model: str, cli: Cli, tmp_path: Path) -> None:
+    status, error = cli("evaluate", "digits-unte", "--scheduler", "euler")
+    assert status == 1
+    assert "Did you mean 'digits-unet'" in error
     common = ("--seeds", "1-2", "--steps", 4, "-q")
     assert cli("sample", model, "-o", tmp_path / "own", *common)[0] == 0
     assert cli("sample", model, "-o", tmp_path / "euler", "--scheduler", "euler", *common)[0] == 0

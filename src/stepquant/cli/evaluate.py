@@ -133,9 +133,11 @@ def measure(
     measuring = measuring or Measuring()
     prepare(settings)
     device = device_named(sampling.device)
-    options = {"device": device, "engine": sampling.engine, "schedule": sampling.schedule}
+    options: dict[str, Any] = {"device": device, "engine": sampling.engine, "schedule": sampling.schedule}
+    options["scheduler"] = sampling.scheduler
     if sampling.onto is not None:
         refuse_onto_a_model(str(candidate))
+    source = open_source(str(candidate), onto=sampling.onto, **options)
     base = against or base_model_of(Path(candidate), _description(candidate))
     checkpoints = [name for name in (str(candidate), base) if (Path(name) / MANIFEST_NAME).is_file()]
     if sampling.scheduler and not any(_is_model(name) for name in (str(candidate), base)):
@@ -143,8 +145,6 @@ def measure(
             f"--scheduler is for models, and neither {candidate} nor {base} is one: checkpoints sample with the "
             "scheduler that they were calibrated for, and images are there already."
         )
-    options |= {"scheduler": sampling.scheduler}
-    source = open_source(str(candidate), onto=sampling.onto, **options)
     reference = open_source(base, checkpoint=Path(candidate) if str(candidate) in checkpoints else None, **options)
     seeds = sampling.seeds or source.seeds or reference.seeds or list(_EVALUATED)
     arguments = sampling.pipeline_arguments(len(seeds))
