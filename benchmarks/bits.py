@@ -1,7 +1,7 @@
 """Equal average bits, chosen in different ways: the final drift on seeds that no calibration has seen.
 
     python benchmarks/bits.py run [--model faces64] [--bits 4 3] [--methods rtn accuquant]
-    python benchmarks/bits.py run --activations 4 --free weights activations --bits 4 --json runs/bits-time.jsonl
+    python benchmarks/bits.py run --activations 4 --free weights activations --bits 4 --json benchmarks/bits-time.jsonl
     python benchmarks/bits.py run --quick --json runs/bits-quick.jsonl
     python benchmarks/bits.py table --into docs/bits.md
 
@@ -256,7 +256,7 @@ def table(args: argparse.Namespace) -> None:
     if args.into is None:
         print("\n".join(lines))
         return
-    begin, end = "<!-- table -->", "<!-- /table -->"
+    begin, end = f"<!-- {args.marker} -->", f"<!-- /{args.marker} -->"
     head, rest = args.into.read_text().split(begin)
     args.into.write_text(head + begin + "\n" + "\n".join(lines) + "\n" + end + rest.split(end)[1])
 
@@ -324,6 +324,7 @@ def main() -> None:
     second = commands.add_parser("table")
     second.add_argument("--json", type=Path, default=Path(__file__).with_name("bits.jsonl"))
     second.add_argument("--into", type=Path, help="page to put the table into")
+    second.add_argument("--marker", default="table", help="name of the place on that page")
     args = parser.parse_args()
     if args.command == "run" and args.quick:
         vars(args).update(QUICK)

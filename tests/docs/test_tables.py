@@ -60,7 +60,8 @@ def test_schedules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bits = benchmark("bits", monkeypatch)
     page = Path(shutil.copy(ROOT / "docs" / "bits.md", tmp_path))
-    bits.table(argparse.Namespace(json=BENCHMARKS / "bits.jsonl", into=page))
+    bits.table(argparse.Namespace(json=BENCHMARKS / "bits.jsonl", into=page, marker="table"))
+    bits.table(argparse.Namespace(json=BENCHMARKS / "bits-time.jsonl", into=page, marker="table time"))
     assert page.read_text() == (ROOT / "docs" / "bits.md").read_text()
 
 
