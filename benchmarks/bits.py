@@ -256,9 +256,9 @@ def table(args: argparse.Namespace) -> None:
     if args.into is None:
         print("\n".join(lines))
         return
-    begin, end = f"<!-- {args.marker} -->", f"<!-- /{args.marker} -->"
-    head, rest = args.into.read_text().split(begin)
-    args.into.write_text(head + begin + "\n" + "\n".join(lines) + "\n" + end + rest.split(end)[1])
+    from results import put
+
+    put(args.into, "\n".join(lines), f"<!-- {args.marker} -->", f"<!-- /{args.marker} -->")
 
 
 def lines_of(rows: list[dict[str, Any]]) -> Iterator[str]:

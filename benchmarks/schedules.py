@@ -176,10 +176,9 @@ def table(args: argparse.Namespace) -> None:
             + " | ".join("" if row is None else f"{row['psnr']:.2f} / {row['frechet_to_fp']:.0f}" for row in cells)
             + " |"
         )
-    page = args.into.read_text()
-    begin, end = "<!-- schedules -->", "<!-- /schedules -->"
-    head, rest = page.split(begin)
-    args.into.write_text(head + begin + "\n" + "\n".join(lines) + "\n" + end + rest.split(end)[1])
+    from results import put
+
+    put(args.into, "\n".join(lines), "<!-- schedules -->", "<!-- /schedules -->")
 
 
 def main() -> None:

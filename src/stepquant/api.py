@@ -150,13 +150,16 @@ def open_model(
     return pipe if device is None else pipe.to(device)
 
 
-def open_base(model: str, checkpoint: Path | str, *, device: torch.device | str | None = None) -> Any:
-    """The full-precision model to compare a checkpoint with: `open_model`, with the scheduler of the checkpoint.
+def open_base(model: str, candidate: Path | str, *, device: torch.device | str | None = None) -> Any:
+    """The full-precision model to compare a candidate with: `open_model`, with the candidate's scheduler if that is a
+    checkpoint.
 
     A model whose scheduler is of another kind, or is corrected, keeps it.
     """
     pipe = open_model(model, device=device)
-    saved, schedule = saved_scheduler(checkpoint), read_manifest(Path(checkpoint)).schedule
+    if not (Path(candidate) / MANIFEST_NAME).is_file():
+        return pipe
+    saved, schedule = saved_scheduler(candidate), read_manifest(Path(candidate)).schedule
     if saved is not None:
         take_scheduler_(pipe, saved, None if schedule is None else ScheduleFingerprint.from_dict(schedule))
     return pipe

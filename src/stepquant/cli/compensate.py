@@ -86,13 +86,9 @@ def compensate(
     prepare(settings)
     device = device_named(request.device)
     with interruptible(f"Nothing was written; {request.candidate} is as it was."):
-        if (Path(request.candidate) / MANIFEST_NAME).is_file():
-            against = api.open_base(base, request.candidate, device=device)
-        else:
-            against = api.open_model(base, device=device)
         made = api.compensate(
             request.candidate,
-            against,
+            api.open_base(base, request.candidate, device=device),
             steps=steps,
             samples=request.samples,
             batch=request.batch_size,

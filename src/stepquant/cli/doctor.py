@@ -85,11 +85,7 @@ def _examined(request: DoctorRequest, thresholds: Thresholds, settings: Settings
         steps = steps or (manifest.schedule or {}).get("steps")
     options: dict[str, Any] = {"engine": sampling.engine, "schedule": sampling.schedule}
     pipe, _ = api.open_any(request.source, device=device, **options)
-    against = None
-    if base not in (None, _NO_MODEL) and request.is_checkpoint:
-        against = api.open_base(str(base), request.source, device=device)
-    elif base not in (None, _NO_MODEL):
-        against = api.open_model(str(base), device=device)
+    against = None if base in (None, _NO_MODEL) else api.open_base(str(base), request.source, device=device)
     with interruptible("Nothing was written; an examination starts from the beginning."):
         return examine(
             pipe,

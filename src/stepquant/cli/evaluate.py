@@ -145,7 +145,7 @@ def measure(
             f"--scheduler is for models, and neither {candidate} nor {base} is one: checkpoints sample with the "
             "scheduler that they were calibrated for, and images are there already."
         )
-    reference = open_source(base, checkpoint=Path(candidate) if str(candidate) in checkpoints else None, **options)
+    reference = open_source(base, candidate=candidate, **options)
     seeds = sampling.seeds or source.seeds or reference.seeds or list(_EVALUATED)
     arguments = sampling.pipeline_arguments(len(seeds))
     kind = "images" if isinstance(reference, ImageFolder) else "checkpoint" if base in checkpoints else "model"

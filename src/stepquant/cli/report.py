@@ -103,7 +103,7 @@ def _images_for(
     steps = [int(result["steps"]) for result in results]
     notes = _of_images(checkpoints, results, steps)
     reference = open_source(
-        str(first["against"]), device=device, checkpoint=checkpoints[0], engine="simulated", schedule="nearest"
+        str(first["against"]), device=device, candidate=checkpoints[0], engine="simulated", schedule="nearest"
     )
     found: dict[str, Any] = {"seeds": seeds, "candidates": [], "rows": [], "notes": notes}
     with interruptible("The report was not written; evaluations that were finished are kept."):

@@ -207,7 +207,7 @@ def open_source(
     device: torch.device | str | None = None,
     onto: Path | None = None,
     scheduler: Mapping[str, Any] | None = None,
-    checkpoint: Path | None = None,
+    candidate: Path | str | None = None,
     **options: Any,
 ) -> PipelineSource | ImageFolder:
     """A checkpoint of stepquant, a diffusers folder, a folder of images, a shipped model or a hub id.
@@ -215,7 +215,7 @@ def open_source(
     onto: the checkpoint of the pipeline's other denoiser, for a checkpoint. options: of `api.load`, for a checkpoint;
         the engine is "simulated" unless one is named.
     scheduler: of a model, another one than its own, as for `api.open_model`. Checkpoints and images have theirs.
-    checkpoint: what a model is to be compared with; without `scheduler` it samples with the checkpoint's.
+    candidate: what a model is to be compared with; without `scheduler` it samples with that of a checkpoint.
     Raises EvaluationError for a folder that is none of these, ModelError or CheckpointError for one that is damaged.
     """
     path = Path(text)
@@ -231,8 +231,8 @@ def open_source(
                 f"{MANIFEST_NAME} nor model_index.json nor PNG files."
             )
         return ImageFolder(path)
-    if checkpoint is not None and not scheduler:
-        return PipelineSource(api.open_base(text, checkpoint, device=device), text)
+    if candidate is not None and not scheduler:
+        return PipelineSource(api.open_base(text, candidate, device=device), text)
     return PipelineSource(api.open_model(text, device=device, scheduler=scheduler), text)
 
 

@@ -215,7 +215,8 @@ def _refuse_unscaled(pipe: Any, chosen: Any) -> None:
             "init_noise_sigma": abs(float(trial.init_noise_sigma) - 1) > 1e-3,
         }
         source = "".join(inspect.getsource(kind) for kind in type(pipe).__mro__ if kind is not object)
-    except Exception:  # needs more than a number from its pipeline, or there is no source: nothing can be said
+    except (AttributeError, OSError, TypeError, ValueError):
+        # The scheduler needs more than a number from its pipeline, or there is no source: nothing can be said.
         return
     if any(needed and name not in source for name, needed in scales.items()):
         raise SpecError(
