@@ -201,6 +201,7 @@ def test_quantize_sample_and_evaluate_with_another_scheduler(model: str, cli: Cl
     again = resolve({"model": model, "scheduler": {"name": "dpm++", **chosen}}).scheduler
     rebuilt = stepquant.open_model(model, scheduler=again).scheduler
     assert config_of(rebuilt) == config_of(stepquant.load(out).scheduler)
+    assert timesteps_of(rebuilt, 4) == kept["timesteps"]
 
     for words, message in [
         (("sample", out, "-o", tmp_path / "images", "--scheduler", "euler"), "is a checkpoint, and samples with the"),

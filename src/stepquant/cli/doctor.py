@@ -24,6 +24,7 @@ from stepquant.doctor.examination import Diagnosis, examine
 from stepquant.doctor.findings import Finding, Thresholds
 from stepquant.errors import SpecError
 from stepquant.manifest import MANIFEST_NAME, read_manifest
+from stepquant.model.schedule import ScheduleFingerprint
 from stepquant.model.scheduler_choice import choice_of
 from stepquant.run import Run
 
@@ -121,7 +122,9 @@ def settings_of(source: str) -> dict[str, Any]:
     if any(stage.get("stage") in ("Place", "Allocate") for stage in manifest.recipe.get("stages", [])):
         found["recipe"] = dict(manifest.recipe)
     found |= {"steps": (manifest.schedule or {}).get("steps"), "seed": manifest.run.get("seed")}
-    found["scheduler"] = None if (saved := saved_scheduler(folder)) is None else choice_of(saved)
+    if (saved := saved_scheduler(folder)) is not None:
+        fingerprint = None if manifest.schedule is None else ScheduleFingerprint.from_dict(manifest.schedule)
+        found["scheduler"] = choice_of(saved, fingerprint)
     return {key: value for key, value in found.items() if value is not None}
 
 

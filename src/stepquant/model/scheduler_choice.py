@@ -19,9 +19,15 @@ import diffusers
 import torch
 
 from stepquant.errors import SpecError, nearest
-from stepquant.model.beta_schedule import use_beta_timesteps_
+from stepquant.model.beta_schedule import beta_timesteps, use_beta_timesteps_
 from stepquant.model.correction import CorrectedScheduler
-from stepquant.model.schedule import ScheduleFingerprint, config_of, walk_timesteps, with_constants
+from stepquant.model.schedule import (
+    ScheduleFingerprint,
+    chooses_timesteps,
+    config_of,
+    walk_timesteps,
+    with_constants,
+)
 
 __all__ = ["choice_of", "compatible_schedulers", "take_scheduler_", "use_scheduler_"]
 
@@ -128,11 +134,20 @@ def use_scheduler_(pipe: Any, name: str | None = None, settings: Mapping[str, An
     logger.info("Scheduler: %s%s.", kind.__name__, "" if timesteps is None else ", timesteps of Beta sampling")
 
 
-def choice_of(scheduler: Any) -> dict[str, Any]:
-    """Name and settings that `use_scheduler_` makes this scheduler of, as plain data."""
+def choice_of(scheduler: Any, fingerprint: ScheduleFingerprint | None = None) -> dict[str, Any]:
+    """Name and settings that `use_scheduler_` makes this scheduler of, as plain data.
+
+    fingerprint: of its checkpoint, for timesteps of Beta sampling; any others from outside are not said.
+    """
     settings = with_constants(config_of(scheduler))
     known = inspect.signature(type(scheduler)).parameters
-    return {"name": type(scheduler).__name__, **{key: value for key, value in settings.items() if key in known}}
+    found = {"name": type(scheduler).__name__, **{key: value for key, value in settings.items() if key in known}}
+    if fingerprint is not None:
+        walk_timesteps(other := copy.deepcopy(scheduler), fingerprint)
+        beta = beta_timesteps(fingerprint.steps, total=settings.get("num_train_timesteps", 1000))
+        if chooses_timesteps(other) and set(map(float, beta)) == set(fingerprint.timesteps):
+            found["timesteps"] = "beta"
+    return found
 
 
 def take_scheduler_(pipe: Any, other: Any, fingerprint: ScheduleFingerprint | None = None) -> None:
