@@ -76,10 +76,10 @@ def test_an_interrupted_allocation_goes_on(
     assert "plan.yaml.work" in err
     assert "--resume" in err
     status, _, err = stepquant(*OPTIONS)
-    assert status == 1
+    assert status == 2
     assert "plan.yaml.work holds a run that was interrupted" in err
     status, _, err = stepquant(*OPTIONS, "--resume", "--seed", 5)
-    assert status == 1
+    assert status == 2
     assert "another run: seed differ" in err
     assert there(tmp_path) == ["plan.yaml.work"]
     assert stepquant(*OPTIONS, "--resume")[0] == 0
@@ -90,12 +90,12 @@ def test_an_interrupted_allocation_goes_on(
 
 def test_what_is_refused_leaves_nothing(stepquant: Stepquant, tmp_path: Path) -> None:
     status, _, err = stepquant("model", "-o", "plan.yaml", "--target", "1bit", "--steps", 2)
-    assert status == 1
+    assert status == 2
     assert "is not possible" in err
     assert there(tmp_path) == []
     (tmp_path / "plan.yaml").write_text("mine")
     status, _, err = stepquant(*OPTIONS)
-    assert status == 1
+    assert status == 2
     assert "--overwrite" in err
     assert (tmp_path / "plan.yaml").read_text() == "mine"
     assert allocation.Allocate.gives == {"model", "plan"}, "nouns that a work folder keeps"

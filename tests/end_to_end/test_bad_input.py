@@ -123,7 +123,7 @@ def test_a_hub_id_that_the_hub_does_not_know(stepquant: Stepquant, monkeypatch: 
 def test_a_typo_in_the_file_of_settings(stepquant: Stepquant, model: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"model: {model}\nrules:\n- {{pattern: '*', wieghts: 8}}\n")
     status, complaint = stepquant("quantize", "--config", "run.yaml", "-o", "out")
-    assert status == 1
+    assert status == 2
     assert complaint == "Error: run.yaml: rules.0.wieghts: there is no such key. Did you mean 'weights'?\n"
     assert set(contents(tmp_path)) == {"run.yaml"}
 
@@ -141,7 +141,7 @@ def test_bits_out_of_range(
     stepquant: Stepquant, model: Path, tmp_path: Path, options: list[object], message: str
 ) -> None:
     status, complaint = stepquant("quantize", model, "-o", "out", *options)
-    assert status == 1
+    assert status == 2
     assert message in complaint
     assert contents(tmp_path) == {}
 
@@ -158,7 +158,7 @@ def test_settings_that_fit_no_layer(
 ) -> None:
     for options in (["--dry-run"], []):
         status, complaint = stepquant("quantize", model, "-o", "out", *QUICK, "--set", setting, *options)
-        assert status == 1
+        assert status == 2
         assert message in complaint
         assert not (tmp_path / "out").exists()
 
@@ -175,7 +175,7 @@ def test_steps_that_differ_from_the_checkpoints_schedule(
     stepquant: Stepquant, checkpoint: Path, tmp_path: Path
 ) -> None:
     status, complaint = stepquant("sample", checkpoint, "-o", "images", "--seeds", "0", "--steps", 5)
-    assert status == 1
+    assert status == 2
     assert "calibrated for 4 steps of DDIMScheduler" in complaint
     assert "set to [800, 600, 400, 200, 0] (5 values)" in complaint
     assert "num_inference_steps=4" in complaint
@@ -225,7 +225,7 @@ def test_an_output_that_exists_stays_as_it_is(
         ("report", checkpoint, "-o", "report.html"),
     ):
         status, complaint = stepquant(*command)
-        assert status == 1
+        assert status == 2
         assert "--overwrite" in complaint
         assert contents(tmp_path) == before
     assert stepquant("quantize", model, "-o", checkpoint, "--overwrite", *QUICK, "--weights", 8)[0] == 0

@@ -147,7 +147,7 @@ def test_images_that_are_not_finite_fail_the_gates(stepquant: Stepquant, here: P
 
 def test_a_gate_on_nothing_is_refused_before_any_work(stepquant: Stepquant, here: Path) -> None:
     status, _, err = stepquant("checkpoint", "--fail-if", "pnsr<28")
-    assert status == 1
+    assert status == 2
     assert "there is no metric 'pnsr'" in err
     assert "Did you mean 'psnr'?" in err
     assert written(here) == []
@@ -177,11 +177,11 @@ def test_ctrl_c_and_resume(stepquant: Stepquant, here: Path, monkeypatch: pytest
     assert "--resume" in err
     assert written(here) == ["checkpoint.evaluation.work"]
     status, _, err = stepquant(*command)
-    assert status == 1
+    assert status == 2
     assert "--resume" in err
     assert "--overwrite" in err
     status, _, err = stepquant(*command, "--resume", "--seeds", "0-4")
-    assert status == 1
+    assert status == 2
     assert "seeds differ" in err
     assert written(here) == ["checkpoint.evaluation.work"]
     status, out, _ = stepquant(*command, "--resume")
@@ -197,7 +197,7 @@ def test_overwrite_starts_anew(stepquant: Stepquant, here: Path) -> None:
     work = here / "images.evaluation.work"
     work.mkdir()
     (work / "evaluation.json").write_text("{}")
-    assert stepquant("images", "--against", "images")[0] == 1
+    assert stepquant("images", "--against", "images")[0] == 2
     assert stepquant("images", "--against", "images", "--overwrite")[0] == 0
     assert written(here) == ["images.evaluation.json"]
 
@@ -271,7 +271,7 @@ def test_missing_weights_cost_only_their_own_figures(stepquant: Stepquant, here:
     assert "No distances of distributions (FID and the like): no.pth is not there. Download https://" in notes
     assert "No LPIPS: alexnet.pth is not there. Download https://" in notes
     status, _, err = stepquant("images", "--against", "images", "--features", "incepton=no.pth")
-    assert status == 1
+    assert status == 2
     assert "Did you mean 'inception'?" in err
 
 

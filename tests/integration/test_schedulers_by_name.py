@@ -210,7 +210,7 @@ def test_quantize_sample_and_evaluate_with_another_scheduler(model: str, cli: Cl
         (("quantize", model, "-o", tmp_path / "b", "--scheduler", "euler,karras"), "expected NAME or NAME,KEY=VALUE"),
     ]:
         status, error = cli(*words)
-        assert status == 1
+        assert status == 2
         assert message in error
     assert not (tmp_path / "b").exists()
 
@@ -248,7 +248,7 @@ def test_run_yaml_and_the_command_line(model: str, cli: Cli, tmp_path: Path) -> 
     assert scheduler() == {"timestep_spacing": "leading"}
     file.write_text(f"model: {model}\nscheduler: 3\n")
     status, error = cli("check", file)
-    assert status == 1
+    assert status == 2
     assert f"{file}: scheduler: expected a name such as euler" in error
     plan = ("quantize", model, "-o", tmp_path / "b", "--dry-run", "--json", target, "--set", "scheduler.timesteps=beta")
     assert cli(*plan, "--scheduler", "dpm++", "--method", "rtn", "--steps", 4)[0] == 0

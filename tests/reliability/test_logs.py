@@ -55,7 +55,7 @@ def test_a_failed_command_leaves_its_traceback_in_the_log(tmp_path: Path, capsys
     path = tmp_path / "log"
     with pytest.raises(SystemExit) as stop:
         main(["methods", "acuquant", "--log-file", str(path)])
-    assert stop.value.code == 1
+    assert stop.value.code == 2
     err = capsys.readouterr().err
     assert err.count("There is no method 'acuquant'") == 1
     assert "Traceback" not in err

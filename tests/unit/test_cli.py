@@ -259,7 +259,7 @@ def test_settings_come_from_file_then_set_then_options(run: Run, library: Librar
 def test_an_existing_output_is_refused_before_any_work(run: Run, library: Library, tmp_path: Path) -> None:
     out = a_checkpoint(tmp_path / "out")
     status, _, err = run("quantize", "digits-unet", "-o", out)
-    assert status == 1
+    assert status == 2
     assert "--overwrite" in err
     assert library.calls == []
     assert run("quantize", "digits-unet", "-o", out, "--overwrite")[0] == 0
@@ -268,7 +268,7 @@ def test_an_existing_output_is_refused_before_any_work(run: Run, library: Librar
 def test_overwrite_spares_what_is_no_checkpoint(run: Run, library: Library, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     status, _, err = run("quantize", "digits-unet", "-o", tmp_path / "photos", "--overwrite")
-    assert status == 1
+    assert status == 2
     assert "no checkpoint of stepquant" in err
     assert library.calls == []
 
@@ -288,7 +288,7 @@ def test_ctrl_c_leaves_a_folder_to_resume(run: Run, library: Library, tmp_path: 
     assert "--resume" in err
     library.failure = None
     status, _, err = run("quantize", "digits-unet", "-o", tmp_path / "out")
-    assert status == 1
+    assert status == 2
     assert "--resume" in err
     assert run("quantize", "digits-unet", "-o", tmp_path / "out", "--resume")[0] == 0
     assert library.asked("quantize")[-1]["resume"] is True
@@ -306,7 +306,7 @@ def test_overwrite_starts_an_interrupted_run_anew(run: Run, library: Library, tm
 def test_a_foreign_work_folder_is_not_deleted(run: Run, library: Library, tmp_path: Path) -> None:
     (tmp_path / "out.work").mkdir()
     status, _, err = run("quantize", "digits-unet", "-o", tmp_path / "out", "--overwrite")
-    assert status == 1
+    assert status == 2
     assert "no work folder" in err
     assert (tmp_path / "out.work").is_dir()
 
@@ -316,7 +316,7 @@ def test_failures_are_one_sentence(run: Run, library: Library, tmp_path: Path) -
     assert (status, err) == (1, "Error: There is no model 'digits-unte'. Did you mean 'digits-unet'?\n")
     assert list(tmp_path.iterdir()) == []
     status, _, err = run("quantize", "digits-unet", "-o", tmp_path / "out", "--method", "acuquant")
-    assert status == 1
+    assert status == 2
     assert "Did you mean 'accuquant'?" in err
     assert list(tmp_path.iterdir()) == []
 
@@ -400,7 +400,7 @@ def test_check_prints_the_plan_or_the_mistake(run: Run, library: Library, tmp_pa
     config = tmp_path / "run.yaml"
     config.write_text("model: digits-unet\nmethod: accuquant\noptions: {windw: 2}\n")
     status, _, err = run("check", config)
-    assert status == 1
+    assert status == 2
     assert "options.windw: accuquant has no option 'windw'. Did you mean 'window'?" in err.replace("\n", " ")
     config.write_text("model: someone/else\nmethod: rtn\n")
     status, out, _ = run("check", config, "--json")
@@ -425,7 +425,7 @@ def test_sample_names_images_by_seed(run: Run, library: Library, tmp_path: Path)
     ]
     asked = library.asked("sample")[0]
     assert (asked["seeds"], asked["steps"], asked["arguments"]) == ([0, 1, 2, 17], 20, {"eta": 0.5})
-    assert run("sample", "digits-unet", "-o", folder)[0] == 1
+    assert run("sample", "digits-unet", "-o", folder)[0] == 2
     assert run("sample", "digits-unet", "-o", folder, "--overwrite", "--steps", "5")[0] == 0
     assert library.asked("sample")[-1]["steps"] == 5
     assert library.asked("open_any")[0]["engine"] == "auto"
@@ -465,7 +465,7 @@ def test_report_evaluates_only_what_is_missing(run: Run, library: Library, tmp_p
     assert "31.5 dB" in (tmp_path / "r.html").read_text()
     assert {asked["engine"] for asked in library.asked("load")} == {"simulated"}
     status, _, err = run("report", one, "-o", tmp_path / "r.html")
-    assert status == 1
+    assert status == 2
     assert "--overwrite" in err
 
 
@@ -579,7 +579,7 @@ def test_methods(run: Run) -> None:
     ours = {"rtn", "layerwise", "combined"}
     assert {name for name, method in listed.items() if not (method["year"] and method["source"])} <= ours
     status, _, err = run("methods", "acuquant")
-    assert status == 1
+    assert status == 2
     assert "Did you mean 'accuquant'?" in err
 
 
@@ -609,7 +609,7 @@ def test_demo_goes_on_after_ctrl_c(run: Run, library: Library, tmp_path: Path) -
 def test_a_device_that_is_not_there(run: Run, library: Library, tmp_path: Path) -> None:
     for name in ("abacus", "cuda:99"):
         status, _, err = run("sample", "digits-unet", "-o", tmp_path / "x", "--device", name)
-        assert status == 1
+        assert status == 2
         assert name in err
 
 

@@ -45,7 +45,7 @@ def test_a_checkpoint_for_comfyui(tmp_path: Path, capsys: pytest.CaptureFixture[
         layers = json.loads(file.metadata()["_quantization_metadata"])["layers"]
     assert sorted(said["int8"]) == sorted(layers)
     status, _, complaint = run(capsys, "export", source, "-o", target, "--format", "comfyui")
-    assert status == 1
+    assert status == 2
     assert "exists already" in complaint
 
 
@@ -62,11 +62,11 @@ def test_onto_joins_two_checkpoints(command: str, tmp_path: Path, capsys: pytest
     source = checkpoint(tmp_path / "q", "sd15")
     where = ["-o", tmp_path / "images"] if command == "sample" else []
     status, _, complaint = run(capsys, command, "digits-unet", *where, "--onto", source)
-    assert status == 1
+    assert status == 2
     assert "--onto goes with a checkpoint of the other denoiser, and digits-unet is none" in " ".join(complaint.split())
     other = checkpoint(tmp_path / "other", "sdxl")
     status, _, complaint = run(capsys, command, other, *where, "--onto", source)
-    assert status == 1
+    assert status == 2
     assert "onto= is a StableDiffusionPipeline" in " ".join(complaint.split())
 
 

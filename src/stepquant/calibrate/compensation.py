@@ -173,8 +173,8 @@ class _Search:
         return 1 + sum(estimator.passes() for estimator in self.tried) - max(0, at_recorded - 1)
 
     def evaluations(self) -> int:
-        """Of the network, in images."""
-        return self.problem.images * len(self.problem.rows.of_step) * self.passes()
+        """Of the network, in rows of its calls."""
+        return self.passes() * sum(trajectory.evaluations for trajectory in self.problem.trajectories)
 
     def _keep(self) -> None:
         if self.job.keeper is None:

@@ -59,9 +59,8 @@ class Judge:
 
     @property
     def evaluations(self) -> int:
-        """Of the network up to now, in rows of the sample."""
-        rows = sum(trajectory.batch for trajectory in self.trajectories)
-        return len(self.errors) * rows * len(self.trajectories[0].steps)
+        """Of the network up to now, in rows of its calls."""
+        return len(self.errors) * sum(trajectory.evaluations for trajectory in self.trajectories)
 
     def sample(self, candidate: float, advance: Callable[[int], None]) -> None:
         """Sample with the job's denoiser as it is now. advance: called with a mini-batch's number of images.

@@ -162,7 +162,7 @@ class CorrectNoise:
             "error_left": [_root(one.variance) for one in fitted],
             "variance_share": shares.tolist(),
             "variance": why,
-            "evaluations": sum(trajectory.batch for trajectory in trajectories) * len(rows.of_step),
+            "evaluations": sum(trajectory.evaluations for trajectory in trajectories),
         }
 
     def _fitted(self, moments: NoiseMoments, timestep: float) -> _Fitted:

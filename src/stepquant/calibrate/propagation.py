@@ -58,7 +58,7 @@ class Propagation:
     actual: RMS of the accumulated error.
     foretold: RMS of the accumulated error by mode (`MODES`).
     cosine_with_actual: by mode; 0 where either error is 0.
-    evaluations: of the network, in images.
+    evaluations: of the network, in rows of its calls.
     """
 
     timesteps: list[float]
@@ -156,7 +156,7 @@ def propagate(
         **{key: [row[key] for row in rows] for key in _SIMPLE},
         foretold={mode: [row[f"foretold.{mode}"] for row in rows] for mode in MODES},
         cosine_with_actual={mode: [row[f"cosine.{mode}"] for row in rows] for mode in MODES},
-        evaluations=4 * len(steps) * sum(trajectory.batch for trajectory in trajectories),
+        evaluations=4 * sum(trajectory.evaluations for trajectory in trajectories),
     )
 
 

@@ -77,8 +77,14 @@ class Record:
     def run(self, job: Job) -> Figures:
         seeds = calibration_seeds(job.run.seed, self.samples)
         job.handed["trajectories"] = recorded(job, seeds, batch_size=min(self.batch, self.samples))
-        steps = len(job.handed["trajectories"][0].steps)
-        return {"seeds": [seeds[0], seeds[-1]], "steps": steps, "evaluations": self.samples * steps}
+        trajectories: list[Trajectory] = job.handed["trajectories"]
+        evaluations = sum(trajectory.evaluations for trajectory in trajectories)
+        return {
+            "samples": self.samples,
+            "seeds": [seeds[0], seeds[-1]],
+            "steps": len(trajectories[0].steps),
+            "evaluations": evaluations,
+        }
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class ChooseStepBits:
             "signal_to_noise": {str(bits): _for_json(values) for bits, values in ratios.items()},
             "forward_signal_to_noise": _for_json(forward),
             "operands": len(operands),
-            "evaluations": observed + len(self.bits) * steps * sum(trajectory.batch for trajectory in judged),
+            "evaluations": observed + len(self.bits) * sum(trajectory.evaluations for trajectory in judged),
         }
 
     def _operands(self, job: Job) -> dict[Operand, QuantSpec]:

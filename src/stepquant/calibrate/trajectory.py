@@ -109,6 +109,14 @@ class Trajectory:
         """Images of the batch: row r of a call belongs to image r modulo this."""
         return self.batch // 2 if self.form is not None and self.form.doubled else self.batch
 
+    @property
+    def evaluations(self) -> int:
+        """Of the network in the whole run: rows of its calls, so two for an image and step with guidance.
+
+        Steps times those of the first one: the others may be on disk.
+        """
+        return len(self.steps) * sum(call.prediction.shape[0] for call in self.steps[0].calls)
+
 
 @dataclass(frozen=True)
 class State:

@@ -158,7 +158,7 @@ class _Walk:
             ]
 
     def _count(self) -> None:
-        self.evaluations += sum(trajectory.batch for trajectory in self.trajectories)
+        self.evaluations += sum(trajectory.evaluations // len(trajectory.steps) for trajectory in self.trajectories)
 
     def _targets(self, job: Job, index: int) -> list[Tensor]:
         """eps_k of every trajectory."""

@@ -173,14 +173,14 @@ class FitWindows:
             judging = judge.evaluations
         # A forward and a backward pass (worth two) of each step; identity and exact run all but the last once before.
         before, passes = (0, 3) if self.gradient == "per_step" else (len(history), 4)
-        images = trajectories[0].batch
+        rows = trajectories[0].evaluations // steps  # of a step: two an image with guidance
         drawn = sum(windows[int(number)][1] - windows[int(number)][0] for number, _ in history)
         # A free-run start walks from the noise to the window, forward only.
         walked = self.free_run * sum(windows[int(number)][0] for number, _ in history)
         return {
             "windows": [list(window) for window in windows],
             "losses": history,
-            "evaluations": round(images * (passes * drawn - before + walked)) + judging,
+            "evaluations": round(rows * (passes * drawn - before + walked)) + judging,
             **kept,
         }
 

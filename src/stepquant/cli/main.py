@@ -1,4 +1,4 @@
-"""From arguments to an exit status: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted."""
+"""From arguments to an exit status: 0 done, 1 the work failed, 2 wrong usage, 3 a gate failed, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -55,12 +55,14 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
             sys.exit(130)
         except Exception as error:
             logger.error("%s", _sentence(error), exc_info=True, extra={"told": True})
+            # An option, a bit width or a key that makes no sense is wrong usage, whether the parser sees it or we do.
+            status = 2 if isinstance(error, SpecError) else 1
             if not _tells():
-                sys.exit(1)
+                sys.exit(status)
             if debug:
                 raise
             _complain(_sentence(error))
-            sys.exit(1)
+            sys.exit(status)
     sys.exit(0)
 
 

@@ -33,9 +33,10 @@ def calibrated_on(manifest: Mapping[str, Any]) -> set[int]:
 
 
 def _recorded(compensation: Mapping[str, Any]) -> int:
-    """Images that `compensate` recorded, from what its stages measured: calls of the network over steps."""
+    """Images that `compensate` recorded; older checkpoints say only its evaluations and steps."""
     records = [stage for stage in compensation.get("stages") or [] if stage.get("stage") == "Record"]
-    return max((int(stage["evaluations"]) // int(stage["steps"]) for stage in records), default=0)
+    images = (stage.get("samples", int(stage["evaluations"]) // int(stage["steps"])) for stage in records)
+    return max((int(count) for count in images), default=0)
 
 
 def refuse_calibration_seeds(seeds: Sequence[int], manifest: Mapping[str, Any], *, name: str) -> None:

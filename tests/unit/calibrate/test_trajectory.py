@@ -398,6 +398,7 @@ def test_guidance_is_found(guide: Any, layout: str, outputs: int, expected: Any,
     assert trajectory.form is not None
     assert trajectory.form.guidance == expected
     assert trajectory.fingerprint.guidance == name
+    assert trajectory.evaluations == 4 * 2 * 3
     assert form_from_dict(trajectory.form.to_dict()) == trajectory.form
     assert torch.equal(end_of(pipe.unet, trajectory, 0), trajectory.steps[-1].next_sample)
 
@@ -484,6 +485,7 @@ def test_dits_guidance_over_doubled_latents_is_found(scheduler: Any, keep_rest: 
     pipe = FakeDiT(copy.deepcopy(scheduler), keep_rest=keep_rest)
     trajectory = seal(recorded(pipe, pipe.transformer, steps=4, class_labels=[1, 2, 1]))
     assert trajectory.batch == 6
+    assert trajectory.evaluations == 4 * 6
     assert trajectory.form is not None
     assert trajectory.form.guidance == DoubledLatentsGuidance(1, 0, 4.0, 2, keep_rest=keep_rest)
     assert form_from_dict(trajectory.form.to_dict()) == trajectory.form
