@@ -60,7 +60,7 @@ from stepquant.model.families import (
     several_denoisers,
 )
 from stepquant.model.layer import QuantizedLayer
-from stepquant.model.pipeline import arguments_of_batch, check_call, step_arguments, with_labels
+from stepquant.model.pipeline import arguments_of_batch, check_call, refusal_explained, step_arguments, with_labels
 from stepquant.model.schedule import (
     ScheduleFingerprint,
     chooses_timesteps,
@@ -102,6 +102,9 @@ SHIPPED_MODELS = ("digits-unet", "digits-dit")
 
 _CALIBRATIONS = "stepquant_calibrations"
 """Attribute of pipelines that `quantize`, `compensate` and `load` made."""
+
+_TOLD = "stepquant_told_of_arguments"
+"""Attribute of pipelines whose user was warned that they are sampled otherwise than they were calibrated."""
 
 
 def calibrations_of(pipe: Any) -> tuple[Mapping[str, Any], ...]:
@@ -708,7 +711,7 @@ def load(
         timestep use the parameters of the nearest calibrated one.
     onto: a pipeline that all parts but the quantized denoiser are taken from. A pipeline that switches between two
         denoisers has a checkpoint for each: `load("second", onto=load("first"))` has both.
-    Raises CheckpointError for a damaged checkpoint, EngineError for an unknown engine.
+    Raises CheckpointError for a damaged checkpoint, SpecError for an unknown engine.
     """
     if schedule not in ("strict", "nearest"):
         raise SpecError(f"schedule must be 'strict' or 'nearest', found {schedule!r}.")
@@ -833,7 +836,7 @@ def sampled(
         raise SpecError(f"Sampling needs at least one seed and a batch size of at least 1, found {len(seeds)} seeds.")
     accepted = inspect.signature(pipe.__call__).parameters
     check_call(pipe, arguments or {}, steps)
-    _refuse_other_steps(pipe, arguments or {})
+    _check_other_steps(pipe, arguments or {})
 
     def images_of(start: int) -> Tensor:
         chunk = seeds[start : start + batch_size]
@@ -849,7 +852,8 @@ def sampled(
         with torch.random.fork_rng(devices=forked_devices(torch.device(getattr(pipe, "device", "cpu")))):
             torch.manual_seed(chunk[0])
             # A list of one generator is taken by diffusers as one generator for the batch: the same thing here.
-            output = pipe(generator=generators, **known, **own)
+            with refusal_explained(pipe):
+                output = pipe(generator=generators, **known, **own)
         return torch.from_numpy(_pictures(pipe, output)).movedim(-1, -3).float().contiguous()
 
     starts = range(0, len(seeds), batch_size)
@@ -859,10 +863,13 @@ def sampled(
             yield images
 
 
-def _refuse_other_steps(pipe: Any, arguments: Mapping[str, Any]) -> None:
-    """A correction holds for the guidance and the noise that it was fitted at; its guard sees the timesteps alone."""
+def _check_other_steps(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Ranges are of the guidance and the noise that were calibrated with, which is worth a warning. A correction holds
+    for those that it was fitted at, and is refused at others; its guard sees the timesteps alone.
+    """
     scheduler = getattr(pipe, "scheduler", None)
     if correction_of(scheduler) is None or guarded_by(scheduler) is None:
+        _warn_of_other_steps(pipe, arguments)
         return
     fitted: Mapping[str, Any] = {}  # of checkpoints that do not say it, nothing is known
     for calibration in calibrations_of(pipe):  # the last one is of the correction
@@ -876,6 +883,24 @@ def _refuse_other_steps(pipe: Any, arguments: Mapping[str, Any]) -> None:
                 f"{name}={asked:g}. Sample as it was fitted, fit it anew, or load the checkpoint with "
                 'schedule="nearest" to use it all the same.'
             )
+
+
+def _warn_of_other_steps(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    if getattr(pipe, _TOLD, False):
+        return
+    asked = step_arguments(pipe, arguments)
+    for calibration in calibrations_of(pipe):
+        for name, known in (calibration["run"].get("arguments") or {}).items():
+            if name in asked and isinstance(known, int | float) and not math.isclose(known, asked[name]):
+                logger.warning(
+                    "The checkpoint was calibrated with %s=%g and is sampled with %s=%g: give that argument, too, to "
+                    "sample as it was calibrated.",
+                    name,
+                    known,
+                    name,
+                    asked[name],
+                )
+                setattr(pipe, _TOLD, True)
 
 
 def _pictures(pipe: Any, output: Any) -> np.ndarray[Any, Any]:

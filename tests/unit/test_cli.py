@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -26,6 +27,7 @@ from stepquant.cli.console import BarProgress, LineProgress, duration, json_text
 from stepquant.cli.main import arranged, main
 from stepquant.cli.seeds import format_seeds, parse_seeds
 from stepquant.errors import ModelError, SpecError
+from stepquant.manifest import PipelineIdentity
 from stepquant.numerics.spec import LayerScheme, scheme_for
 from stepquant.recipe import Recipe
 
@@ -37,6 +39,8 @@ class FakePipe:
 
     def __init__(self) -> None:
         self.unet = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1))
+
+    def __call__(self, batch_size: int = 1, num_inference_steps: int = 50) -> Any: ...
 
 
 class FakeWalks:
@@ -412,6 +416,44 @@ def test_check_prints_the_plan_or_the_mistake(run: Run, library: Library, tmp_pa
     assert library.calls == []
 
 
+def test_outputs_that_cannot_be_written_are_refused_before_any_work(run: Run, library: Library, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    for command in (("sample", "digits-unet", "-o"), ("quantize", "digits-unet", "--method", "rtn", "-o")):
+        for out, why in (("file/out", "is no folder"), ("dangling", "link")):
+            status, _, err = run(*command, tmp_path / out)
+            assert status == 2
+            assert why in err.replace("\n", " ")
+    status, _, err = run("quantize", "digits-unet", "--method", "rtn", "--overwrite", "-o", tmp_path / "linked")
+    assert status == 2
+    assert "Name the folder itself" in err.replace("\n", " ")
+    assert library.calls == []
+
+
+def test_an_engine_that_there_is_not_is_refused_for_models_too(run: Run, library: Library, tmp_path: Path) -> None:
+    status, _, err = run("sample", "digits-unet", "-o", tmp_path / "out", "--engine", "opnvino")
+    assert status == 2
+    assert "Did you mean 'openvino'?" in err
+    assert library.calls == []
+
+
+def test_interrupted_while_a_class_is_made_is_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python 3.11 has it: Ctrl-C within `__set_name__` comes out as a RuntimeError."""
+
+    def importing(*_args: Any) -> None:
+        raise RuntimeError("Error calling __set_name__") from KeyboardInterrupt()
+
+    monkeypatch.setattr(views, "show_methods", importing)
+    assert run("methods")[0] == 130
+
+
+@pytest.mark.parametrize("count", ["", "abc"])
+def test_a_world_size_that_is_no_number_is_none(run: Run, monkeypatch: pytest.MonkeyPatch, count: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", count)
+    assert run("methods", "rtn")[0] == 0
+
+
 def test_sample_names_images_by_seed(run: Run, library: Library, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     status, _, _ = run("sample", "digits-unet", "-o", folder, "--seeds", "0-2,17", "--grid", "--argument", "eta=0.5")
@@ -578,6 +620,9 @@ def test_methods(run: Run) -> None:
     assert (listed["ptqd"]["year"], listed["ptqd"]["source"]) == ("2023", "arXiv:2305.10657")
     ours = {"rtn", "layerwise", "combined"}
     assert {name for name, method in listed.items() if not (method["year"] and method["source"])} <= ours
+    status, _, err = run("methods", "rtn+cec")
+    assert status == 2
+    assert "rtn followed by cec: `stepquant methods` explains each" in err.replace("\n", " ")
     status, _, err = run("methods", "acuquant")
     assert status == 2
     assert "Did you mean 'accuquant'?" in err
@@ -661,3 +706,26 @@ def test_bars_may_lie_inside_one_another() -> None:
 
 def test_durations() -> None:
     assert [duration(seconds) for seconds in (3.4, 75, 7300)] == ["3 s", "1 min 15 s", "2 h 1 min"]
+
+
+def test_report_names_the_command_for_a_pipeline_of_prompts(
+    run: Run, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = a_checkpoint(tmp_path / "one"), a_checkpoint(tmp_path / "two")
+    (two / "model_index.json").write_text("{}")
+    identity = PipelineIdentity("diffusers", "StableDiffusionPipeline", {}, {})
+    monkeypatch.setattr(report, "read_manifest", lambda _folder: SimpleNamespace(pipeline=identity))
+    status, _, err = run("report", one, two, "-o", tmp_path / "r.html")
+    assert status == 2
+    assert f"evaluate it first: stepquant evaluate {two} --prompts FILE" in err.replace("\n", " ")
+    assert library.calls == []
+
+
+def test_report_writes_into_a_new_folder_or_refuses_before_any_work(run: Run, library: Library, tmp_path: Path) -> None:
+    one = a_checkpoint(tmp_path / "one")
+    (tmp_path / "file").write_text("")
+    status, _, err = run("report", one, "-o", tmp_path / "file" / "r.html")
+    assert (status, library.calls) == (2, [])
+    assert "is no folder" in err.replace("\n", " ")
+    assert run("report", one, "-o", tmp_path / "new" / "r.html", "--seeds", "1000-1003")[0] == 0
+    assert (tmp_path / "new" / "r.html").is_file()

@@ -69,6 +69,9 @@ from stepquant.recipe import Figures, Job, Recipe
 
 __all__ = ["Allocate", "Choice", "allocated", "parse_target", "solve"]
 
+_FLOAT_BITS = 32
+"""Of layers that stay as they are."""
+
 _EVERYTHING: dict[str, Any] = {"weights": 8, "activations": 8, "ends": "same", "softmax_bits": None, "rules": ()}
 """Settings of `Place` under which every operand of every layer is quantized."""
 
@@ -146,6 +149,9 @@ class Allocate:
         for name, value in {**budgets, "activation_bits": self.activation_bits}.items():
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise SpecError(f"{name} must be a positive number, found {value}.")
+        for name, value in {"weight_bits": self.weight_bits, "activation_bits": self.activation_bits}.items():
+            if value is not None and value > _FLOAT_BITS:
+                raise SpecError(f"{name} must be at most {_FLOAT_BITS}, which is floating point, found {value:g}.")
         if not self.bits or any(not 2 <= bits <= 8 for bits in self.bits) or sorted(set(self.bits)) != [*self.bits]:
             raise SpecError(f"Candidate bits must be from 2 to 8, each once and ascending, found {list(self.bits)}.")
         if self.score not in SCORES:

@@ -46,7 +46,7 @@ from stepquant.calibrate.steps import (
 from stepquant.errors import CalibrationError, UnsupportedPipeline
 from stepquant.model.correction import Corrector, Finishing, StepCorrection
 from stepquant.model.families import network_beside, other_denoisers, writes_known_part
-from stepquant.model.pipeline import arguments_of_batch, check_call, with_labels
+from stepquant.model.pipeline import arguments_of_batch, check_call, refusal_explained, with_labels
 from stepquant.model.schedule import ScheduleFingerprint
 from stepquant.run import Run
 
@@ -177,7 +177,7 @@ def _record_chunk(
     repeatable = torch.random.fork_rng(devices=forked_devices(device))
     network, others = network_beside(pipe), other_denoisers(pipe, denoiser)
     watching = watch(pipe.scheduler, denoiser, network=network, others=others)
-    with watching as recording, torch.no_grad(), repeatable:
+    with watching as recording, torch.no_grad(), repeatable, refusal_explained(pipe):
         torch.manual_seed(seeds[chunk][0])
         pipe(**call)
     found = _trajectory(recording, seeds[chunk], steps)

@@ -159,10 +159,10 @@ def quantize(
     ] = None,
     method: Annotated[str | None, typer.Option(help="See `stepquant methods`.  [default: combined]")] = None,
     weights: Annotated[
-        int | None, typer.Option(help="Bits of weights, 2 to 8; 16 leaves them alone.  [default: 4]")
+        int | None, typer.Option(help="Bits of weights, 2 to 8; 16 or 32 leaves them alone.  [default: 4]")
     ] = None,
     activations: Annotated[
-        int | None, typer.Option(help="Bits of activations, 2 to 8; 16 leaves them alone.  [default: 8]")
+        int | None, typer.Option(help="Bits of activations, 2 to 8; 16 or 32 leaves them alone.  [default: 8]")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps to calibrate for.  [default: 20]")] = None,
     calibration_samples: Annotated[

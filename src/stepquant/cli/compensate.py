@@ -22,7 +22,7 @@ from stepquant.cli.outputs import (
     write_figures,
 )
 from stepquant.cli.work import base_model_of, device_named, prepare, steps_of
-from stepquant.config import parse_yaml
+from stepquant.config import MOST_SEED, parse_yaml
 from stepquant.correction_folder import is_copy
 from stepquant.errors import CheckpointError, SpecError, nearest
 from stepquant.inspection import inspect_checkpoint
@@ -59,7 +59,8 @@ class CompensateRequest:
         for option in self.options:
             name, equals, text = option.partition("=")
             if not equals or name not in known:
-                raise SpecError(f"--set takes key=value of {', '.join(known)}, found {option!r}.{nearest(name, known)}")
+                hint = "" if name in known else nearest(name, known)
+                raise SpecError(f"--set takes key=value of {', '.join(known)}, found {option!r}.{hint}")
             values[name] = parse_yaml(text, source=f"--set {name}")
         try:
             return TypeAdapter(Compensate).validate_python(values)
@@ -79,7 +80,10 @@ def compensate(
         raise SpecError(f"OUT is the candidate itself, {request.out}: choose another folder.")
     if request.estimator not in get_args(EstimatorChoice):
         known = get_args(EstimatorChoice)
-        raise SpecError(f"--estimator: there is none named {request.estimator!r}.{nearest(request.estimator, known)}")
+        hint = nearest(request.estimator, known)
+        raise SpecError(f"--estimator: there is none named {request.estimator!r}, only {', '.join(known)}.{hint}")
+    if request.seed > MOST_SEED:
+        raise SpecError(f"--seed: expected {MOST_SEED} or less, found {request.seed}.")
     fit = request.fit()
     arguments = ready(parsed(request.arguments), request.samples)
     base, steps = _base_and_steps(request)

@@ -49,11 +49,10 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
                 _complain(str(stop))
             sys.exit(130)
         except KeyboardInterrupt:
-            logger.warning("Interrupted.", extra={"told": True})
-            if _tells():
-                _complain("Interrupted.")
-            sys.exit(130)
+            _end_interrupted()
         except Exception as error:
+            if _was_interrupted(error):
+                _end_interrupted()
             logger.error("%s", _sentence(error), exc_info=True, extra={"told": True})
             # An option, a bit width or a key that makes no sense is wrong usage, whether the parser sees it or we do.
             status = 2 if isinstance(error, SpecError) else 1
@@ -66,9 +65,26 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
+def _end_interrupted() -> NoReturn:
+    logger.warning("Interrupted.", extra={"told": True})
+    if _tells():
+        _complain("Interrupted.")
+    sys.exit(130)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: Python 3.11 wraps what is raised while a class is made, so while importing."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _launched() -> bool:
     """Whether a launcher (`accelerate launch`, `torchrun`) has started several processes; without importing torch."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    count = os.environ.get("WORLD_SIZE", "1")
+    return count.isdecimal() and int(count) > 1
 
 
 @contextmanager

@@ -107,9 +107,12 @@ def evaluation_path(checkpoint: Path) -> Path:
 
 
 def refuse_existing(out: Path, *, overwrite: bool) -> None:
-    """Refuse an output that is there already, before any work is done for it."""
+    """Refuse an output that is there already, or cannot be there, before any work is done for it."""
+    if out.is_symlink():
+        raise SpecError(f"{out} is a symbolic link. Name the folder itself: {out.readlink()}.")
     if out.exists() and not overwrite:
         raise SpecError(f"{out} exists already. Choose another name, or give --overwrite to replace it.")
+    refuse_unwritable(out)
 
 
 def refuse_no_checkpoint(out: Path) -> None:
@@ -120,9 +123,21 @@ def refuse_no_checkpoint(out: Path) -> None:
         raise SpecError(f"{out} is no checkpoint of stepquant, so --overwrite does not replace it.")
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Refuse a file or folder that cannot be written, before any work is done for it."""
+    if path.is_symlink() and not path.exists():
+        raise SpecError(f"{path} is a link to {path.readlink()}, which is not there.")
+    there = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+    if there != path.absolute() and not there.is_dir():
+        raise SpecError(f"{path} cannot be written: {there} is no folder.")
+    if not os.access(there, os.W_OK):
+        raise SpecError(f"{path} cannot be written: {there} is read-only for this user.")
+
+
 def refuse_used_folder(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a file, and a folder that has something in it."""
-    if folder.is_file():
+    """Refuse what is no folder, one that cannot be written, and one that has something in it."""
+    refuse_unwritable(folder)
+    if folder.exists() and not folder.is_dir():
         raise SpecError(f"{folder} is a file, expected a folder to write into.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise SpecError(

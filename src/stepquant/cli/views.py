@@ -77,9 +77,11 @@ def plan_of(resolved: Resolved) -> dict[str, Any]:
     if pipe is None:
         return data | {"note": f"{resolved.model} is not on this machine, so layers and cost are not shown."}
     from stepquant.model.families import find_denoiser
+    from stepquant.model.pipeline import check_call
     from stepquant.recipe import Checked, Job
     from stepquant.run import Run
 
+    check_call(pipe, resolved.arguments, resolved.steps)
     denoiser = find_denoiser(pipe, resolved.denoiser)[1]
     job = Job(pipe, denoiser, denoiser, Run(seed=resolved.seed), resolved.steps, resolved.arguments)
     # Planning may rebuild attention layers, so it gets a network of its own.
@@ -200,6 +202,12 @@ def show_compensated(candidate: str, out: Path, figures: Sequence[Mapping[str, A
         console.print(f"Nothing was better than no correction, so {out} is {candidate} without one.")
     else:
         console.print(f"{out} is {candidate} with the correction {fitted['chosen']}, made in {duration(seconds)}.")
+    gained = next((row["relative"] for row in fitted["candidates"] if row["candidate"] == fitted["chosen"]), None)
+    if gained is not None and gained >= 1 and fitted["chosen"] != "none":
+        console.print(
+            "It makes the held-out images no better. The default estimator, auto, takes none then; more "
+            "--calibration-samples may help."
+        )
     console.print(f"Next: stepquant evaluate {out}{further}")
     console.print(f"and compare with: stepquant evaluate {candidate}{further}")
 
@@ -284,6 +292,9 @@ def show_methods(name: str | None, json_target: str | None) -> None:
     from stepquant.methods import ADD_ONS, METHODS
 
     if name is not None and name not in METHODS:
+        parts = name.split("+")
+        if len(parts) > 1 and parts[0] in METHODS and all(part in ADD_ONS for part in parts[1:]):
+            raise SpecError(f"{name} is {' followed by '.join(parts)}: `stepquant methods` explains each by itself.")
         raise SpecError(f"There is no method {name!r}.{nearest(name, METHODS)} `stepquant methods` lists them.")
     described = {key: _method(key) for key in ([name] if name else METHODS)}
     if json_target is not None:

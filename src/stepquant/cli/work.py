@@ -37,6 +37,7 @@ from stepquant.cli.outputs import (
 )
 from stepquant.cli.scalars import Scalars
 from stepquant.config import Resolved, apply_overrides, dump, load_config, resolve
+from stepquant.engines.base import check_name
 from stepquant.errors import CheckpointError, SpecError
 from stepquant.evaluate.images import save_png, to_grid
 from stepquant.inspection import inspect_checkpoint
@@ -149,6 +150,8 @@ def device_named(name: str) -> Any:
             return torch.device(name)
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError  # has shapes, and no numbers
     except RuntimeError:
         raise SpecError(f"There is no device {name!r}: expected auto, cpu, cuda, cuda:1, ...") from None
     if device.type == "cuda" and processes.count > 1:
@@ -355,12 +358,15 @@ def sample(
     processes.from_first(lambda: refuse_used_folder(out, overwrite=overwrite))
     arguments = sampling.pipeline_arguments()
     prepare(settings)
+    check_name(sampling.engine)
     options: dict[str, Any] = {"engine": sampling.engine, "schedule": sampling.schedule}
     if sampling.onto is not None:
         refuse_onto_a_model(source)
         options["onto"] = api.load(sampling.onto, **options)
     device = device_named(sampling.device)
     pipe, kind = api.open_any(source, device=device, scheduler=sampling.scheduler, **options)
+    if kind == "model" and sampling.engine not in ("auto", "simulated"):
+        logger.warning("%s is a full-precision model, which engine %s does not run.", source, sampling.engine)
     steps = sampling.steps
     if steps is None:
         steps = steps_of(inspect_checkpoint(Path(source))) if kind == "checkpoint" else fitted_steps(pipe) or 20

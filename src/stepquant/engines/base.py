@@ -19,14 +19,25 @@ from torch import nn
 from stepquant.engines.automatic import AutomaticDenoiser
 from stepquant.engines.int_mm import IntMmEngine
 from stepquant.engines.onednn import OneDnnEngine
-from stepquant.engines.openvino import OpenVINOEngine
+from stepquant.engines.openvino import OpenVINOEngine, usable
 from stepquant.engines.reference import ReferenceEngine
 from stepquant.engines.weight_only import WeightOnlyEngine
-from stepquant.errors import EngineError, nearest
+from stepquant.errors import EngineError, SpecError, nearest
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.surgery import quantized_layers
 
-__all__ = ["Engine", "GraphEngine", "Placement", "SimulatedEngine", "automatic", "choose", "engines", "pack_", "place"]
+__all__ = [
+    "Engine",
+    "GraphEngine",
+    "Placement",
+    "SimulatedEngine",
+    "automatic",
+    "check_name",
+    "choose",
+    "engines",
+    "pack_",
+    "place",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -121,11 +132,7 @@ def automatic(layers: Mapping[str, Layer]) -> tuple[str, str]:
     have no graph, and `int_mm` and `weight_only` have not been run on a GPU.
     """
     engine = OpenVINOEngine()
-    wanted = {
-        name: layer
-        for name, layer in layers.items()
-        if isinstance(layer, QuantizedLayer) and None not in (layer.weight_quantizer, layer.input_quantizer)
-    }
+    wanted = _quantized_throughout(layers)
     if not wanted:
         return "simulated", "there is no layer whose weight and input are both quantized"
     refusals = {name: engine.refuses(layer, _device_of(layer)) for name, layer in wanted.items()}
@@ -210,10 +217,28 @@ def place(denoiser: nn.Module, engine: str | GraphEngine = "auto") -> tuple[nn.M
 
 
 def _placed_automatically(denoiser: nn.Module) -> tuple[nn.Module, dict[str, Placement]]:
-    chosen, reason = automatic(quantized_layers(denoiser))
+    layers = quantized_layers(denoiser)
+    chosen, reason = automatic(layers)
     logger.info("Engine %r: %s.", chosen, reason.removesuffix("."))
     placed = _placements(denoiser, chosen)
+    wanted = _quantized_throughout(layers).values()
+    # Where the machine is the reason, that is the same for all checkpoints, and nothing to warn of.
+    if chosen == "simulated" and wanted and usable() and all(_device_of(layer).type == "cpu" for layer in wanted):
+        logger.warning(
+            "The denoiser runs as simulated arithmetic: the time of the full-precision layers, and that of rounding "
+            "their inputs besides. %s",
+            reason,
+        )
     return denoiser if chosen == "simulated" else AutomaticDenoiser(denoiser, OpenVINOEngine()), placed
+
+
+def _quantized_throughout(layers: Mapping[str, Layer]) -> dict[str, QuantizedLayer]:
+    """Those whose weight and input are both quantized."""
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, QuantizedLayer) and None not in (layer.weight_quantizer, layer.input_quantizer)
+    }
 
 
 def _placements(denoiser: nn.Module, engine: str) -> dict[str, Placement]:
@@ -235,12 +260,18 @@ def _warn_of_none(engine: str, placed: Mapping[str, Placement]) -> None:
     )
 
 
+def check_name(name: str) -> None:
+    """Raise SpecError for a name that `place` does not know."""
+    if name != "auto":
+        _known(name, "auto")
+
+
 def _known(name: str, *others: str) -> Engine | GraphEngine:
     """others: further names that the caller takes, for the message."""
     found = engines()
     if name not in found:
         names = (*others, *found)
-        raise EngineError(f"There is no engine {name!r}, only {', '.join(names)}.{nearest(name, names)}")
+        raise SpecError(f"There is no engine {name!r}, only {', '.join(names)}.{nearest(name, names)}")
     return found[name]
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from stepquant.errors import SpecError, UnsupportedPipeline, nearest
+from stepquant.errors import SpecError, StepquantError, UnsupportedPipeline, nearest
 
 __all__ = [
     "DenoiserPipeline",
@@ -27,6 +28,7 @@ __all__ = [
     "PipelineOutput",
     "arguments_of_batch",
     "check_call",
+    "refusal_explained",
     "step_arguments",
     "with_labels",
 ]
@@ -43,6 +45,9 @@ STEP_ARGUMENTS = ("guidance_scale", "true_cfg_scale", "guidance_rescale", "eta")
 """Arguments of pipelines that change what a step makes of the network's output."""
 
 
+_GIVEN_BY_US = {"generator": "each image's seed", "num_inference_steps": "the number of steps"}
+
+
 def step_arguments(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, float]:
     """The `STEP_ARGUMENTS` that a call with these arguments has, defaults included, as far as they are numbers.
 
@@ -56,14 +61,20 @@ def step_arguments(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, float]:
 
 
 def check_call(pipe: Any, arguments: Mapping[str, Any], steps: int) -> None:
-    """Raise SpecError for an argument that the pipeline's call does not take, a class that there is not, and more steps
-    than its scheduler has.
+    """Raise SpecError for an argument that the pipeline's call does not take or that is decided elsewhere, a class that
+    there is not, and more steps than its scheduler has.
     """
     accepted = inspect.signature(pipe.__call__).parameters
     anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
     for name in () if anything else arguments:
         if name not in accepted:
             raise SpecError(f"{type(pipe).__name__} takes no argument {name!r}.{nearest(name, accepted)}")
+    for name, instead in _GIVEN_BY_US.items():
+        if name in arguments:
+            raise SpecError(f"{name} is not among the arguments: {instead} decides it.")
+    for name in STEP_ARGUMENTS:
+        if isinstance(arguments.get(name), str) or arguments.get(name) != arguments.get(name):
+            raise SpecError(f"{name} must be a number, found {arguments[name]!r}.")
     _check_labels(pipe, arguments.get("class_labels"))
     trained = getattr(getattr(getattr(pipe, "scheduler", None), "config", None), "num_train_timesteps", None)
     # Some schedulers divide the way more finely than training did; those that cannot say so.
@@ -79,7 +90,11 @@ def _check_labels(pipe: Any, labels: Any) -> None:
     """A class that there is not would end deep inside an embedding."""
     classes = _classes(pipe)
     numbers = labels if isinstance(labels, list) else [labels]
-    if not classes or not all(isinstance(one, int | Tensor) for one in numbers):
+    if not classes or labels is None:
+        return
+    if any(isinstance(one, str | float) for one in numbers):
+        raise SpecError(f"class_labels must be whole numbers from 0 to {classes - 1}, found {labels!r}.")
+    if not all(isinstance(one, int | Tensor) for one in numbers):
         return
     # A transformer has one class more: none, for guidance.
     end = classes + (1 if hasattr(pipe, "transformer") else 0)
@@ -88,12 +103,29 @@ def _check_labels(pipe: Any, labels: Any) -> None:
             raise SpecError(f"class_labels must be from 0 to {classes - 1}, found {label}.")
 
 
+@contextmanager
+def refusal_explained(pipe: Any) -> Iterator[None]:
+    """Inside, what a pipeline says against its prompts (diffusers' `check_inputs`) is a SpecError that says where they
+    are given.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, StepquantError) or "prompt" not in str(error):
+            raise
+        raise SpecError(
+            f"{type(pipe).__name__} refuses the call: {str(error).rstrip('.')}. Prompts are given by --prompts FILE or "
+            "--argument prompt='a cat', in Python by `arguments`."
+        ) from error
+
+
 def arguments_of_batch(arguments: Mapping[str, Any], batch: slice, count: int) -> dict[str, Any]:
     """The arguments of a pipeline's call for some of `count` images.
 
-    Lists of `count` entries (prompts, class labels) and tensors of `count` rows (prompt embeddings) are cut. A prompt
-    that is one text is repeated, since pipelines make as many images as there are prompts, unless
-    `num_images_per_prompt` says how many. Everything else is for all images.
+    Lists of `count` entries (prompts, class labels) and tensors of `count` rows (prompt embeddings) are cut. A class
+    label that is one number is repeated, and a prompt that is one text, since pipelines make as many images as there
+    are prompts, unless `num_images_per_prompt` says how many. Everything else is for all images. Raises SpecError for
+    labels or prompts of another number.
     """
     rows = len(range(*batch.indices(count)))
     alone = "num_images_per_prompt" not in arguments
@@ -101,6 +133,10 @@ def arguments_of_batch(arguments: Mapping[str, Any], batch: slice, count: int) -
     def part(name: str, value: Any) -> Any:
         if isinstance(value, str) and alone and name.startswith(("prompt", "negative_prompt")):
             return [value] * rows
+        if name == "class_labels" and isinstance(value, int):
+            return [value] * rows
+        if name in ("class_labels", "prompt") and isinstance(value, list) and alone and len(value) != count:
+            raise SpecError(f"{name} has {len(value)} entries for {count} images: give one each, or one for all.")
         cut = isinstance(value, list | Tensor) and _rows(value) == count and name not in SCHEDULE_ARGUMENTS
         return value[batch] if cut else value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,13 @@ from diffusers import DDIMPipeline, DDIMScheduler, EulerDiscreteScheduler, FlowM
 from torch import Tensor, nn
 
 from stepquant.errors import SpecError, UnsupportedPipeline
-from stepquant.model.pipeline import DenoiserPipeline, arguments_of_batch, check_call, with_labels
+from stepquant.model.pipeline import (
+    DenoiserPipeline,
+    arguments_of_batch,
+    check_call,
+    refusal_explained,
+    with_labels,
+)
 
 
 class Half(nn.Module):
@@ -194,6 +201,34 @@ def test_a_class_that_there_is_not_is_named() -> None:
     check_call(transformer, {"class_labels": [5]}, 4)  # no class, as guidance has it
     with pytest.raises(SpecError, match="from 0 to 4, found 6"):
         check_call(transformer, {"class_labels": [6]}, 4)
+
+
+def test_arguments_that_no_call_can_take_are_named() -> None:
+    conditional = OptionalClasses(4)
+    with pytest.raises(SpecError, match=r"class_labels must be whole numbers from 0 to 3, found 'abc'"):
+        check_call(conditional, {"class_labels": "abc"}, 4)
+    guided = DDIMPipeline(Half(), DDIMScheduler())
+    with pytest.raises(SpecError, match="generator is not among the arguments: each image's seed decides it"):
+        check_call(guided, {"generator": 1}, 4)
+    for value in ("nan", math.nan):
+        with pytest.raises(SpecError, match="eta must be a number, found"):
+            check_call(guided, {"eta": value}, 4)
+
+
+def test_one_label_is_for_all_images_and_lists_have_one_each() -> None:
+    assert arguments_of_batch({"class_labels": 3}, slice(1, 3), 4) == {"class_labels": [3, 3]}
+    for name, value in (("class_labels", [3]), ("prompt", ["a", "b"])):
+        with pytest.raises(SpecError, match=rf"{name} has {len(value)} entries for 4 images: give one each"):
+            arguments_of_batch({name: value}, slice(0, 2), 4)
+
+
+def test_what_a_pipeline_says_against_its_prompts_is_explained() -> None:
+    explained = r"Half refuses the call: Provide `prompt`\. Prompts are given by --prompts"
+    with pytest.raises(SpecError, match=explained), refusal_explained(Half()):
+        raise ValueError("Provide `prompt`.")
+    for error in (ValueError("shapes differ"), SpecError("a prompt that we refused")):
+        with pytest.raises(type(error), match=str(error)), refusal_explained(Half()):
+            raise error
 
 
 def test_more_steps_than_the_scheduler_has_are_refused() -> None:
