@@ -45,6 +45,9 @@ __all__ = ["BalanceChannels", "BalanceRule", "RotateChannels", "salience_scale",
 BalanceRule = Literal["smooth", "search", "salience", "timesteps"]
 RULES = ("smooth", "search", "salience", "timesteps")
 
+SAMPLES_OF_STEP = 3
+"""Calibration samples for each step, for rules whose peaks are by step."""
+
 LEAST_SHARE = 1e-5
 """Peaks count as at least this share of the layer's largest: a channel that is always 0 has no size of its own."""
 
@@ -100,7 +103,8 @@ class BalanceChannels:
 
     rule: as above. strength: a of "smooth". points: of "search". most: of "timesteps".
     layers: patterns of names. Layers with groups, and those whose input is not quantized, are left as they are.
-    samples: calibration samples to watch, batch of them at a time. patches: inputs kept of each layer for "search".
+    samples: calibration samples to watch, batch of them at a time; "salience" and "timesteps" watch `SAMPLES_OF_STEP`
+        times as many as there are steps, if that is more. patches: inputs kept of each layer for "search".
     ranges: of the weights afterwards.
     """
 
@@ -136,7 +140,13 @@ class BalanceChannels:
         plan: Plan = job.handed["plan"]
         layers = {name: layer for name, layer in chosen_layers(job, self.layers).items() if plan[name].input}
         seen, evaluations = captured(
-            job, list(layers), stage="balance", samples=self.samples, batch=self.batch, patches=self.patches
+            job,
+            list(layers),
+            stage="balance",
+            samples=self.samples,
+            batch=self.batch,
+            patches=self.patches,
+            of_step=SAMPLES_OF_STEP if self.rule in ("salience", "timesteps") else 0,
         )
         weights = originals(job, layers)
         errors: dict[str, Any] = {}

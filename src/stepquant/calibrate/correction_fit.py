@@ -293,7 +293,7 @@ class Problem:
             denoiser=denoiser,
             full_precision=full_precision,
             trajectories=trajectories,
-            rows=StepRows.of(trajectories, shared=shared),
+            rows=StepRows.of(trajectories, full_precision, shared=shared),
             held=held_out_images(trajectories, held_out),
         )
 

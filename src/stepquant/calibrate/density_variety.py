@@ -76,13 +76,15 @@ def sample_counts(dense: Tensor, various: Tensor, total: int, variety_weight: fl
 
 
 def bottleneck_inputs(denoiser: nn.Module, trajectory: Trajectory) -> Tensor:
-    """F of every recorded step, `[T, B, C, ...]`, noise first, float32; costs one forward pass per step.
+    """F of every recorded step, `[T, B, C, ...]`, noise first, float32; costs a forward pass per call of every step.
 
     It is the input of the attention in the middle of a UNet, of its `mid_block` if that has no attention, or of the
-    block in the middle of the execution (transformers: tokens `[B, L, C]` are turned to `[B, C, L]`).
+    block in the middle of the execution (transformers: tokens `[B, L, C]` are turned to `[B, C, L]`). B are the
+    rows of all calls of a step: guidance may have its halves in calls of their own.
     """
     name = _bottleneck(denoiser, trajectory)
     found: list[Tensor] = []
+    features: list[Tensor] = []
 
     def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = args[0] if args else kwargs["hidden_states"]
@@ -91,14 +93,17 @@ def bottleneck_inputs(denoiser: nn.Module, trajectory: Trajectory) -> Tensor:
     handle = denoiser.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
     try:
         with torch.no_grad():
-            for number, step in enumerate(trajectory.steps, start=1):
-                denoiser(*step.calls[0].args, **step.calls[0].kwargs)
-                if len(found) < number:
-                    raise CalibrationError(f"{name} did not run in a forward call of the denoiser.")
-                del found[number:]  # a module that runs twice counts once
+            for step in trajectory.steps:
+                found.clear()
+                for number, call in enumerate(step.calls, start=1):
+                    denoiser(*call.args, **call.kwargs)
+                    if len(found) < number:
+                        raise CalibrationError(f"{name} did not run in a forward call of the denoiser.")
+                    del found[number:]  # a module that runs twice counts once
+                features.append(torch.cat(found))
     finally:
         handle.remove()
-    return torch.stack(found)
+    return torch.stack(features)
 
 
 def _bottleneck(denoiser: nn.Module, trajectory: Trajectory) -> str:
@@ -147,7 +152,7 @@ class SelectDensityVariety:
         picks = [(int(step), number % images) for number, step in enumerate(labels[order].tolist())]
         chosen = at_steps(trajectories, picks)
         job.handed["calibration"] = chosen
-        evaluations = sum(step.calls[0].prediction.shape[0] for step in trajectories[0].steps)
+        evaluations = trajectories[0].evaluations
         return {"samples": len(chosen), "counts": counts, "radius": radius, "evaluations": evaluations}
 
 

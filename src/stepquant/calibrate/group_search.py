@@ -32,7 +32,7 @@ from stepquant.calibrate.timestep_groups import (
     check_harden,
 )
 from stepquant.calibrate.trajectory import Trajectory
-from stepquant.errors import CalibrationError, SpecError, nearest
+from stepquant.errors import CalibrationError, SpecError, UnsupportedPipeline, nearest
 from stepquant.model.assembly import channel_axis
 from stepquant.model.clock import StepClock
 from stepquant.model.families import make_attention_explicit_
@@ -138,6 +138,7 @@ class SearchGroups:
         return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.layers)]
 
     def run(self, job: Job) -> Figures:
+        _check_ends_at_the_image(job.handed["trajectories"][0])
         search = _Search.begin(self, job)
         first = search.resume()
         with job.run.progress.track("Searching timestep groups", self.rounds) as advance:
@@ -177,7 +178,7 @@ class _Search:
         if stage.choose == "mmd":
             features = bottleneck_features(job.full_precision, trajectory)
             kernel = median_kernel(features[[bins.index(number) for number in range(clock.bins)]])
-            rows += sum(step.calls[0].prediction.shape[0] for step in trajectory.steps)
+            rows += trajectory.evaluations
         layers = quantized_layers(job.denoiser)
         for (name, attribute), module in searching.items():
             setattr(layers[name], attribute, module)
@@ -312,6 +313,18 @@ class _Search:
         self.history, self.chooser.counts = list(meta["history"]), list(meta["counts"])
         self.evaluations = int(meta["evaluations"])
         return int(meta["round"])
+
+
+def _check_ends_at_the_image(trajectory: Trajectory) -> None:
+    """Raise UnsupportedPipeline if steps follow those of the denoiser: what these lead to is no clean image then."""
+    last = trajectory.steps[-1]
+    own, final = float(torch.as_tensor(last.timestep)), float(last.scheduler.timesteps[-1])
+    if own != final:
+        raise UnsupportedPipeline(
+            f"SearchGroups makes noisy samples of clean images, and the steps of this denoiser end at timestep {own:g} "
+            f"while the pipeline goes on to {final:g}: what they lead to is still noisy. Use a method without a search "
+            "of timestep groups, or search the denoiser of the last steps."
+        )
 
 
 def _timestep_of(clock: StepClock, step: Step) -> float:

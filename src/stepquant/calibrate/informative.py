@@ -17,6 +17,7 @@ lowest number, as in the public code.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
@@ -24,6 +25,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from stepquant.calibrate.reconstruct import output_tensors
 from stepquant.calibrate.select import at_steps
 from stepquant.calibrate.trajectory import Trajectory
 from stepquant.errors import CalibrationError, SpecError, nearest
@@ -140,7 +142,8 @@ def bottleneck_features(denoiser: nn.Module, trajectory: Trajectory) -> Tensor:
     """phi of every recorded step, `[steps, F]`, noise first: the bottleneck's output, averaged over space and images.
 
     The bottleneck is `mid_block` where there is one (UNets), otherwise the block in the middle of the execution
-    (transformers). Costs one forward pass per step.
+    (transformers). Of several outputs it is the one in the shape of the input `hidden_states`: joint blocks return the
+    text, too. Costs one forward pass per call of every step.
     """
     call = trajectory.steps[0].calls[0]
     name = "mid_block"
@@ -148,25 +151,36 @@ def bottleneck_features(denoiser: nn.Module, trajectory: Trajectory) -> Tensor:
         units = units_of(denoiser, execution_order(denoiser, list(quantizable(denoiser)), call.args, call.kwargs))
         name = units[len(units) // 2].name
     found: list[Tensor] = []
+    features: list[Tensor] = []
 
-    def note(_module: nn.Module, _args: Any, output: Any) -> None:
-        while isinstance(output, tuple | list):
-            output = output[0]
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
+        output = _image_of(module, args, kwargs, returned)
         # [B, F, *spatial] of convolutions, [B, T, F] of transformers, [B, F].
         inner = (1,) if output.ndim == 3 else tuple(range(2, output.ndim))
-        found.append((output.mean(inner) if inner else output).double().mean(0))
+        found.append((output.mean(inner) if inner else output).double())
 
-    handle = denoiser.get_submodule(name).register_forward_hook(note)
+    handle = denoiser.get_submodule(name).register_forward_hook(note, with_kwargs=True)
     try:
         with torch.no_grad():
-            for number, step in enumerate(trajectory.steps, start=1):
-                denoiser(*step.calls[0].args, **step.calls[0].kwargs)
-                if len(found) < number:
-                    raise CalibrationError(f"{name} did not run in a forward call of the denoiser.")
-                del found[number:]  # a module that runs twice counts once
+            for step in trajectory.steps:
+                found.clear()
+                for number, call in enumerate(step.calls, start=1):
+                    denoiser(*call.args, **call.kwargs)
+                    if len(found) < number:
+                        raise CalibrationError(f"{name} did not run in a forward call of the denoiser.")
+                    del found[number:]  # a module that runs twice counts once
+                features.append(torch.cat(found).mean(0))
     finally:
         handle.remove()
-    return torch.stack(found)
+    return torch.stack(features)
+
+
+def _image_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Tensor:
+    """Of what a block returned, the first tensor in the shape of its `hidden_states`, or else the first tensor."""
+    outputs = output_tensors(returned)
+    inputs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    shape = getattr(inputs.get("hidden_states"), "shape", None)
+    return next((output for output in outputs if output.shape == shape), outputs[0])
 
 
 @dataclass(frozen=True)
@@ -199,7 +213,7 @@ class SelectInformative:
         if self.choose == "mmd":
             # Timesteps are counted from the image, steps from the noise.
             kernel = median_kernel(bottleneck_features(job.full_precision, trajectories[0]).flip(0))
-            evaluations = sum(step.calls[0].prediction.shape[0] for step in trajectories[0].steps)
+            evaluations = trajectories[0].evaluations
         chooser = TimestepChooser(self.choose, steps, self.rounds, kernel)
         images = sum(trajectory.images for trajectory in trajectories)
         used: dict[int, int] = {}

@@ -111,17 +111,17 @@ def chosen_layers(job: Job, patterns: Sequence[str]) -> dict[str, QuantizedLayer
 
 
 def captured(
-    job: Job, names: Sequence[str], *, stage: str, samples: int, batch: int, patches: int
+    job: Job, names: Sequence[str], *, stage: str, samples: int, batch: int, patches: int, of_step: int = 0
 ) -> tuple[dict[str, LayerInputs], int]:
     """What layers of the full-precision model see, and the evaluations that it took. Layers that never run are missing.
 
-    samples: calibration samples, spread evenly over the calibration set. patches: about so many for each layer.
-    stage: names the random stream.
+    samples: calibration samples, spread evenly over the calibration set; `of_step` times as many as there are steps in
+        it, if that is more. patches: about so many for each layer. stage: names the random stream.
     """
     if not names:
         return {}, 0
     chosen: CalibrationSet = job.handed["calibration"]
-    count = min(samples, len(chosen))
+    count = min(max(samples, of_step * len({step for _, step, _ in chosen.entries})), len(chosen))
     spread = torch.linspace(0, len(chosen) - 1, count).round().long().tolist()
     modules = dict(job.full_precision.named_modules())
     seen: dict[str, _Seen] = {}

@@ -146,7 +146,7 @@ class CorrectNoise:
 
     def run(self, job: Job) -> Figures:
         trajectories: list[Trajectory] = job.handed["trajectories"]
-        rows = StepRows.of(trajectories)
+        rows = StepRows.of(trajectories, job.full_precision)
         total = len(rows.of_step) * len(trajectories)
         with job.run.progress.track("Measuring quantization noise", total) as advance:
             moments = noise_moments(job.denoiser, trajectories, rows, advance)

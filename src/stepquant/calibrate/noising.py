@@ -9,6 +9,8 @@ target is eps, or what the scheduler's prediction type makes of it:
     sample             x_0
     v_prediction       (alpha eps - sigma x_0) / sqrt(alpha^2 + sigma^2)           Salimans and Ho 2022
     flow (velocity)    eps - x_0                                                   Lipman et al. 2023, x_0 the image
+
+and the other way round, eps of a prediction for x_t, by solving for it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,14 @@ from torch import Tensor
 from stepquant.calibrate.steps import Step, copy_sharing
 from stepquant.errors import SpecError
 
-__all__ = ["check_drawn_noise_target", "noise_scales", "noise_target", "noisy"]
+__all__ = [
+    "check_drawn_noise_target",
+    "check_noise_prediction",
+    "noise_predicted",
+    "noise_scales",
+    "noise_target",
+    "noisy",
+]
 
 FLOW = "flow_prediction"
 """diffusers' word for a velocity prediction."""
@@ -87,3 +96,31 @@ def noise_target(scheduler: Any, x_0: Tensor, noise: Tensor, scales: tuple[float
         return noise - x_0
     alpha, sigma = scales
     return (alpha * noise - sigma * x_0) / math.hypot(alpha, sigma)
+
+
+def check_noise_prediction(scheduler: Any) -> None:
+    """Raise SpecError if it is not known which noise a prediction for this scheduler means."""
+    if _prediction_type(scheduler) is None:
+        raise SpecError(
+            f"Which noise a prediction means is not known for {type(scheduler).__name__} (prediction type "
+            f"{dict(scheduler.config).get('prediction_type')!r}); known are epsilon, sample, v_prediction and flow "
+            "matching. Leave out the bits by step."
+        )
+
+
+def noise_predicted(step: Step, prediction: Tensor) -> Tensor:
+    """eps that a prediction for a recorded step's sample means, in its shape; not finite where sigma is 0 and x_0 is
+    predicted. Raises as the check does.
+    """
+    check_noise_prediction(step.scheduler)
+    kind = _prediction_type(step.scheduler)
+    if kind == "epsilon":
+        return prediction
+    alpha, sigma = noise_scales(step)
+    sample = step.sample.to(prediction)
+    if kind == "sample":
+        return (sample - alpha * prediction) / sigma if sigma > 0 else torch.full_like(prediction, math.inf)
+    if kind == FLOW:
+        return (sample + alpha * prediction) / (alpha + sigma)
+    size = math.hypot(alpha, sigma)
+    return (alpha * size * prediction + sigma * sample) / size**2

@@ -766,8 +766,8 @@ def _unit_losses(
 class ScaleBlocks:
     """Learn every unit's activation scales so that the unit's output stays, inputs from full precision.
 
-    lr is relative to each scale (`relative_groups`), with cosine decay to 0. together: as in RoundBlocks; it changes
-    only time and memory here.
+    lr is relative to the mean over each quantizer's rows (`relative_groups`), with cosine decay to 0. together: as in
+    RoundBlocks; it changes only time and memory here.
     Source: the activation stage of Q-Diffusion's public code (5000 iterations, p = 2.4).
     """
 

@@ -213,7 +213,10 @@ def input_scales(
 
 
 def relative_groups(quantizers: Mapping[str, InputQuantizer], lr: float) -> list[dict[str, object]]:
-    """Adam parameter groups in which each scale moves by about `lr` of itself per iteration.
+    """Adam parameter groups in which each quantizer's scale moves by about `lr` of itself per iteration.
+
+    The rows of a quantizer are one parameter: each moves by about `lr` of their mean, a small row by more of itself
+    than a large one, and Adam's moments go on moving rows whose timesteps a mini-batch did not have.
 
     Differs from the papers, which give every scale the same absolute learning rate (4e-4 in Q-Diffusion): scales of
     one network differ by orders of magnitude, and with few iterations a common rate leaves some untouched and

@@ -69,7 +69,8 @@ class ChooseSoftmaxLevels:
     """Give every attention's softmax output a table of `groups` rows, each with the kind of levels that suits it.
 
     bits: of the softmax output; None keeps those of the plan.
-    groups: equal parts of the sampling steps, each with a row of its own; no more than there are steps.
+    groups: equal parts of the sampling steps, each with a row of its own; no more than there are steps. Where all of
+        them choose even levels, a quantizer that has these already, with at least as many rows, stays as it is.
     choose: how, as above. samples: calibration samples to watch, batch of them at a time. rule: for uniform rows.
 
     Watches the quantized model, after `FitInputRanges`. Layers whose softmax output is not quantized, or whose range is
@@ -122,9 +123,11 @@ class ChooseSoftmaxLevels:
                 scale, logarithmic = self._row(values, largest, bits)
                 scales.append(scale)
                 chosen.append(logarithmic)
-            quantizer = LogQuantizer(spec, clock, torch.stack(scales), torch.tensor(chosen), rows)
-            layer.input_quantizer = quantizer.to(clock.edges.device)
             figures[name] = chosen
+            finer = isinstance(before, InputQuantizer) and before.spec.bits == bits and before.rows >= len(chosen)
+            if any(chosen) or not finer:
+                quantizer = LogQuantizer(spec, clock, torch.stack(scales), torch.tensor(chosen), rows)
+                layer.input_quantizer = quantizer.to(clock.edges.device)
         return {"layers": figures, "evaluations": count}
 
     def _windows(self, job: Job) -> tuple[int, ...]:

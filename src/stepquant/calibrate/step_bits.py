@@ -6,7 +6,8 @@ activations at b bits:
     SNR_Q(k, b) = sum eps_k^2 / sum delta_{k,b}^2,    SNR_F(k) = alpha_k^2 / sigma_k^2         x_k = alpha x_0 + sigma z
     bits of step k = the fewest b with SNR_Q(k, b) > SNR_F(k), otherwise the most
 
-Steps next to the noise thus have few bits and those next to the image many.
+Steps next to the noise thus have few bits and those next to the image many. Of networks that predict something else
+(the image, v, a velocity) eps is what the prediction makes of the sample, see `calibrate.noising`.
 
 Source: He et al. 2023 (PTQD, arXiv:2305.10657), step-aware mixed precision.
 """
@@ -21,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from stepquant.calibrate.noising import noise_scales
+from stepquant.calibrate.noising import check_noise_prediction, noise_predicted, noise_scales
 from stepquant.calibrate.ranges import Observer, RangeRule, observing
 from stepquant.calibrate.reconstruct import clocked
 from stepquant.calibrate.select import inputs
@@ -29,8 +30,9 @@ from stepquant.calibrate.steps import Step
 from stepquant.calibrate.trajectory import Trajectory, predict, state_at
 from stepquant.errors import SpecError
 from stepquant.model.clock import StepClock
+from stepquant.model.families import end_layers, sensitive_layers
 from stepquant.model.quantizer import InputQuantizer
-from stepquant.model.surgery import operand_specs, quantized_layers
+from stepquant.model.surgery import Ends, execution_order, operand_specs, quantizable, quantized_layers
 from stepquant.numerics.affine import QParams
 from stepquant.numerics.spec import LayerScheme, QuantSpec, row_spec
 from stepquant.recipe import Figures, Job
@@ -47,6 +49,7 @@ class ChooseStepBits:
 
     bits: to choose from, ascending. Activations that were placed at the first of them change, all others (ends,
         softmax) stay.
+    ends, softmax_bits: those of `Place`. Ends and softmax that they keep at 8 bits stay where `bits` begin with 8, too.
     rule, samples, batch: of the ranges, as in `FitInputRanges`.
     images: recorded images that the ratios are measured on, the first ones, whole batches of them.
 
@@ -58,6 +61,8 @@ class ChooseStepBits:
     samples: int = 256
     batch: int = 32
     images: int = 64
+    ends: Ends = "8bit"
+    softmax_bits: int | None = 8
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "model", "plan"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
@@ -73,6 +78,10 @@ class ChooseStepBits:
             raise SpecError(
                 f"samples, batch and images must be at least 1, found {self.samples}, {self.batch} and {self.images}."
             )
+
+    def check(self, job: Job) -> None:
+        """Predictions that do not say which noise they mean show before anything is recorded."""
+        check_noise_prediction(job.pipe.scheduler)
 
     def run(self, job: Job) -> Figures:
         clock: StepClock = clocked(job.denoiser)
@@ -104,17 +113,33 @@ class ChooseStepBits:
     def _operands(self, job: Job) -> dict[Operand, QuantSpec]:
         """The activations whose bits change."""
         plan: dict[str, LayerScheme] = job.handed["plan"]
+        kept = self._kept(job) if self.bits[0] == QuantSpec.most_bits else set()
         found = {
             (name, attribute): spec
             for name, scheme in plan.items()
             for attribute, spec in operand_specs(scheme)
-            if spec.bits == self.bits[0] and isinstance(_quantizer(job, name, attribute), InputQuantizer)
+            if spec.bits == self.bits[0]
+            and (name, attribute) not in kept
+            and isinstance(_quantizer(job, name, attribute), InputQuantizer)
         }
         if not found:
             raise SpecError(
                 f"No static activation was placed at {self.bits[0]} bits, the first of the bits {list(self.bits)}: "
                 f"quantize with activations={self.bits[0]}, or name other bits."
             )
+        return found
+
+    def _kept(self, job: Job) -> set[Operand]:
+        """What is at 8 bits for the sake of its place, and at 8 cannot be told from the others by its bits."""
+        call = job.handed["trajectories"][0].steps[0].calls[0]
+        layers = {**quantizable(job.denoiser), **quantized_layers(job.denoiser)}
+        order = execution_order(job.denoiser, layers, call.args, call.kwargs)
+        found: set[Operand] = set()
+        if self.softmax_bits is not None:
+            found |= {(name, "input_quantizer") for name in order if name.endswith("values")}
+        if self.ends != "same":
+            kept = (*end_layers(order), *sensitive_layers(job.denoiser, order))
+            found |= {(name, attribute) for name in kept for attribute in ("input_quantizer", "second_quantizer")}
         return found
 
     def _observed(
@@ -197,8 +222,9 @@ def _signal_to_noise(job: Job, trajectories: Sequence[Trajectory], advance: Call
     for trajectory in trajectories:
         for index, step in enumerate(trajectory.steps):
             guided = predict(job.denoiser, trajectory, index, state_at(trajectory, index))
-            signal[index] += float(step.guided.double().square().sum())
-            noise[index] += float((guided.double() - step.guided.double()).square().sum())
+            exact, found = (noise_predicted(step, one.double()) for one in (step.guided, guided))
+            signal[index] += float(exact.square().sum())
+            noise[index] += float((found - exact).square().sum())
             advance(1)
     return [one / other if other > 0 else math.inf for one, other in zip(signal, noise, strict=True)]
 

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stepquant.calibrate.steps import DenoiserCall
 from stepquant.calibrate.trajectory import Trajectory, steps_where_nothing_happens
 from stepquant.errors import CalibrationError, UnsupportedPipeline
+from stepquant.model.layer import QuantizedLayer
+from stepquant.model.surgery import execution_order, quantizable, quantized_layers
 
 __all__ = ["StepRows"]
 
@@ -31,9 +34,12 @@ class StepRows:
     shared: bool
 
     @classmethod
-    def of(cls, trajectories: Sequence[Trajectory], *, shared: bool = False) -> StepRows:
-        """Raises CalibrationError for schedules that differ, UnsupportedPipeline if predictions and samples differ in
-        shape.
+    def of(cls, trajectories: Sequence[Trajectory], denoiser: nn.Module, *, shared: bool = False) -> StepRows:
+        """denoiser: that the trajectories are of, quantized or not.
+
+        Raises CalibrationError for schedules that differ, UnsupportedPipeline if predictions and samples differ in
+        shape, or if a row for each channel is to be fitted to predictions `[B, C, L]` of a one-dimensional convolution:
+        what applies corrections takes three axes for tokens, `[B, T, C]`.
         """
         schedules = {tuple(float(step.timestep) for step in trajectory.steps) for trajectory in trajectories}
         if len(schedules) != 1:
@@ -47,6 +53,13 @@ class StepRows:
                 f"The scheduler is given predictions of shape {list(step.guided.shape)} for samples of shape "
                 f"{list(step.sample.shape)}, and a correction needs equal ones. A learned variance must be dropped "
                 "before the scheduler."
+            )
+        if step.guided.ndim == 3 and not shared and _ends_in_convolution(denoiser, step.calls[0]):
+            raise UnsupportedPipeline(
+                f"The predictions of {type(denoiser).__name__}, of shape {list(step.guided.shape)}, come out of a "
+                "one-dimensional convolution. Coefficients for each channel are for images, videos and tokens "
+                "[B, T, C]; one for all channels fits here: `shared=True` of Compensate, "
+                "`compensate --set shared=true`."
             )
         (values,) = schedules
         distinct = list(dict.fromkeys(values))
@@ -70,3 +83,13 @@ class StepRows:
             return rows
         kept: Tensor = self.by_channel(painted.to(tensor.device).expand_as(tensor))
         return rows[:, kept[0]]
+
+
+def _ends_in_convolution(denoiser: nn.Module, call: DenoiserCall) -> bool:
+    """Whether the last layer of the call is a one-dimensional convolution, quantized or not."""
+    layers = {**quantizable(denoiser), **quantized_layers(denoiser)}
+    order = execution_order(denoiser, layers, call.args, call.kwargs)
+    last = layers[order[-1]] if order else None
+    if isinstance(last, QuantizedLayer):
+        return last.geometry.kind == "conv1d"
+    return isinstance(last, nn.Conv1d)

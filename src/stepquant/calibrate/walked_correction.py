@@ -78,7 +78,7 @@ class CorrectProgressively:
 
     def run(self, job: Job) -> Figures:
         trajectories: list[Trajectory] = job.handed["trajectories"]
-        walk = _Walk.begin(self, StepRows.of(trajectories), trajectories)
+        walk = _Walk.begin(self, StepRows.of(trajectories, job.full_precision), trajectories)
         with job.run.progress.track("Correcting step by step", len(walk.rows.of_step)) as advance, torch.no_grad():
             for index in range(len(walk.rows.of_step)):
                 walk.step(job, index)

@@ -57,7 +57,8 @@ class FitWindows:
     window: steps per window, M, at most all of them; ignored if `windows` gives the length of each window, noise first.
     gradient: identity (the paper), exact, or per_step.
     iterations: windows drawn, each on one recorded mini-batch.
-    lr_weights, lr_scales: Adam's rates; that of scales is relative to each scale and decays to 0 by a cosine.
+    lr_weights, lr_scales: Adam's rates; that of scales is relative to the mean over each quantizer's rows
+        (`relative_groups`) and decays to 0 by a cosine.
     learn_weights: False keeps the rounding and learns scales only.
     keep_rounding: where rounding starts, from 0 (the full-precision fraction) to 1 (the present rounding).
     settle: share of the iterations at the end that learns scales only, behind hard weights.

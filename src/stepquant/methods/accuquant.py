@@ -32,7 +32,8 @@ Differs from the paper (which does not publish M per model, learning rates, iter
   and learns weights and scales together.
 - For the last fifth of the iterations (`FitWindows.settle`) weights are rounded for good and only scales go on
   learning, so that scales fit the weights that are saved.
-- Scales learn at a rate relative to their size, with cosine decay.
+- Scales learn at a rate relative to their size, with cosine decay. With several rows it is relative to the mean over a
+  quantizer's rows, and Adam's moments also move rows whose steps the mini-batch did not have.
 - Windows may have different lengths (`windows`), the one near the image is best kept short: there the remaining steps
   erase part of earlier errors, and the identity approximation is least true.
 - `rows="window"` gives every window activation parameters of its own, `rows="step"` every timestep.

@@ -27,8 +27,8 @@ of outer iterations, the validation batch, or its Algorithm 2):
   the groups that aligns gradients implicitly, possibly what the paper's algorithm does.
 - eta is set by the length of the inner step (`inner_step`, the mean change of a rounding variable) and counts as a
   constant in derivatives.
-- theta, where the inner step starts, is the rounding to nearest; the paper says only theta_Q. AdaRound's own start is
-  the full-precision weight, at which the block itself makes no error.
+- theta, where the inner step starts, is the rounding to nearest, with `layer_rounding` that of `RoundLayers`; the paper
+  says only theta_Q. AdaRound's own start is the full-precision weight, at which the block itself makes no error.
 - s is learnt by Adam, `lr_samples`, `meta_iterations` times a block, with moments that start anew at every block. Each
   time omega is the softmax over a mini-batch that has its share of every timestep.
 - The validation set is made of images of their own. They are recorded but not calibrated on; where every recorded

@@ -19,6 +19,7 @@ Differs from the paper:
 - DRAQ multiplies s onto the result before the matrix product: arithmetic is simulated, and no integer engine runs it.
   Its maxima are of one image, so that images of a batch do not depend on one another. Where an image is a single token
   (embeddings of time and class), s would be the token itself, and is left out.
+- With `activations=None` there is no Q_x, and H is left out with it: the branch is then of W itself.
 - Convolutions, which the paper's model does not have, take a range from each sample, and are rotated over channels.
 - Time and prompt embeddings are quantized unless `rules` leave them out; the paper leaves them in floating point. First
   and last layer, and layers whose precision diffusers keeps, are at 8 bits.

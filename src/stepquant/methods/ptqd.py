@@ -30,9 +30,10 @@ Differs from the paper:
   prediction then gets as much variance back as the noise gives up, and the sample's is not brought down.
 - With eta = 0, deterministic solvers, and stochastic ones other than DDIM and DDPM, only the mean part acts; the
   figures say so.
-- The ratios of step-aware bits are both ratios of powers, ours where summaries of the paper leave that open. The stage
-  is off unless `step_bits` is given, such as (4, 8) with `activations=4`; ends and softmax keep their own bits. No test
-  of normality is made.
+- The ratios of step-aware bits are both ratios of powers, ours where summaries of the paper leave that open. Networks
+  that predict v, the image or a velocity are compared in the eps that their predictions mean. The stage is off unless
+  `step_bits` is given, such as (4, 8) with `activations=4`; ends and softmax keep their own bits. No test of normality
+  is made.
 - Weights have a scale for each channel instead of each layer, rates and shares of iterations are those of
   `q_diffusion`; 1x1 shortcuts and resampling convolutions are quantized, matrix products of attention too; first and
   last layer have 8 bits, the first of the time embedding the bits of all.
@@ -123,7 +124,9 @@ def ptqd(
         )
     stages.append(FitInputRanges(ranges, windows=rows_over_time(rows)))
     if step_bits is not None:
-        stages.append(ChooseStepBits(tuple(step_bits), rule=ranges, images=samples))
+        stages.append(
+            ChooseStepBits(tuple(step_bits), rule=ranges, images=samples, ends=ends, softmax_bits=softmax_bits)
+        )
     if iterations_activations and activations is not None:
         stages.append(ScaleBlocks(iterations=iterations_activations, batch=batch, lr=lr_activations))
     correction = add_on(slopes=slopes, bias_of=bias_of, variance=variance)

@@ -24,7 +24,8 @@ Differs from the paper (from summaries of it and a re-implementation; where thes
 - The distribution that the power law is compared with is the exponential, over the values above the 1st percentile;
   `softmax_choice="error"`, as in the presets quick and standard, takes the levels with less error instead: at 8 bits
   evenly spaced levels are finer almost everywhere, whatever the distribution. The last level of log2 means 0.
-- The number of groups (`groups`, 4), of aligned rounds (`rounds`, 2).
+- The number of groups (`groups`, 4), of aligned rounds (`rounds`, 2). A softmax output whose groups all choose evenly
+  spaced levels keeps the ranges of every step that `rows="step"` gave it.
 - What is reconstructed: layers are rounded for the least error of their output (`RoundLayers`), in round 0 and in the
   aligned rounds, and activation ranges are searched. The paper reconstructs blocks by gradient and learns scales.
 - The aligned rounds do not change the softmax's levels, which are chosen after them.

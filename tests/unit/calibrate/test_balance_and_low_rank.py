@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.api import Quantized, quantize
+from stepquant.calibrate import balance
 from stepquant.calibrate.balance import (
     BalanceChannels,
     RotateChannels,
@@ -20,14 +21,14 @@ from stepquant.calibrate.balance import (
 )
 from stepquant.calibrate.dynamic import DynamicInputs
 from stepquant.calibrate.gram import RoundLayers, columns, transformed_gram
-from stepquant.calibrate.layer_inputs import output_error, refit_, transformed_patches
+from stepquant.calibrate.layer_inputs import captured, output_error, refit_, transformed_patches
 from stepquant.calibrate.low_rank import AddLowRank, nearest_of_rank
 from stepquant.calibrate.softmax_levels import ChooseSoftmaxLevels, power_law_gain
 from stepquant.calibrate.stages import FitInputRanges, Place, Select
 from stepquant.errors import SpecError
 from stepquant.methods.baseline import start
 from stepquant.model.layer import QuantizedLayer, geometry_of
-from stepquant.model.quantizer import DynamicQuantizer, LogQuantizer, WeightQuantizer
+from stepquant.model.quantizer import DynamicQuantizer, InputQuantizer, LogQuantizer, WeightQuantizer
 from stepquant.model.surgery import quantized_layers
 from stepquant.model.transform import InputTransform
 from stepquant.numerics.affine import choose_qparams, fake_quantize, range_of
@@ -240,6 +241,22 @@ def test_every_rule_changes_the_weight_but_not_the_operator(rule: Any) -> None:
         assert float((layer(x) - full(x)).norm() / full(x).norm()) < 0.02
 
 
+@pytest.mark.parametrize("rule", ["salience", "timesteps", "smooth"])
+def test_rules_by_step_see_every_step(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        found = captured(*args, **kwargs)
+        seen.append(found[0])
+        return found
+
+    monkeypatch.setattr(balance, "captured", noted)
+    stages = BalanceChannels(rule=rule, samples=2, patches=8, ranges="minmax"), FitInputRanges("minmax")
+    quantized = ran(*stages)
+    assert set(seen[0][FF].peaks) == ({0, 2} if rule == "smooth" else set(range(STEPS)))
+    assert figures_of(quantized, "BalanceChannels")["evaluations"] == (2 if rule == "smooth" else 6)
+
+
 def test_peaks_are_those_of_the_full_precision_model() -> None:
     """The scale of "smooth" with strength 1 is the peak of each channel, which hooks of our own find too."""
     quantized = ran(BalanceChannels(rule="smooth", strength=1.0, samples=100, patches=8), FitInputRanges())
@@ -302,6 +319,24 @@ def test_softmax_levels_are_chosen_by_group() -> None:
     assert figures_of(quantized, "ChooseSoftmaxLevels")["layers"][VALUES] == found.logarithmic.tolist()
     many = ran(FitInputRanges(), ChooseSoftmaxLevels(groups=7, samples=6))
     assert layers_of(many)[VALUES].input_quantizer.row_of_bin.tolist() == [2, 1, 0]
+
+
+def test_even_levels_keep_the_rows_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = ChooseSoftmaxLevels._row
+    monkeypatch.setattr(ChooseSoftmaxLevels, "_row", lambda *args: (row(*args)[0], False))
+    before = layers_of(ran(FitInputRanges(windows="step")))[VALUES].input_quantizer
+    quantized = ran(FitInputRanges(windows="step"), ChooseSoftmaxLevels(groups=2, samples=6))
+    found = layers_of(quantized)[VALUES].input_quantizer
+    assert isinstance(found, InputQuantizer)
+    assert torch.equal(found.scale, before.scale)
+    assert found.rows == STEPS
+    assert figures_of(quantized, "ChooseSoftmaxLevels")["layers"][VALUES] == [False, False]
+    # Fewer rows than groups, or other bits: new ones.
+    for rows, bits in ((None, None), ("step", 4)):
+        stages = FitInputRanges(windows=rows), ChooseSoftmaxLevels(bits=bits, groups=2, samples=6)
+        other = layers_of(ran(*stages))[VALUES].input_quantizer
+        assert isinstance(other, LogQuantizer)
+        assert other.rows == 2
 
 
 def test_the_choice_by_error_is_the_better_one() -> None:

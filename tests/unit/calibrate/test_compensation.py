@@ -22,10 +22,12 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+import tiny
 import tiny_pipelines
 from stepquant.calibrate.compensation import Compensate, candidates
 from stepquant.calibrate.correction_fit import RIDGE, Estimator, Fitted, Moments, fit, held_out_images
 from stepquant.calibrate.forms import DoubledLatentsGuidance
+from stepquant.calibrate.step_rows import StepRows
 from stepquant.calibrate.trajectory import (
     Trajectory,
     record,
@@ -37,6 +39,7 @@ from stepquant.calibrate.trajectory import (
 from stepquant.errors import CalibrationError, SpecError, UnsupportedPipeline
 from stepquant.model.correction import CorrectedScheduler, Corrector, StepCorrection
 from stepquant.model.pipeline import DenoiserPipeline
+from stepquant.numerics.spec import scheme_for
 from stepquant.recipe import Job, recipe_from_dict
 from stepquant.run import Run
 
@@ -704,3 +707,27 @@ def test_the_guided_prediction_is_what_is_corrected(eta: float) -> None:
     ).correction
     gain = 1 / (1 + 0.1 * scale)
     assert correction.gain.flatten().tolist() == pytest.approx([gain] * correction.gain.numel(), rel=1e-3)
+
+
+class Line(nn.Module):
+    """Samples [B, 2, 6] of one spatial axis, out of a one-dimensional convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv1d(2, 4, 3, padding=1), nn.Conv1d(4, 2, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+        found: Tensor = self.last(torch.tanh(self.first(sample)))
+        return found
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_channels_of_a_one_dimensional_convolution_are_no_tokens(quantized: bool) -> None:
+    net = Line()
+    pipe = DenoiserPipeline(net, DDIMScheduler(clip_sample=False), (2, 6))
+    trajectories = [seal(one) for one in record(pipe, net, seeds=range(2), steps=3, batch_size=2, run=Run())]
+    denoiser = tiny.quantize_(copy.deepcopy(net), scheme_for(4, None)) if quantized else net
+    with pytest.raises(UnsupportedPipeline, match=r"of shape \[2, 2, 6\], come out of a one-dimensional convolution"):
+        StepRows.of(trajectories, denoiser)
+    assert StepRows.of(trajectories, denoiser, shared=True).channels == 1

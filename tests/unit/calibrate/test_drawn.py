@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -212,6 +213,21 @@ def test_the_stage_draws_what_the_features_say() -> None:
     SelectDensityVariety().run(job)
     images = [(number, row) for number, _, row in job.handed["calibration"].entries]
     assert sorted(images) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_features_are_of_all_calls_of_a_step() -> None:
+    net = TimedNet(attention=True)
+    job = job_of(net)
+    (trajectory, *_) = job.handed["trajectories"]
+    (call,) = trajectory.steps[0].calls
+    other = replace(call, args=(2 * call.args[0], *call.args[1:]))
+    steps = tuple(replace(step, calls=(*step.calls, other)) for step in trajectory.steps)
+    guided = replace(trajectory, steps=steps)
+    found = bottleneck_inputs(net, guided)
+    assert torch.equal(found[:, :2], bottleneck_inputs(net, trajectory))
+    assert torch.equal(found[:, 2:], net.mid_block.resnet(net.hidden(*other.args)).expand(STEPS, -1, -1, -1, -1))
+    job.handed["trajectories"] = [guided]
+    assert SelectDensityVariety().run(job)["evaluations"] == 4 * STEPS
 
 
 def test_the_default_radius_is_a_median() -> None:

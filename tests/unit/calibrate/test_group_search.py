@@ -14,12 +14,13 @@ import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler
 from torch import Tensor, nn
 
+import tiny_pipelines
 from stepquant.api import Quantized, load, quantize, sample
 from stepquant.calibrate import group_search
 from stepquant.calibrate.group_search import SearchGroups, _Search
 from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, Place, Record, Select
 from stepquant.calibrate.timestep_groups import TimestepGroups
-from stepquant.errors import SpecError
+from stepquant.errors import SpecError, UnsupportedPipeline
 from stepquant.methods import STAGES
 from stepquant.methods.adp_dm import PRESETS, adp_dm
 from stepquant.model.assembly import describe
@@ -349,3 +350,21 @@ def test_the_loss_is_summed_beyond_the_range_of_float16() -> None:
     pipe = DenoiserPipeline(net, DDIMScheduler(clip_sample=False), (2, 64, 64))
     made = quantize(pipe, Recipe("half", stages), steps=2)
     assert all(math.isfinite(entry["loss"]) for entry in made.figures[-1]["rounds"])
+
+
+def test_steps_that_end_before_the_image_are_refused() -> None:
+    """The sample after the first expert's steps is still noisy, and would be taken for a clean one."""
+    pipe, arguments = tiny_pipelines.wan(experts=2), tiny_pipelines.FAMILIES["wan"].arguments()
+
+    def searched(denoiser: str) -> Quantized:
+        return quantize(
+            pipe,
+            recipe_of(samples=2, rounds=0, groups=2, layers=("*ffn*",)),
+            steps=4,
+            arguments={**arguments, "guidance_scale_2": 2.0},
+            denoiser=denoiser,
+        )
+
+    with pytest.raises(UnsupportedPipeline, match="end at timestep 900 while the pipeline goes on to 500"):
+        searched("transformer")
+    assert searched("transformer_2").figures[-1]["quantizers"] > 0

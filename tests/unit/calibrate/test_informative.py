@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -192,3 +193,52 @@ def test_settings_are_checked() -> None:
         SelectInformative("ucb")  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="rounds and batch of at least 1, found 0, 4"):
         SelectInformative(rounds=0, batch=4)
+
+
+class JointBlock(nn.Module):
+    """Returns the text first, as diffusers' joint blocks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        return self.text(encoder_hidden_states), self.image(hidden_states)
+
+
+class JointNet(nn.Module):
+    def __init__(self, by_name: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.mid_block, self.by_name = JointBlock(), by_name
+
+    def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+        tokens, text = sample.flatten(2).mT, torch.ones(len(sample), 3, 2)
+        named = {"hidden_states": tokens, "encoder_hidden_states": text}
+        _, image = self.mid_block(**named) if self.by_name else self.mid_block(tokens, text)
+        return image.mT.reshape(sample.shape)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_features_of_a_joint_block_are_the_images(by_name: bool) -> None:
+    net = JointNet(by_name)
+    _, trajectories = recorded(net)
+    found = bottleneck_features(net, trajectories[0])
+    for features, step in zip(found, trajectories[0].steps, strict=True):
+        torch.testing.assert_close(features.float(), step.guided.mean((0, 2, 3)))
+
+
+def test_halves_of_a_guidance_in_separate_calls_both_count() -> None:
+    net = TimedNet()
+    _, trajectories = recorded(net)
+    (call,) = trajectories[0].steps[0].calls
+    other = replace(call, args=(2 * call.args[0], *call.args[1:]))
+    steps = [replace(step, calls=(*step.calls, other)) for step in trajectories[0].steps]
+    guided = replace(trajectories[0], steps=tuple(steps))
+    plain, toward = (
+        bottleneck_features(net, replace(guided, steps=tuple(replace(s, calls=(s.calls[half],)) for s in steps)))
+        for half in (0, 1)
+    )
+    torch.testing.assert_close(bottleneck_features(net, guided), (plain + toward) / 2)
+    job = Job(None, net, net, Run(), STEPS, handed={"trajectories": [guided]})
+    assert SelectInformative("mmd", rounds=2, batch=1).run(job)["evaluations"] == 4 * STEPS

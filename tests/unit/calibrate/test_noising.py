@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from stepquant.calibrate.noising import check_drawn_noise_target, noise_scales, noise_target, noisy
+from stepquant.calibrate.noising import check_drawn_noise_target, noise_predicted, noise_scales, noise_target, noisy
 from stepquant.calibrate.steps import Step
 from stepquant.calibrate.trajectory import record, seal
 from stepquant.errors import SpecError
@@ -106,3 +107,14 @@ def test_a_scheduler_that_adds_no_noise_is_refused() -> None:
         noise_scales(
             Step(0, step.sample, step.timestep, step.calls, step.guided, step.next_sample, NoNoise(), {}, None)
         )
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_prediction_means_the_noise_that_it_was_made_for(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for step in recorded(SCHEDULERS[name]()):
+        x_0, noise = (torch.randn(step.sample.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+        scales = noise_scales(step)
+        prediction = noise_target(step.scheduler, x_0, noise, scales)
+        there = replace(step, sample=noisy(x_0, noise, scales))
+        torch.testing.assert_close(noise_predicted(there, prediction), noise, rtol=1e-5, atol=1e-5)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, HeunDiscreteScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, HeunDiscreteScheduler
 from torch import Tensor, nn
 
 from stepquant.calibrate import step_bits
@@ -17,10 +17,12 @@ from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, LayerRul
 from stepquant.calibrate.step_bits import ChooseStepBits, fewest_bits
 from stepquant.calibrate.trajectory import predict, state_at
 from stepquant.errors import SpecError
+from stepquant.methods.ptqd import ptqd
 from stepquant.model.assembly import describe
+from stepquant.model.layer import Matmul
 from stepquant.model.pipeline import DenoiserPipeline
 from stepquant.model.quantizer import InputQuantizer
-from stepquant.model.surgery import quantized_layers
+from stepquant.model.surgery import operand_specs, quantized_layers
 from stepquant.numerics.spec import QuantSpec
 from stepquant.recipe import Job
 from stepquant.run import Run
@@ -40,9 +42,9 @@ class Net(nn.Module):
         return self.last(torch.tanh(self.first(sample)))
 
 
-def placed(scheduler: Any = DDIMScheduler, activations: int = 3, **settings: Any) -> Job:
+def placed(scheduler: Any = DDIMScheduler, activations: int = 3, kind: type[nn.Module] = Net, **settings: Any) -> Job:
     torch.manual_seed(2)
-    net = Net()
+    net = kind()
     pipe = DenoiserPipeline(net, scheduler(), (2, 4, 4))
     job = Job(pipe, net, copy.deepcopy(net).requires_grad_(False), Run(), STEPS)
     place = Place(weights=8, activations=activations, **{"ends": "same", **settings})
@@ -170,3 +172,61 @@ def test_a_timestep_that_comes_twice_has_the_bits_of_its_first_time() -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(SpecError, match=named):
         ChooseStepBits(**settings)
+
+
+class Attending(nn.Module):
+    """An end on each side of an attention, for samples [B, 2, 4, 4]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Conv2d(2, 4, 1), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.values = Matmul("values")
+
+    def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+        tokens = self.first(sample).flatten(2).mT
+        mixed = self.values(torch.softmax(tokens @ tokens.mT, -1), self.middle(tokens))
+        return self.last(mixed).mT.reshape(sample.shape)
+
+
+def test_at_8_bits_ends_and_softmax_are_told_by_their_place() -> None:
+    def changed(place: dict[str, Any], **settings: Any) -> set[tuple[str, str]]:
+        job = placed(activations=8, kind=Attending, **place)
+        assert all(spec.bits == 8 for scheme in job.handed["plan"].values() for _, spec in operand_specs(scheme))
+        return set(ChooseStepBits((8, 10), images=2, **settings)._operands(job))
+
+    inner = {("middle", "input_quantizer"), ("values", "second_quantizer")}
+    ends = {("first", "input_quantizer"), ("last", "input_quantizer")}
+    softmax = {("values", "input_quantizer")}
+    assert changed({"ends": "8bit"}) == inner
+    assert changed({"ends": "same"}, ends="same") == inner | ends
+    assert changed({"ends": "8bit", "softmax_bits": None}, softmax_bits=None) == inner | softmax
+    stages = {type(stage): stage for stage in ptqd(activations=8, step_bits=(8, 10), ends="same").stages}
+    assert stages[ChooseStepBits].ends == "same"  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_other_predictions_are_compared_in_the_noise_that_they_mean(kind: str) -> None:
+    job = placed(lambda: DDIMScheduler(prediction_type=kind, clip_sample=False))
+    found = step_bits._signal_to_noise(job, job.handed["trajectories"], lambda _done: None)
+    for index, ratio in enumerate(found):
+        signal = noise = 0.0
+        for trajectory in job.handed["trajectories"]:
+            step = trajectory.steps[index]
+            alpha_bar = float(DDIMScheduler().alphas_cumprod[int(step.timestep)])
+            alpha, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+            guided = predict(job.denoiser, trajectory, index, state_at(trajectory, index))
+            exact, other = (
+                alpha * one + sigma * step.sample if kind == "v_prediction" else (step.sample - alpha * one) / sigma
+                for one in (step.guided.double(), guided.double())
+            )
+            signal += float(exact.square().sum())
+            noise += float((other - exact).square().sum())
+        assert ratio == pytest.approx(signal / noise, rel=1e-3)
+
+
+def test_a_prediction_of_unknown_noise_is_refused_before_recording() -> None:
+    net = Net()
+    job = Job(DenoiserPipeline(net, EDMEulerScheduler(), (2, 4, 4)), net, net, Run(), STEPS)
+    with pytest.raises(SpecError, match="Which noise a prediction means is not known for EDMEulerScheduler"):
+        ChooseStepBits().check(job)
