@@ -309,3 +309,43 @@ def test_a_candidate_that_names_no_reference(stepquant: Stepquant, here: Path) -
     status, _, err = stepquant("images")
     assert status == 1
     assert "--against" in err
+
+
+def test_only_what_report_takes_is_kept_for_it(stepquant: Stepquant, here: Path) -> None:
+    _, out, _ = stepquant("images", "--against", "images")
+    assert "Kept as images.evaluation.json." in out
+    assert "stepquant report" not in out
+    _, out, _ = stepquant("checkpoint", "--against", "images")
+    assert "Kept as checkpoint.evaluation.json for `stepquant report`." in out
+    kept = (here / "checkpoint.evaluation.json").read_text()
+    status, out, err = stepquant("checkpoint", "--against", here / "checkpoint", "--seeds", "0-1")
+    assert status == 0, err
+    assert "Kept" not in out
+    assert (here / "checkpoint.evaluation.json").read_text() == kept
+
+
+def test_results_that_cannot_be_written_are_refused_before_any_work(stepquant: Stepquant, here: Path) -> None:
+    (here / "file").write_text("")
+    for target, words in (("file/e.json", "file is no folder"), ("model", "model is a folder, expected a file")):
+        status, out, err = stepquant("images", "--against", "images", "--json", target)
+        assert (status, out) == (2, "")
+        assert words in err.replace("\n", " ")
+        assert written(here) == ["file"]
+
+
+def test_results_that_could_not_be_written_leave_nothing_in_the_way(
+    stepquant: Stepquant, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stepquant.cli import evaluate
+
+    original = evaluate.write_json
+
+    def full(data: Any, target: str) -> None:
+        if target == "e.json":
+            raise OSError(28, "No space left on device", target)
+        original(data, target)
+
+    monkeypatch.setattr(evaluate, "write_json", full)
+    assert stepquant("images", "--against", "images", "--json", "e.json")[0] == 1
+    assert written(here) == ["images.evaluation.json"]
+    assert stepquant("images", "--against", "images")[0] == 0

@@ -201,14 +201,14 @@ def test_the_drift_is_said_whatever_was_found(call: Call, asked: Asked, made: tu
 def test_mistakes_are_told_before_anything_is_sampled(call: Call, asked: Asked, tmp_path: Path) -> None:
     there = tmp_path / "there.yaml"
     there.write_text("model: mine\n")
-    for arguments, message in (
-        (["digits-unet", "--threshold", "cosin=1"], "Did you mean 'cosine'"),
-        (["digits-unet", "--patch", there], "exists already"),
-        ([tmp_path], "neither a checkpoint"),
-        (["digits-unte"], "Did you mean 'digits-unet'"),
+    for arguments, message, expected in (
+        (["digits-unet", "--threshold", "cosin=1"], "Did you mean 'cosine'", 2),
+        (["digits-unet", "--patch", there], "exists already", 2),
+        ([tmp_path], "neither a checkpoint", 1),
+        (["digits-unte"], "Did you mean 'digits-unet'", 1),
     ):
         status, _, err = call("doctor", *arguments)
-        assert (status, message in err.replace("\n", " ")) == (1, True), err
+        assert (status, message in err.replace("\n", " ")) == (expected, True), err
         assert asked.given == {}
     assert there.read_text() == "model: mine\n"
     assert call("doctor", "digits-unet", "--seeds", "3-1")[0] == 2
@@ -225,3 +225,34 @@ def test_help_explains_itself(call: Call) -> None:
     assert status == 0
     assert "which layer" in text
     assert torch.get_num_threads() == 1
+
+
+def test_no_patch_is_said_and_leaves_no_old_one(
+    call: Call, asked: Asked, made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    patch = tmp_path / "mended.yaml"
+    patch.write_text("model: of yesterday\n")
+    status, text, _ = call("doctor", made[1], *OPTIONS, "--patch", patch, "--overwrite")
+    assert (status, patch.exists()) == (0, False)
+    assert "No patch was written: no rule would help." in text
+
+
+def test_a_patch_goes_into_a_new_folder(call: Call, asked: Asked, made: tuple[Path, Path], tmp_path: Path) -> None:
+    patch = tmp_path / "new" / "mended.yaml"
+    rules = (LayerRule(SICK, 8, None),)
+    finding = Finding.of("saturation", "Much.", layer=SICK)
+    asked.answer = Diagnosis((finding,), (), (), None, None, None, rules, (7, 8), 3, Thresholds(), ())
+    status, text, err = call("doctor", made[1], *OPTIONS, "--patch", patch)
+    assert status == 0, err
+    assert "No patch" not in text
+    assert load_config(patch)["rules"][-1]["pattern"] == SICK
+
+
+@pytest.mark.parametrize("option", ["--patch", "--json"])
+def test_what_cannot_be_written_is_refused_before_anything_is_sampled(
+    call: Call, asked: Asked, tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    status, _, err = call("doctor", "digits-unet", option, tmp_path / "file" / "out")
+    assert (status, asked.given) == (2, {})
+    assert "is no folder" in err.replace("\n", " ")

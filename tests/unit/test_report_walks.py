@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from stepquant.model.pipeline import DenoiserPipeline
 from stepquant.report.walks import SEEDS, Walks
 from stepquant.run import Run
 from tiny import TinyNet, tiny_pipe
+from tiny_pipelines import FAMILIES
 
 
 def test_films_begin_alike_and_part_where_the_candidate_differs() -> None:
@@ -103,3 +105,46 @@ def test_figures_of_the_stages_come_back(tmp_path: Path) -> None:
     (tmp_path / "out.figures.jsonl").write_text("{\n")
     with pytest.raises(EvaluationError, match=r"out\.figures\.jsonl is damaged"):
         read_origin(tmp_path / "out")
+
+
+def test_arguments_are_for_all_seeds_and_those_of_the_first_are_taken() -> None:
+    pipe = FAMILIES["dit"].build()
+    walks = Walks(pipe, seeds=range(5), steps=2, run=Run(), arguments={"class_labels": [1, 2, 3, 4, 5]})
+    walks.add(pipe)
+    assert walks.found()["films"]["reference"].shape[:2] == (2, SEEDS)
+
+
+class Refusing(NoGenerator):
+    def __call__(self, *, generator: Any) -> None:  # type: ignore[override]
+        raise ValueError("`height` must be divisible by 8.")
+
+
+def test_what_a_pipeline_refuses_is_said() -> None:
+    found = Walks(Refusing(), seeds=[0], steps=2, run=Run()).found()
+    assert found == {"notes": ["No films and no errors of layers: `height` must be divisible by 8."]}
+
+
+def test_a_candidate_in_another_dtype_has_films() -> None:
+    pipe = DenoiserPipeline(TinyNet(), DDIMScheduler(clip_sample=False), (1, 4, 4))
+    pipe.denoiser.conv, pipe.denoiser.out = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 1)
+    walks = Walks(pipe, seeds=[0], steps=2, run=Run())
+    walks.add(DenoiserPipeline(copy.deepcopy(pipe.denoiser).double(), pipe.scheduler, (1, 4, 4)))
+    found = walks.found()
+    assert torch.allclose(found["films"]["candidates"][0], found["films"]["reference"], atol=1e-5)
+    assert found["layer_errors"] == [None]
+    assert "No errors of layers: the layers compute in another dtype" in found["notes"][0]
+
+
+def test_a_candidate_that_cannot_walk_costs_the_films(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, quantized = tiny_pipe()
+    walks = Walks(pipe, seeds=[0], steps=2, run=Run())
+
+    def failing(*_arguments: Any) -> Any:
+        raise EvaluationError("It does not walk.")
+
+    monkeypatch.setattr("stepquant.report.walks.clean_samples", failing)
+    walks.add(with_denoiser(pipe, "unet", quantized))
+    found = walks.found()
+    assert found["notes"] == ["No films: It does not walk."]
+    assert "films" not in found
+    assert found["layer_errors"][0] is not None

@@ -15,7 +15,15 @@ from rich.table import Column, Table
 from stepquant import api
 from stepquant.calibrate.stages import LayerRule
 from stepquant.checkpoint import saved_scheduler
-from stepquant.cli.console import Settings, interruptible, progress_for, stdout_console, write_json
+from stepquant.cli.console import (
+    Settings,
+    interruptible,
+    progress_for,
+    replace_text,
+    stdout_console,
+    write_json,
+)
+from stepquant.cli.evaluate import refuse_unwritable_file
 from stepquant.cli.outputs import refuse_existing, settings_path
 from stepquant.cli.work import Sampling, device_named, fitted_steps, prepare
 from stepquant.config import load_config, resolve
@@ -65,6 +73,9 @@ def doctor(request: DoctorRequest, settings: Settings, json_target: str | None) 
     """Examine, show what was found, and write the patch if one was asked for."""
     if request.patch is not None:
         refuse_existing(request.patch, overwrite=request.overwrite)
+        refuse_unwritable_file(request.patch)
+    if json_target not in (None, "-"):
+        refuse_unwritable_file(Path(json_target))
     thresholds = Thresholds.of(request.thresholds)
     diagnosis = _examined(request, thresholds, settings)
     written = _write_patch(request, diagnosis)
@@ -168,12 +179,19 @@ def _over_time_kept(present: Sequence[Mapping[str, Any]], added: Sequence[Mappin
 
 
 def _write_patch(request: DoctorRequest, diagnosis: Diagnosis) -> bool:
-    if request.patch is None or not diagnosis.rules:
+    if request.patch is None:
+        return False
+    if not diagnosis.rules:
+        if request.overwrite and request.patch.is_file():
+            request.patch.unlink()  # the rules of an earlier examination would pass for those of this one
         return False
     changed = patched(settings_of(request.source), diagnosis.rules)
     head = f"# Settings of {request.source} with the rules of `stepquant doctor`.\n"
     text = yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
-    request.patch.write_text(head + text, encoding="utf-8")
+    if request.patch.exists() and not request.patch.is_file():  # a pipe or a device
+        request.patch.write_text(head + text, encoding="utf-8")
+    else:
+        replace_text(request.patch, head + text)
     return True
 
 
@@ -196,6 +214,8 @@ def _show(request: DoctorRequest, diagnosis: Diagnosis, command: str, *, written
         console.print(f"Note: {note}")
     if not diagnosis.healthy:
         _show_advice(request, diagnosis, command, written=written)
+    if request.patch is not None and not written:
+        console.print("No patch was written: no rule would help.")
 
 
 def _count(number: int, what: str) -> str:

@@ -19,7 +19,7 @@ from stepquant.cli.console import (
     stdout_console,
     write_json,
 )
-from stepquant.cli.outputs import evaluation_path
+from stepquant.cli.outputs import evaluation_path, refuse_unwritable
 from stepquant.cli.work import (
     Sampling,
     base_model_of,
@@ -45,7 +45,7 @@ from stepquant.manifest import MANIFEST_NAME
 from stepquant.processes import joined
 from stepquant.run import Run
 
-__all__ = ["Measuring", "evaluate", "evaluate_and_keep", "measure"]
+__all__ = ["Measuring", "evaluate", "evaluate_and_keep", "measure", "refuse_unwritable_file"]
 
 _EVALUATED = range(1000, 1256)
 """Seeds of an evaluation that names none and compares no folder of images."""
@@ -80,6 +80,8 @@ def evaluate(
 ) -> bool:
     """Evaluate, keep the result beside the candidate, and show it. Returns whether all gates held."""
     gates = parse_gates(measuring.gates, METRICS)
+    if json_target not in (None, "-"):
+        refuse_unwritable_file(Path(json_target))
     processes = joined()
     if measuring.overwrite:
         processes.from_first(lambda: discard(_evaluation_work(candidate)))
@@ -100,16 +102,24 @@ def evaluate(
     if not processes.first:
         return not failed
     kept = _keep(results, Path(candidate))
+    # Also where nothing could be kept, as of a shipped model: it is finished, and would pass for one that was not.
+    discard(_evaluation_work(candidate))
     if json_target is not None:
         write_json(results, json_target)
     if json_target != "-" and not settings.quiet:
         views.show_results(results)
         if kept:
-            stdout_console().print(f"Kept as {evaluation_path(Path(candidate))} for `stepquant report`.")
-    # Also where nothing could be kept, as of a shipped model: it is finished, and would pass for one that was not.
-    discard(_evaluation_work(candidate))
+            use = " for `stepquant report`" if _is_checkpoint(candidate) else ""  # it takes nothing else
+            stdout_console().print(f"Kept as {evaluation_path(Path(candidate))}{use}.")
     views.complain_of_gates(failed)
     return not failed
+
+
+def refuse_unwritable_file(path: Path) -> None:
+    """Refuse a folder, and what cannot be written, before any work is done for it."""
+    if path.is_dir():
+        raise SpecError(f"{path} is a folder, expected a file to write.")
+    refuse_unwritable(path)
 
 
 def _write_broken(error: NotFiniteImages, gates: Sequence[Gate], json_target: str | None) -> None:
@@ -139,7 +149,7 @@ def measure(
         refuse_onto_a_model(str(candidate))
     source = open_source(str(candidate), onto=sampling.onto, **options)
     base = against or base_model_of(Path(candidate), _description(candidate))
-    checkpoints = [name for name in (str(candidate), base) if (Path(name) / MANIFEST_NAME).is_file()]
+    checkpoints = [name for name in (str(candidate), base) if _is_checkpoint(name)]
     if sampling.scheduler and not any(_is_model(name) for name in (str(candidate), base)):
         raise SpecError(
             f"--scheduler is for models, and neither {candidate} nor {base} is one: checkpoints sample with the "
@@ -191,15 +201,19 @@ def measure(
     return results | named
 
 
+def _is_checkpoint(source: str | Path) -> bool:
+    return (Path(source) / MANIFEST_NAME).is_file()
+
+
 def _is_model(source: str) -> bool:
     """Whether this is neither a checkpoint nor a folder of images."""
     folder = Path(source)
-    return not folder.is_dir() or ((folder / "model_index.json").is_file() and not (folder / MANIFEST_NAME).is_file())
+    return not folder.is_dir() or ((folder / "model_index.json").is_file() and not _is_checkpoint(folder))
 
 
 def _description(source: str | Path) -> dict[str, Any]:
     """What a checkpoint holds; nothing for any other source."""
-    return inspect_checkpoint(Path(source)) if (Path(source) / MANIFEST_NAME).is_file() else {}
+    return inspect_checkpoint(Path(source)) if _is_checkpoint(source) else {}
 
 
 def _common_steps(sampling: Sampling, sources: Iterable[Source]) -> int | None:
@@ -280,6 +294,9 @@ def evaluate_and_keep(checkpoint: Path, sampling: Sampling, settings: Settings) 
 def _keep(results: Mapping[str, Any], candidate: Path) -> bool:
     """Write the results beside the candidate; a place where nothing can be written is no reason to lose them."""
     if not candidate.is_dir():  # a shipped model or a hub id has no place of its own
+        return False
+    # Beside itself a checkpoint is perfect, which `report` must not take for what quantizing has cost.
+    if _is_checkpoint(candidate) and Path(results["against"]).resolve() == candidate.resolve():
         return False
     try:
         write_json(results, str(evaluation_path(candidate)))

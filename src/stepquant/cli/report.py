@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from stepquant import api
 from stepquant.cli.console import Settings, interruptible, progress_for, stdout_console
-from stepquant.cli.evaluate import evaluate_and_keep
+from stepquant.cli.evaluate import evaluate_and_keep, refuse_unwritable_file
 from stepquant.cli.outputs import read_evaluation, read_origin, refuse_existing
 from stepquant.cli.work import Sampling, device_named, prepare
+from stepquant.errors import SpecError
 from stepquant.evaluate.arguments import first_of
 from stepquant.evaluate.source import PipelineSource, open_source
 from stepquant.inspection import inspect_checkpoint
+from stepquant.manifest import read_manifest
 from stepquant.run import Run
 
 __all__ = ["report", "write_page"]
@@ -38,11 +41,15 @@ def report(
 ) -> None:
     """Write the page; checkpoints without an evaluation are evaluated first."""
     refuse_existing(out, overwrite=overwrite)
+    refuse_unwritable_file(out)
     from stepquant.report.comparable import refuse_other_references
 
     device, batch_size = device_and_batch
     kept = [read_evaluation(checkpoint) for checkpoint in checkpoints]
     refuse_other_references([found for found in kept if found is not None])  # before anything is sampled
+    for checkpoint, found in zip(checkpoints, kept, strict=True):
+        if found is None:
+            _refuse_without_prompts(checkpoint)
     results = []
     for checkpoint, found in zip(checkpoints, kept, strict=True):
         if found is None:
@@ -52,6 +59,21 @@ def report(
     write_page(checkpoints, results, out, settings, (device, batch_size))
     if not settings.quiet:
         stdout_console().print(f"The report is {out}.")
+
+
+def _refuse_without_prompts(checkpoint: Path) -> None:
+    """Refuse to evaluate a checkpoint whose pipeline needs prompts, which this command does not take."""
+    if not (checkpoint / "model_index.json").is_file():  # no pipeline of diffusers
+        return
+    import diffusers
+
+    name = read_manifest(checkpoint).pipeline.class_name
+    pipeline = getattr(diffusers, name, None)
+    if pipeline is not None and "prompt" in inspect.signature(pipeline.__call__).parameters:
+        raise SpecError(
+            f"{checkpoint} has not been evaluated, and {name} needs prompts: evaluate it first: "
+            f"stepquant evaluate {checkpoint} --prompts FILE"
+        )
 
 
 def write_page(

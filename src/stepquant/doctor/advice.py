@@ -40,7 +40,10 @@ def rules_for(findings: Iterable[Finding], denoiser: nn.Module, known: Iterable[
             weights = _more(weights)
         if wanted & {"activations", "both"}:
             activations = _more(activations)
-        rules.append(LayerRule(_literal(name), weights, activations))
+        # A rule without a group size would give the weight a scale a channel, which is coarser.
+        spec = getattr(getattr(modules[name], "weight_quantizer", None), "spec", None)
+        group_size = None if weights is None else getattr(spec, "group_size", None)
+        rules.append(LayerRule(_literal(name), weights, activations, group_size))
     return tuple(rules)
 
 
@@ -55,7 +58,11 @@ def _literal(name: str) -> str:
 
 def plain_rules(rules: Iterable[LayerRule]) -> list[dict[str, Any]]:
     """Rules as values of `run.yaml`; null is floating point."""
-    return [{"pattern": rule.pattern, "weights": rule.weights, "activations": rule.activations} for rule in rules]
+    return [
+        {"pattern": rule.pattern, "weights": rule.weights, "activations": rule.activations}
+        | ({} if rule.group_size is None else {"group_size": rule.group_size})
+        for rule in rules
+    ]
 
 
 def as_yaml(rules: Iterable[LayerRule]) -> str:

@@ -30,8 +30,8 @@ from stepquant.doctor.cosines import LayerError, layer_errors
 from stepquant.doctor.drivers import Driver, Expansion, contributions, drift, restored_drift
 from stepquant.doctor.findings import KINDS, Finding, Thresholds
 from stepquant.doctor.health import MOST_NAMED, ChannelSpread, Health, watching
-from stepquant.doctor.layers import differing_modules, paired_layers
-from stepquant.doctor.weights import static_findings
+from stepquant.doctor.layers import differing_modules, dtype_of, other_parts, paired_layers
+from stepquant.doctor.weights import other_parameters, static_findings
 from stepquant.errors import SpecError
 from stepquant.model.correction import StepCorrection, correction_of
 from stepquant.model.families import find_denoiser, several_denoisers
@@ -141,7 +141,12 @@ def examine(
     with still(denoiser):
         health, images = _free_run(pipe, denoiser, limits, common, run)
         originals = {} if compared is None else {name: exact for name, (exact, _) in compared.pairs.items()}
-        findings = [*static_findings(denoiser, originals, limits), *health.findings(), *_images(images, seeds, limits)]
+        findings = [
+            *static_findings(denoiser, originals, limits),
+            *other_parameters(other_parts(pipe, denoiser)),
+            *health.findings(),
+            *_images(images, seeds, limits),
+        ]
         if compared is None:
             findings += _dead(health, {}, limits)
             known = list(quantizable(denoiser) | quantized_layers(denoiser))
@@ -172,7 +177,7 @@ def _free_run(
 ) -> tuple[Health, Tensor]:
     """Sample with every layer looked at; the images' smallest and largest value and their mean, `[N, 3]`."""
     rows = []
-    with watching(denoiser, pipe.scheduler, limits) as health:
+    with watching(denoiser, pipe.scheduler, limits, other_parts(pipe, denoiser)) as health:
         for images in sampled(pipe, progress=run.progress, **common):
             health.step = 0
             flat = images.flatten(1).double()
@@ -276,6 +281,7 @@ class _Comparison:
     def of(cls, pipe: Any, candidate: nn.Module, against: Any, common: Mapping[str, Any], run: Run) -> _Comparison:
         # Of a pipeline that switches between two, the one in which the candidate is quantized.
         _, full_precision = find_denoiser(against, find_denoiser(pipe)[0] if several_denoisers(against) else None)
+        _check_same_dtype(candidate, full_precision)
         with still(full_precision):
             trajectories = [seal(one) for one in record(against, full_precision, run=run, **common)]
             reference = reference_of(full_precision)
@@ -382,6 +388,16 @@ class _Comparison:
                 measured.append(replace(driver, restored=left))
                 done(1)
         return [*sorted(measured, key=lambda driver: driver.restored or 0.0), *drivers[len(chosen) :]]
+
+
+def _check_same_dtype(candidate: nn.Module, reference: nn.Module) -> None:
+    """Layers of both are called with the same tensors."""
+    ours, theirs = dtype_of(candidate), dtype_of(reference)
+    if None not in (ours, theirs) and ours != theirs:
+        raise SpecError(
+            f"The pipeline's denoiser is {str(ours).removeprefix('torch.')}, the full-precision one "
+            f"{str(theirs).removeprefix('torch.')}: load both in one dtype."
+        )
 
 
 def _check_same_schedule(pipe: Any, recorded: Trajectory) -> None:

@@ -38,6 +38,8 @@ class Thresholds:
         two bits are wasted.
     outlier_ratio: largest magnitude of a channel over the median of all channels that are not zero. At 32 the median
         channel is left with 8 of 256 levels where all share one scale.
+    outlier_loss: outlier channels of a quantized tensor count if rounding to its levels, in a range that holds them,
+        loses more than this part of the norm of the other channels. 0.3 is the error of a cosine of 0.95, as below.
     dead_spread: a channel is dead if it varies less than this part of the layer's median channel. 1e-6: ten times
         float32's rounding.
     image_spread: an image is constant if its values lie within this. 1/255: one level of an 8-bit image.
@@ -54,6 +56,7 @@ class Thresholds:
     used_levels: float = 4
     used_range: float = 0.25
     outlier_ratio: float = 32.0
+    outlier_loss: float = 0.3
     dead_spread: float = 1e-6
     image_spread: float = 1 / 255
     cosine: float = 0.95
@@ -150,9 +153,10 @@ KINDS: Mapping[str, KindOfFinding] = {
 class Finding:
     """One fault.
 
-    layer: full name of the module in the denoiser; None for images.
+    layer: full name of the module in the denoiser, or behind the name of another part of the pipeline (`vae.decoder`);
+        None for images.
     step: the first sampling step at which it is there, 0 at the noise end; of `drives_drift` the one that contributes
-        most. None for what does not depend on steps.
+        most. None for what does not depend on steps, and for other parts than the denoiser.
     value, threshold: what was measured there, and from where on it is a fault. None where there is no number.
     steps: number of steps at which it was seen; 0 for what does not depend on steps.
     what: a sentence.

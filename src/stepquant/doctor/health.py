@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -76,6 +76,7 @@ class Health:
         self._seen = Sightings()
         self._outliers = Sightings()
         self._batch = 0
+        self._broken_at = 0
         self._broken: set[str] = set()
         self._quantized = bool(quantized_layers(denoiser))
 
@@ -123,6 +124,15 @@ class Health:
                 what = f"The output reaches {largest:.4g}, which float16 cannot hold, from inputs that it can."
                 self._seen.see("float16_overflow", name, self.step, largest, FLOAT16_MAX, what)
 
+    def see_other(self, name: str, module: nn.Module, given: Any, output: Any) -> None:
+        """After a module beside the denoiser has run: NaN and infinity in its first tensor; others may be masks.
+
+        No numbers too large for float16: text encoders give these to themselves, and nobody asked to sample in it.
+        """
+        found = next(tensors_in(output), None)
+        if found is not None and not bool(torch.isfinite(found).all()):
+            self._note_not_finite(name, module, given, [found], beside=True)
+
     def see_channels(self, name: str, axis: int, given: Any, output: Tensor) -> None:
         """After a linear layer or convolution has run."""
         x = next(tensors_in(given), None)
@@ -133,8 +143,11 @@ class Health:
         if not self._quantized:
             self.see_outliers(name, axis, x)
 
-    def see_outliers(self, name: str, axis: int, x: Tensor) -> None:
+    def see_outliers(self, name: str, axis: int, x: Tensor, levels: int | None = None) -> None:
         """Channels of a tensor whose values are far larger than those of the others.
+
+        levels: of the quantizer, if there is one: what a range that holds the outliers costs the other channels decides
+            then whether they are a fault.
 
         Passed over: few channels, and tensors of one row an image, such as embeddings of the timestep, in which the
         size of a channel is that of a single value.
@@ -150,11 +163,17 @@ class Health:
         worst = float(ratios.max())
         if not worst > self._limits.outlier_ratio or worst == float("inf"):
             return
-        channels = (ratios > self._limits.outlier_ratio).nonzero().flatten().tolist()
+        apart = ratios > self._limits.outlier_ratio
+        loss = None if levels is None else _loss_beside(x, axis, apart, levels)
+        if loss is not None and loss <= self._limits.outlier_loss:
+            return
+        channels = apart.nonzero().flatten().tolist()
         what = (
             f"Of the input's {x.shape[axis]} channels, {_listed(channels)} reach{'' if len(channels) > 1 else 'es'} up "
             f"to {worst:.3g} times the median channel."
         )
+        if loss is not None:
+            what += f" In a range that holds them, rounding costs the others {100 * loss:.0f} % of their norm."
         seen = self._seen if self._quantized else self._outliers
         seen.see("outlier_channels", name, self.step, worst, self._limits.outlier_ratio, what)
 
@@ -188,11 +207,14 @@ class Health:
             what = f"The {operand} varies, but reaches over {reach:.0f} of the quantizer's {levels} levels."
             self._seen.see("unused_levels", name, self.step, reach, least, what)
 
-    def _note_not_finite(self, name: str, module: nn.Module, given: Any, output: list[Tensor]) -> None:
+    def _note_not_finite(
+        self, name: str, module: nn.Module, given: Any, output: list[Tensor], *, beside: bool = False
+    ) -> None:
+        """beside: the denoiser, so that the finding is of no step."""
         self._broken.add(name)
-        earlier = self.not_finite is not None and (self.not_finite.step or 0) <= self.step
-        if earlier:
+        if self.not_finite is not None and self._broken_at <= self.step:
             return
+        self._broken_at = self.step
         bad = sum(int((~torch.isfinite(tensor)).sum()) for tensor in output)
         whole = sum(tensor.numel() for tensor in output)
         inputs = list(tensors_in(given))
@@ -202,13 +224,23 @@ class Health:
         if any(not bool(torch.isfinite(own).all()) for own in module.parameters()):
             origin += " Its own weights are not finite."
         what = f"{bad} of {whole} values of the output are NaN or infinite.{origin}"
+        step, steps = (None, 0) if beside else (self.step, 1)
         self.not_finite = Finding.of(
-            "not_finite", what, layer=name, step=self.step, value=bad / whole, threshold=0, steps=1
+            "not_finite", what, layer=name, step=step, value=bad / whole, threshold=0, steps=steps
         )
 
 
 def _largest(value: Any) -> float:
     return max((float(tensor.detach().abs().amax()) for tensor in tensors_in(value)), default=0.0)
+
+
+def _loss_beside(x: Tensor, axis: int, apart: Tensor, levels: int) -> float:
+    """|x - x_hat| / |x| over the channels that are not set apart, x_hat at so many levels over the range of all."""
+    low, high = (float(end) for end in x.detach().aminmax())
+    scale = (high - low) / (levels - 1)
+    others = x.detach().movedim(axis, 0)[~apart].float()
+    norm = float(others.norm())
+    return float((others - torch.round(others / scale) * scale).norm()) / norm if norm > 0 else 0.0
 
 
 def _names_inside(name: str, module: nn.Module) -> Iterator[str]:
@@ -224,15 +256,20 @@ def _listed(channels: list[int]) -> str:
 
 
 @contextmanager
-def watching(denoiser: nn.Module, scheduler: Any, limits: Thresholds) -> Iterator[Health]:
-    """Look at the denoiser inside, and count the scheduler's steps; both are as before afterwards."""
+def watching(
+    denoiser: nn.Module, scheduler: Any, limits: Thresholds, others: Mapping[str, nn.Module] | None = None
+) -> Iterator[Health]:
+    """Look at the denoiser inside, and count the scheduler's steps; all is as before afterwards.
+
+    others: networks beside it, by name, whose outputs are looked at too.
+    """
     health = Health(denoiser, limits)
     with ExitStack() as stack:
         first = denoiser.register_forward_pre_hook(
             lambda _module, args, kwargs: health.see_call((args, kwargs)), with_kwargs=True
         )
         stack.callback(first.remove)
-        for module, hook in _hooks(denoiser, health):
+        for module, hook in [*_hooks(denoiser, health), *_hooks_beside(others or {}, health)]:
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         for name, layer in quantized_layers(denoiser).items():
             for attribute, operand in (("input_quantizer", "input"), ("second_quantizer", "second operand")):
@@ -253,6 +290,21 @@ def _hooks(denoiser: nn.Module, health: Health) -> Iterator[tuple[nn.Module, Cal
         axis = axis_of_channels(module)
         if axis is not None:
             yield module, _channel_hook(health, name, axis)
+
+
+def _hooks_beside(others: Mapping[str, nn.Module], health: Health) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
+    for part, network in others.items():
+        inside = parts_of_layers(network)
+        for name, module in network.named_modules(prefix=part):
+            if id(module) not in inside:
+                yield module, _beside_hook(health, name)
+
+
+def _beside_hook(health: Health, name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        health.see_other(name, module, (args, kwargs), output)
+
+    return hook
 
 
 def _output_hook(health: Health, name: str) -> Callable[..., None]:
@@ -278,7 +330,8 @@ def _quantizer_hook(health: Health, name: str, operand: str, axis: int | None) -
         if axis is None or not isinstance(quantizer, InputQuantizer | DynamicQuantizer):
             return
         if quantizer.spec.granularity not in ("channel", "channel_token"):
-            health.see_outliers(name, axis, x)
+            spec = quantizer.levels(x)
+            health.see_outliers(name, axis, x, int(torch.as_tensor(spec.qmax - spec.qmin).min()) + 1)
 
     return hook
 

@@ -19,6 +19,8 @@ __all__ = [
     "axis_of_channels",
     "bits_of",
     "differing_modules",
+    "dtype_of",
+    "other_parts",
     "paired_layers",
     "parts_of_layers",
     "reference_of",
@@ -139,6 +141,17 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
     elif isinstance(getattr(value, "sample", None), Tensor):
         yield from tensors_in(value.sample)
+
+
+def dtype_of(network: nn.Module) -> torch.dtype | None:
+    """That of the first parameter in floating point; None for a compiled graph, which has none."""
+    return next((own.dtype for own in network.parameters() if own.is_floating_point()), None)
+
+
+def other_parts(pipe: Any, denoiser: nn.Module) -> dict[str, nn.Module]:
+    """The pipeline's networks beside the denoiser by name: text encoders, the decoder."""
+    parts = getattr(pipe, "components", None) or vars(pipe)
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module) and part is not denoiser}
 
 
 @contextmanager

@@ -15,7 +15,10 @@ from stepquant.model.surgery import quantized_layers
 from stepquant.numerics.affine import MIN_SCALE, Levels, QParams, dequantize, grouped
 from stepquant.numerics.spec import QuantSpec
 
-__all__ = ["clipping_losses", "static_findings"]
+__all__ = ["clipping_losses", "other_parameters", "static_findings"]
+
+
+_WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def clipping_losses(x: Tensor, params: QParams, spec: QuantSpec | Levels) -> tuple[float, float, float]:
@@ -71,6 +74,23 @@ def _parameters(denoiser: nn.Module) -> list[Finding]:
         elif tensor.dtype != torch.float16 and (largest := float(tensor.abs().amax())) > FLOAT16_MAX:
             what = f"{name} reaches {largest:.4g}, which float16 cannot hold."
             found.append(Finding.of("float16_overflow", what, layer=layer, value=largest, threshold=FLOAT16_MAX))
+    return found
+
+
+def other_parameters(parts: Mapping[str, nn.Module]) -> list[Finding]:
+    """NaN and infinity in the weights of networks beside the denoiser, by the names of `doctor.layers.other_parts`."""
+    found = []
+    for part, network in parts.items():
+        for name, tensor in network.named_parameters(prefix=part):
+            # Passed over: what others have packed, and what is offloaded.
+            if type(tensor.data) is not Tensor or tensor.dtype not in _WIDE or tensor.is_meta or not tensor.numel():
+                continue
+            if bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all()):  # a mask would be as large
+                continue
+            bad = int((~torch.isfinite(tensor)).sum())
+            what = f"{bad} of {tensor.numel()} values of {name} are NaN or infinite."
+            layer = name.rpartition(".")[0]
+            found.append(Finding.of("not_finite_weight", what, layer=layer, value=bad, threshold=0))
     return found
 
 

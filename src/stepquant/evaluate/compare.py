@@ -20,11 +20,12 @@ from torch import Tensor
 
 from stepquant._version import __version__
 from stepquant.calibrate.trajectory import record, seal
-from stepquant.errors import EvaluationError, ModelError, SpecError
+from stepquant.errors import CalibrationError, EvaluationError, ModelError, SpecError
 from stepquant.evaluate.arguments import plain_arguments
 from stepquant.evaluate.clip import ClipScore, prompts_for
 from stepquant.evaluate.distributions import Spread, inception_score, kernel_distance, precision_recall
 from stepquant.evaluate.drift import drift_curves, flat_field, summary
+from stepquant.evaluate.dtypes import in_own_dtype
 from stepquant.evaluate.features import DigitFeatures, Features, extract, input_size
 from stepquant.evaluate.folder import EvaluationFolder, evaluation_folder
 from stepquant.evaluate.frechet import FeatureStatistics, frechet_distance
@@ -441,15 +442,16 @@ def _metrics(setting: _Setting, folder: EvaluationFolder, shape: Sequence[int]) 
     return metrics | _distributions(setting, folder, shape)
 
 
-def _as_json(interval: Interval) -> dict[str, Any]:
-    return {"value": interval.mean, "low": interval.low, "high": interval.high}
+def _as_json(interval: Interval, n: int) -> dict[str, Any]:
+    """One image says nothing about how images differ, so it has no interval."""
+    return {"value": interval.mean} | ({"low": interval.low, "high": interval.high} if n > 1 else {})
 
 
 def _paired(setting: _Setting, folder: EvaluationFolder, shape: Sequence[int]) -> dict[str, dict[str, Any]]:
     identical = int(_required(setting, folder, "pairs.identical").sum())
     columns = {name: _column(setting, folder, f"pairs.{name}") for name in ("psnr", "ssim", "mae", "lpips")}
     found = intervals({name: column for name, column in columns.items() if column is not None})
-    metrics = {name: _as_json(interval) for name, interval in found.items()}
+    metrics = {name: _as_json(interval, len(setting.seeds)) for name, interval in found.items()}
     metrics["psnr"] |= {"unit": "dB", "identical": identical}
     small = f"{shape[-2]} x {shape[-1]}"
     if len(shape) == 4:
@@ -480,7 +482,7 @@ def _clip_score(setting: _Setting, folder: EvaluationFolder) -> dict[str, dict[s
     found = intervals({"clip_score": ours.double()})["clip_score"]
     return {
         "clip_score": {
-            **_as_json(found),
+            **_as_json(found, len(setting.seeds)),
             "reference_value": float(theirs.double().mean()),
             "features": setting.clip.name,
             "feature_identity": setting.clip.identity,
@@ -595,6 +597,7 @@ def _drift(setting: _Setting, folder: EvaluationFolder, run: Run) -> list[dict[s
     except ModelError as error:
         setting.notes.append(f"No drift: {error}")
         return []
+    quantized = in_own_dtype(quantized, full_precision)
     count = min(len(setting.seeds), DRIFT_SEEDS)
     batches = setting.batches(count)
 
@@ -615,7 +618,7 @@ def _drift(setting: _Setting, folder: EvaluationFolder, run: Run) -> list[dict[s
             )
             timesteps = torch.tensor([float(step.timestep) for step in trajectory.steps], dtype=torch.float64)
             found = drift_curves(quantized, trajectory, correction_of(candidate.pipe.scheduler))
-        except ModelError as error:
+        except (ModelError, CalibrationError) as error:
             return str(error)
         spent = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
         return {"timesteps": timesteps, "seconds": spent, **found}
@@ -644,7 +647,7 @@ def _drift_results(
     beside = {"n": len(seeds), "seeds": _seeds_text(seeds)}
     metrics["drift_final"] = {"value": drift.accumulated[-1], "unit": "RMS of the sample", **beside}
     final = torch.cat([rows["cosine"][-1] for rows in curves])
-    metrics["cosine_final"] = {**_as_json(intervals({"cosine": final})["cosine"]), **beside}
+    metrics["cosine_final"] = {**_as_json(intervals({"cosine": final})["cosine"], len(final)), **beside}
     found: dict[str, Any] = {"timesteps": curves[0]["timesteps"].tolist(), **drift.to_dict()}
     flat = flat_field(curves)
     if not flat:

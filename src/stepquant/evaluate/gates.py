@@ -31,7 +31,7 @@ class Gate:
     bound: float
 
     def __str__(self) -> str:
-        return f"{self.metric}{self.sign}{self.bound:g}"
+        return f"{self.metric}{self.sign}{repr(self.bound).removesuffix('.0')}"
 
 
 def parse_gates(texts: Iterable[str], known: Sequence[str]) -> tuple[Gate, ...]:

@@ -23,6 +23,7 @@ __all__ = [
     "load_png_folder",
     "not_finite",
     "paths_by_seed",
+    "png_files",
     "read_png",
     "save_png",
     "to_grid",
@@ -114,8 +115,8 @@ def save_png(image: Tensor, folder: Path, *, seed: int) -> Path:
 def load_png_folder(folder: Path) -> tuple[list[int], Tensor]:
     """Seeds, ascending, and their images, float32 `[N, C, H, W]` in [0, 1], of a folder of `000017.png` files.
 
-    Files that do not end in `.png` are passed over, and so is `grid.png`. Grey images have one channel, RGB images
-    three.
+    Files that do not end in `.png` or `.PNG` are passed over, and so is `grid.png`. Grey images have one channel, RGB
+    images three.
 
     Raises EvaluationError: no such folder, no PNG files, a name that is not a seed, a seed that is there twice, a file
     that is not a readable 8-bit grey or RGB image, or images of different sizes or channels.
@@ -130,6 +131,11 @@ def load_png_folder(folder: Path) -> tuple[list[int], Tensor]:
     return seeds, torch.stack(images).float() / 255
 
 
+def png_files(folder: Path) -> list[Path]:
+    """What is named as a PNG file, in any case: cameras and Windows write `.PNG`."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".png")
+
+
 def paths_by_seed(folder: Path) -> dict[int, Path]:
     """The images of a folder by the seed in their names: `000017.png`, `sample-17.png`.
 
@@ -138,8 +144,8 @@ def paths_by_seed(folder: Path) -> dict[int, Path]:
     if not folder.is_dir():
         raise EvaluationError(f"{folder} is not a folder: expected one with images like 000017.png.")
     by_seed: dict[int, Path] = {}
-    for path in sorted(folder.glob("[!.]*.png")):
-        if path.name == _GRID_NAME:
+    for path in png_files(folder):
+        if path.name.startswith(".") or path.name.lower() == _GRID_NAME:
             continue
         named = _SEED_NAME.fullmatch(path.stem)
         if not named:

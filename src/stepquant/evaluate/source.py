@@ -20,7 +20,7 @@ from stepquant.engines.automatic import AutomaticDenoiser
 from stepquant.engines.openvino import GraphDenoiser
 from stepquant.errors import EvaluationError, SpecError
 from stepquant.evaluate.features import weights_identity
-from stepquant.evaluate.images import check_png, paths_by_seed, read_png
+from stepquant.evaluate.images import check_png, paths_by_seed, png_files, read_png
 from stepquant.manifest import MANIFEST_NAME, read_manifest
 from stepquant.model.correction import correction_of
 from stepquant.model.schedule import ScheduleFingerprint, chooses_timesteps, guarded_by
@@ -225,7 +225,7 @@ def open_source(
         folders = (path,) if onto is None else (path, onto)
         return PipelineSource(api.load(path, device=device, onto=other, **options), text, checkpoints=folders)
     if path.is_dir() and not (path / "model_index.json").is_file():
-        if not any(path.glob("*.png")):
+        if not png_files(path):
             raise EvaluationError(
                 f"{text} is not a stepquant checkpoint, a diffusers folder or a folder of images: it has neither "
                 f"{MANIFEST_NAME} nor model_index.json nor PNG files."

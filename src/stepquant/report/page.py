@@ -155,7 +155,9 @@ def write_report(
     that differ in anything else that their figures depend on are shown, but not ranked, and the page says so.
     """
     page = render_report(results, images, inspection, origins=origins, command=command)
-    Path(path).write_text(page, encoding="utf-8")
+    out = Path(path)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
 
 
 def render_report(

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from stepquant.calibrate.trajectory import Trajectory, record, seal
-from stepquant.errors import CalibrationError, EvaluationError, SpecError, UnsupportedPipeline
+from stepquant.errors import EvaluationError, StepquantError
 from stepquant.evaluate.clean_samples import clean_samples
+from stepquant.evaluate.dtypes import in_own_dtype
 from stepquant.evaluate.layer_errors import layer_errors
 from stepquant.model.correction import correction_of
 from stepquant.model.families import find_denoiser, several_denoisers
+from stepquant.model.pipeline import arguments_of_batch
 from stepquant.report.strips import ticks
 from stepquant.run import Run
 
@@ -43,6 +45,8 @@ class Walks:
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
         """Record the first `SEEDS` of the seeds.
+
+        arguments: of the pipeline's call for all seeds.
 
         What cannot be measured is left out, and a note says which and why: a pipeline that cannot be replayed, a
         prediction type that says nothing about the clean sample, a candidate whose layers do not run one by one.
@@ -70,16 +74,16 @@ class Walks:
                 seeds=self._seeds,
                 steps=steps,
                 batch_size=SEEDS,
-                arguments=arguments,
+                arguments=arguments_of_batch(arguments or {}, slice(0, SEEDS), len(seeds)),
                 run=run,
             )
             self._trajectories = [seal(trajectory) for trajectory in recorded]
-        except (UnsupportedPipeline, CalibrationError) as error:
+        except (StepquantError, ValueError) as error:  # diffusers refuses arguments with a ValueError
             self._notes.append(f"No films and no errors of layers: {error}")
             return
         try:
             self._exact = _clean(self._full_precision, self._trajectories, None)
-        except (SpecError, CalibrationError) as error:
+        except (StepquantError, ValueError) as error:
             self._notes.append(f"No films: {error}")
 
     def add(self, pipe: Any) -> None:
@@ -87,13 +91,20 @@ class Walks:
         if not self._trajectories:
             return
         _, denoiser = find_denoiser(pipe)
+        walking = in_own_dtype(denoiser, self._full_precision)
         with self._run.progress.track("Walking beside full precision", 2) as advance:
             if self._exact is not None:
-                self._clean.append(_clean(denoiser, self._trajectories, correction_of(pipe.scheduler)))
+                try:
+                    self._clean.append(_clean(walking, self._trajectories, correction_of(pipe.scheduler)))
+                except (StepquantError, ValueError) as error:
+                    self._exact = None  # films stand beside one another: all candidates or none
+                    self._notes.append(f"No films: {error}")
             advance(1)
             try:
+                if walking is not denoiser:
+                    raise EvaluationError("the layers compute in another dtype than those of full precision.")
                 self._errors.append(layer_errors(denoiser, self._full_precision, self._trajectories).to_dict())
-            except EvaluationError as error:
+            except (StepquantError, ValueError) as error:
                 self._errors.append(None)
                 self._notes.append(f"No errors of layers: {error}")
             advance(1)

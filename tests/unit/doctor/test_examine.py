@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import tiny
 from stepquant.api import open_model, quantize, sample, with_denoiser
+from stepquant.calibrate.stages import LayerRule
 from stepquant.doctor import Diagnosis, Finding, Thresholds, examine
 from stepquant.doctor.advice import as_yaml, rules_for
 from stepquant.doctor.findings import KINDS, Sightings
@@ -29,6 +30,7 @@ from stepquant.model.quantizer import DynamicQuantizer
 from stepquant.model.surgery import quantized_layers
 from stepquant.numerics.affine import QParams
 from stepquant.numerics.spec import QuantSpec
+from tiny_pipelines import FAMILIES
 
 STEPS = 4
 SEEDS = (0, 1, 2)
@@ -554,3 +556,67 @@ def test_memory_does_not_grow_with_images(quantized: Any) -> None:
             return sum(thing.numel() for thing in gc.get_objects() if type(thing) is Tensor)
 
     assert alive(2) == alive(8)
+
+
+def test_a_rule_keeps_the_group_size_of_the_weight(exact: Any) -> None:
+    net = quantize(exact, rtn(weights=4, activations=4, group_size=2, samples=2, batch=2), steps=STEPS).pipe.denoiser
+    (rule,) = rules_for([Finding.of("clipping", "", layer="middle")], net, ["middle"])
+    assert rule == LayerRule("middle", 4, 8, group_size=2)
+    assert yaml.safe_load(as_yaml([rule]))["rules"][0]["group_size"] == 2
+    (rule,) = rules_for([Finding.of("degenerate_scale", "", layer="middle")], net, ["middle"])
+    assert rule == LayerRule("middle", None, None)
+
+
+@pytest.mark.parametrize("plant", ["decoder", None])
+def test_a_fault_of_another_part_than_the_denoiser_is_named(plant: str | None) -> None:
+    family = FAMILIES["sd15"]
+    pipe = family.build()
+    if plant is not None:
+        pipe.vae.decoder.mid_block.resnets[0].conv1.weight.data[0, 0, 0, 0] = torch.nan
+    diagnosis = examine(pipe, seeds=[0, 1], steps=2, batch_size=2, arguments=family.arguments())
+    assert not any(module._forward_hooks for module in pipe.vae.modules())
+    found = [(finding.kind, finding.layer, finding.step) for finding in diagnosis.findings]
+    assert diagnosis.rules == ()
+    if plant is None:
+        assert found == []
+        return
+    layer = "vae.decoder.mid_block.resnets.0.conv1"
+    assert found == [("not_finite_weight", layer, None), ("not_finite", layer, None), ("black_image", None, None)]
+
+
+def test_the_first_part_that_breaks_is_named(patient: Any) -> None:
+    """The text encoder runs before the denoiser's first step, the decoder after its last one."""
+    health, bad = Health(patient.denoiser, Thresholds()), torch.tensor([torch.nan])
+    layer = nn.Linear(1, 1)
+    health.step = 2
+    health.see_other("vae.conv", layer, (), bad)
+    health.step = 0
+    health.see_other("text_encoder.layer", layer, (), (bad, torch.zeros(1)))
+    health.see_output("middle", layer, (), bad)
+    assert [(finding.layer, finding.step) for finding in health.findings()] == [("text_encoder.layer", None)]
+    health = Health(patient.denoiser, Thresholds())
+    health.see_other("text_encoder.mask", layer, (), (torch.zeros(1), torch.tensor([-torch.inf])))
+    assert health.findings() == []
+
+
+def test_outliers_of_a_quantized_tensor_count_by_what_they_cost_the_others(patient: Any) -> None:
+    """One of 8 channels is 40 times as large: a level of 256 is 80 / 255, which leaves an error of a seventh."""
+    x = torch.linspace(-1, 1, 1001).repeat(2, 8, 1).movedim(1, -1).clone()
+    x[..., 2] *= 40
+    health = Health(patient.denoiser, Thresholds())
+    health.see_outliers("fine", -1, x, 256)
+    assert health.findings() == []
+    health.see_outliers("coarse", -1, x, 64)
+    (finding,) = health.findings()
+    assert (finding.kind, finding.layer) == ("outlier_channels", "coarse")
+    assert finding.value == pytest.approx(40)
+    level = 80 / 63
+    others = x[..., 0]
+    lost = float((others - level * torch.round(others / level)).norm() / others.norm())
+    assert f"rounding costs the others {100 * lost:.0f} % of their norm" in finding.what
+
+
+def test_pipelines_of_other_dtypes_are_refused(exact: Any) -> None:
+    other = pipeline(copy.deepcopy(exact.denoiser).double())
+    with pytest.raises(SpecError, match="denoiser is float64, the full-precision one float32: load both"):
+        examined(other, exact)

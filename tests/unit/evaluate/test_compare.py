@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import tiny
 from stepquant.api import sample
 from stepquant.calibrate.trajectory import record, seal
-from stepquant.errors import EvaluationError, SpecError
+from stepquant.errors import CalibrationError, EvaluationError, SpecError
 from stepquant.evaluate.arguments import plain_arguments
 from stepquant.evaluate.compare import METRICS, NotFiniteImages, evaluate
 from stepquant.evaluate.distributions import inception_score, kernel_distance, precision_recall
@@ -549,3 +549,29 @@ def test_any_torch_module() -> None:
     assert results["metrics"]["frechet_to_fp"]["value"] == pytest.approx(expected, rel=1e-4)
     assert "inception_score" not in results["metrics"]
     assert "sfid_to_fp" not in results["metrics"]
+
+
+def test_drift_of_a_candidate_in_another_dtype() -> None:
+    candidate, reference = pipes()
+    same = evaluate(candidate, reference, seeds=[1, 2], steps=STEPS, features="none")
+    candidate.denoiser.double()
+    other = evaluate(candidate, reference, seeds=[1, 2], steps=STEPS, features="none")
+    assert other["drift"]["accumulated"] == pytest.approx(same["drift"]["accumulated"], rel=1e-4)
+
+
+def test_a_trajectory_that_cannot_be_recorded_costs_only_the_drift(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stepquant.evaluate import compare
+
+    def failing(*_arguments: Any, **_options: Any) -> Any:
+        raise CalibrationError("The prediction is not finite.")
+
+    monkeypatch.setattr(compare, "record", failing)
+    results = evaluate(*pipes(), seeds=[1, 2], steps=STEPS, features="none")
+    assert "psnr" in results["metrics"]
+    assert "No drift: The prediction is not finite." in results["notes"]
+
+
+def test_one_image_has_no_interval() -> None:
+    metrics = evaluate(*pipes(), seeds=[1], steps=STEPS, features="none")["metrics"]
+    for name in ("psnr", "mae", "cosine_final"):
+        assert not {"low", "high"} & set(metrics[name]), name

@@ -53,3 +53,8 @@ def test_what_was_not_measured_fails() -> None:
         {"gate": "lpips>0.1", "value": None, "failed": True},
         {"gate": "psnr<28", "value": None, "failed": True},
     ]
+
+
+@pytest.mark.parametrize("text", ["psnr<30.0001234", "frechet_to_fp>1234567", "kid_to_fp>1e-09", "psnr<28"])
+def test_a_gate_is_named_by_the_bound_that_was_given(text: str) -> None:
+    assert check_gates(parse_gates([text], METRICS), {})[0]["gate"] == text

@@ -150,3 +150,10 @@ def test_damaged_file(cut: int, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(EvaluationError, match="cannot be read"):
         load_png_folder(tmp_path)
+
+
+def test_names_in_upper_case(tmp_path: Path) -> None:
+    for name in ("3.png", "4.PNG", "Grid.PNG", ".5.PNG", "6.jpg"):
+        save(tmp_path, "x.png")
+        (tmp_path / "x.png").rename(tmp_path / name)
+    assert list(paths_by_seed(tmp_path)) == [3, 4]

@@ -129,3 +129,8 @@ def test_schedulers_that_want_more_are_compared_by_their_settings() -> None:
     check_same_schedule(source(1.0), source(1.0), 4)
     with pytest.raises(EvaluationError, match="shift is 2"):
         check_same_schedule(source(2.0), source(1.0), 4)
+
+
+def test_a_folder_whose_files_are_named_in_upper_case(tmp_path: Path) -> None:
+    save_png(torch.rand(1, 4, 4), tmp_path, seed=17).rename(tmp_path / "000017.PNG")
+    assert open_source(str(tmp_path)).seeds == [17]
