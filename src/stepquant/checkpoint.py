@@ -126,8 +126,9 @@ def save_checkpoint(
     schedule: `ScheduleFingerprint.to_dict()`. recipe, run, quality: provenance, JSON values.
     overwrite: replace a checkpoint that is there. The old one goes only after the new one is complete.
 
-    Raises CheckpointError if the folder exists, if it is to be overwritten but is no checkpoint, or if a part of the
-    pipeline cannot be saved; ModelError if the model is not hardened or holds NaN.
+    Raises CheckpointError if the folder exists, if it is to be overwritten but is no checkpoint, if a part of the
+    pipeline cannot be saved, or if a layer is another one than its configuration builds; ModelError if the model is not
+    hardened or holds NaN.
     """
     target = Path(folder)
     _check_target(target, overwrite)
@@ -167,6 +168,7 @@ def save_checkpoint(
         quality=dict(quality or {}),
         checksums={name: checksum(tensor) for name, tensor in tensors.items()},
     )
+    _refuse_changed(denoiser, skeleton(manifest, tensors=len(tensors)))
     with replacing(target) as partial:
         _write_parts(partial, pipe, manifest)
         write_tensors(partial / denoiser_name / TENSORS_NAME, tensors)
@@ -203,6 +205,26 @@ def _refuse_second(pipe: Any, denoiser_name: str) -> None:
                 f"{name} from pipelines in which the other one is in full precision. pipe.save_pretrained(folder) "
                 "saves both, for diffusers' from_pretrained."
             )
+
+
+def _refuse_changed(denoiser: nn.Module, built: nn.Module | None) -> None:
+    """Layers changed after construction, such as convolutions made circular, would be loaded as they were built."""
+    found, expected = _operators(denoiser), {} if built is None else _operators(built)
+    for name, operator in expected.items():
+        if found.get(name, operator) != operator:
+            raise CheckpointError(
+                f"{name} is {found[name]}, and the configuration builds {operator}: a loaded model would compute "
+                "something else. Change it back before saving, and again after loading."
+            )
+
+
+def _operators(model: nn.Module) -> dict[str, str]:
+    """What each layer with a geometry is beside its tensors, by name, as text."""
+    return {
+        name: repr(module.geometry) if isinstance(module, QuantizedLayer) else repr(module)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLayer | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    }
 
 
 def _denoiser_identity(name: str, denoiser: nn.Module) -> DenoiserIdentity:

@@ -35,7 +35,8 @@ def inspect_checkpoint(folder: Path | str) -> dict[str, Any]:
         set, where they do), rows (the most parameter sets of an activation quantizer), additions (transform,
         branch and other things that format version 1 does not know, in words), bytes in the file,
         engine that runs it on this machine's CPU if the checkpoint is loaded with "auto", refusals (engine -> reason),
-        remarks (engine that takes the layer -> which of its calls it runs otherwise).
+        remarks (engine that takes the layer -> which of its calls it runs otherwise; "auto" -> why it is simulated
+        though "openvino" would take it).
         Where that is "openvino", a layer that it refuses runs inside the same graph, as simulated arithmetic, and has
         "simulated" here. engine is None for a denoiser that diffusers does not know.
     bytes: of all files. bytes_by_kind: levels, weight_scales, activation_tables, transforms, branches, first_tokens,
@@ -78,13 +79,15 @@ def _layers(manifest: Manifest, entries: Mapping[str, Entry]) -> list[dict[str, 
     for layer in modules.values():
         if isinstance(layer, QuantizedLayer):
             layer.on_grid = layer.weight_quantizer is not None  # as it will be once it is loaded
-    default = "simulated" if _switches(manifest) else automatic(modules)[0]
+    default, reason = automatic(modules)
+    if _switches(manifest):
+        default, reason = "simulated", "The pipeline switches between two denoisers, and such pipelines are simulated."
     sizes: dict[str, int] = {}
     for tensor, entry in entries.items():
         owner = _owner(tensor)
         sizes[owner] = sizes.get(owner, 0) + entry.bytes
     return [
-        {**_layer(name, shape, group), "bytes": sizes.get(name, 0), **_engine(modules.get(name), default)}
+        {**_layer(name, shape, group), "bytes": sizes.get(name, 0), **_engine(modules.get(name), default, reason)}
         for group in manifest.layers
         for name, shape in group.layers.items()
     ]
@@ -120,14 +123,16 @@ def _layer(name: str, shape: tuple[int, ...], group: LayerGroup) -> dict[str, An
     }
 
 
-def _engine(layer: QuantizedLayer | QuantizedMatmul | None, default: str) -> dict[str, Any]:
+def _engine(layer: QuantizedLayer | QuantizedMatmul | None, default: str, reason: str) -> dict[str, Any]:
+    """default: what `auto` takes for the denoiser; reason: why."""
     if layer is None:
         return {"engine": None, "refusals": {}, "remarks": {}}
     placement = choose(layer, torch.device("cpu"), default)
+    simulated_for_others = default == "simulated" and "openvino" not in placement.refusals
     return {
         "engine": placement.engine,
         "refusals": dict(placement.refusals),
-        "remarks": dict(placement.remarks),
+        "remarks": {**placement.remarks, **({"auto": reason} if simulated_for_others else {})},
     }
 
 

@@ -203,6 +203,24 @@ def test_models_that_cannot_be_saved_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_layers_that_the_configuration_does_not_build_are_refused(tmp_path: Path) -> None:
+    """Circular convolutions, for pictures that tile, would be loaded with zeros around them."""
+    pipe, quantized = tiny_pipe()
+    plain = quantized_layers(quantized)["conv_in"]
+    geometry = plain.geometry
+    plain.geometry = replace(geometry, padding_mode="circular")
+    with pytest.raises(CheckpointError, match=r"conv_in is Geometry\(.*'circular'.* builds Geometry\(.*'zeros'"):
+        save(tmp_path / "q", pipe, quantized)
+    assert not (tmp_path / "q").exists()
+    plain.geometry = geometry
+    save(tmp_path / "q", pipe, quantized)
+    unquantized = quantize_(tiny_unet(), ends="full")
+    unquantized.conv_in.padding_mode = "circular"
+    assert isinstance(unquantized.conv_in, nn.Conv2d)
+    with pytest.raises(CheckpointError, match=r"conv_in is Conv2d\(.*padding_mode=circular"):
+        save(tmp_path / "other", pipe, unquantized)
+
+
 def test_plain_parts_must_be_passed_by_the_caller(tmp_path: Path) -> None:
     class OwnScheduler:
         pass

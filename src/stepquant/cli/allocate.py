@@ -6,6 +6,7 @@ mini-batch that is finished.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -71,7 +72,7 @@ def allocate(request: QuantizeRequest, settings: Settings, json_target: str | No
     if json_target != "-" and not settings.quiet:
         console = stdout_console()
         console.print(f"{out} has bits for {len(found['rules'])} layers: {_summary(found)}.")
-        console.print(f"Edit its rules if you like. Next: stepquant quantize --config {out} -o OUT")
+        console.print(f"Edit its rules if you like. Next: stepquant quantize --config {shlex.quote(str(out))} -o OUT")
 
 
 def plan_settings(resolved: Resolved, rules: list[Mapping[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+import shlex
 import sys
 import types
 import typing
@@ -179,7 +180,9 @@ def show_quantized(
             "embeddings, further rows over time, descriptions and other parts of the pipeline."
         )
     console.print(f"Its settings are in {out}.run.yaml.")
-    console.print(f"Next: stepquant sample {out} -o images --grid    or: stepquant evaluate {out}")
+    shown = shlex.quote(str(out))
+    prompts = " --prompts FILE" if "prompt" in resolved.arguments else ""
+    console.print(f"Next: stepquant sample {shown} -o images --grid    or: stepquant evaluate {shown}{prompts}")
     if resolved.preset == "quick":
         console.print("The preset was quick: --preset standard takes longer and loses less.")
 
@@ -208,8 +211,8 @@ def show_compensated(candidate: str, out: Path, figures: Sequence[Mapping[str, A
             "It makes the held-out images no better. The default estimator, auto, takes none then; more "
             "--calibration-samples may help."
         )
-    console.print(f"Next: stepquant evaluate {out}{further}")
-    console.print(f"and compare with: stepquant evaluate {candidate}{further}")
+    console.print(f"Next: stepquant evaluate {shlex.quote(str(out))}{further}")
+    console.print(f"and compare with: stepquant evaluate {shlex.quote(candidate)}{further}")
 
 
 def bytes_text(count: int) -> str:

@@ -57,6 +57,7 @@ __all__ = [
     "export",
     "filled",
     "lower",
+    "plain_arithmetic",
     "refusal",
     "tensors_of",
 ]
@@ -365,10 +366,21 @@ class GraphLayer(nn.Module):
         symmetric = all(before == after for before, after in sides)
         if geometry.padding_mode == "zeros" and not self.input.shifted and symmetric:
             return x, tuple(before for before, _ in sides)
+        if geometry.padding_mode == "circular":
+            return _wrapped(x, sides), (0,) * len(sides)
         pads = [width for pair in reversed(sides) for width in pair]
         if any(pads):
             x = F.pad(x, pads, mode="constant" if geometry.padding_mode == "zeros" else geometry.padding_mode)
         return x, (0,) * len(sides)
+
+
+def _wrapped(x: Tensor, sides: list[tuple[int, int]]) -> Tensor:
+    """Circular padding as a choice of places: OpenVINO convolves in float32 behind the slices that torch exports."""
+    for axis, (before, after) in enumerate(sides, start=2):
+        if before or after:
+            size = x.shape[axis]
+            x = x.index_select(axis, torch.arange(-before, size + after) % size)
+    return x
 
 
 class GraphMatmul(nn.Module):
@@ -561,6 +573,11 @@ class _Call(nn.Module):
         return results
 
 
+def plain_arithmetic() -> torch.autocast:
+    """The context in which a lowered denoiser runs and is traced: the caller's autocast would become its arithmetic."""
+    return torch.autocast("cpu", enabled=False)
+
+
 def export(
     lowered: Lowered, arguments: Mapping[str, Any], path: Path, *, bin_inside: bool, batched: tuple[str, ...] = ()
 ) -> Outputs:
@@ -570,7 +587,8 @@ def export(
     bin_inside: compute the timestep bin from the timestep argument (of the first image), else it is the input `BIN`,
         int64 `[1]`; an input that nothing needs is left out.
 
-    Raises EngineError if the denoiser has an operation that cannot be exported, naming it.
+    Raises EngineError if the denoiser has an operation that cannot be exported, naming it; OSError if the file cannot
+    be written.
     """
     tensors, form = tensors_of(dict(arguments))
     if not bin_inside:
@@ -578,11 +596,11 @@ def export(
     # One tensor passed twice would be traced as one input.
     tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     call = _Call(lowered, form, tuple(tensors), bin_inside).eval()
-    with torch.no_grad():
+    with torch.no_grad(), plain_arithmetic():
         outputs, _ = Outputs.of(lowered.module.forward(**filled(form, tensors)))
     named = (*batched, *(name for name in outputs.names if batched))
     try:
-        with _alone_and_quiet(), warnings.catch_warnings(), torch.no_grad():
+        with _alone_and_quiet(), warnings.catch_warnings(), torch.no_grad(), plain_arithmetic():
             # The exporter warns of shapes that it takes as constants: those are the ones that we fix.
             warnings.simplefilter("ignore")
             torch.onnx.export(
@@ -595,7 +613,7 @@ def export(
                 output_names=list(outputs.names),
                 dynamic_axes={name: {0: "batch"} for name in named},
             )
-    except EngineError:
+    except (EngineError, OSError):
         raise
     except ImportError as error:
         raise EngineError(f"Exporting a graph needs onnx: pip install onnx ({error})") from error

@@ -42,7 +42,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["GraphDenoiser", "OpenVINOEngine", "cache_folder", "content_of"]
+__all__ = ["GraphDenoiser", "OpenVINOEngine", "cache_folder", "content_of", "usable"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,8 @@ class OpenVINOEngine:
         mantissa before they are quantized, and scales as well: its results differ from simulated ones by more than
         float32 rounding. Sines and cosines of the inputs, as in timestep embeddings, stay float32.
     cache: folder for graphs, None for `cache_folder()`. Denoisers that diffusers does not know are not kept there:
-        nothing says when their code changes.
+        nothing says when their code changes. Where it cannot be written, the graphs that it has are used, and others
+        are kept for as long as the module lives, with a warning.
     """
 
     precision: Literal["f32", "bf16"] = "f32"
@@ -120,9 +121,17 @@ class OpenVINOEngine:
             lowered,
             {name: reason for name, reason in reasons.items() if reason is not None},
             self.precision,
-            None if digest is None else (self.cache or cache_folder()) / self.name / digest,
+            None if digest is None else self._kept_under(digest),
             content,
         )
+
+    def _kept_under(self, digest: str) -> Path | None:
+        """The denoiser's folder in the cache, None where the user has no home."""
+        try:
+            return (self.cache or cache_folder()) / self.name / digest
+        except RuntimeError as error:
+            logger.warning("Graphs are not kept: %s Set XDG_CACHE_HOME, or give OpenVINOEngine(cache=...).", error)
+            return None
 
 
 def has_vnni() -> bool:
@@ -161,6 +170,11 @@ def _missing() -> str | None:
     return None
 
 
+def usable() -> bool:
+    """Whether this machine runs layers on integers in OpenVINO."""
+    return _missing() is None and has_vnni()
+
+
 def content_of(denoiser: nn.Module) -> str:
     """SHA-256 (hex) of a denoiser's tensors and of how its layers are quantized: what a graph no longer shows."""
     layers = [(name, repr(layer), _specs(layer)) for name, layer in quantized_layers(denoiser).items()]
@@ -195,11 +209,14 @@ VERSIONED = frozenset({"diffusers", "stepquant", "torch"})
 
 def _settings(denoiser: nn.Module) -> list[list[Any]] | None:
     """Class and plain attributes of every part and of its attention processor, which methods such as `enable_freeu` set
-    without a trace in configuration or tensors. None where one's code is of another package or was replaced.
+    without a trace in configuration or tensors. None where one's code is of another package or was replaced, or where a
+    hook adds to it.
     """
     found: list[list[Any]] = []
     for name, module in denoiser.named_modules():
-        if "forward" in vars(module):
+        # Hooks of the denoiser itself, such as the clock's, are no part of the graph.
+        hooked = module is not denoiser and (module._forward_hooks or module._forward_pre_hooks)
+        if "forward" in vars(module) or hooked:
             return None
         for part in (module, vars(module).get("processor")):
             if part is None:
@@ -222,7 +239,7 @@ def _is_plain(value: Any) -> bool:
 def _specs(layer: nn.Module) -> list[str]:
     """What decides a layer's arithmetic beside its tensors."""
     own = [repr((getattr(child, "spec", None), getattr(child, "row_bits", None))) for child in layer.children()]
-    return [*own, repr(getattr(layer, "split", None))]
+    return [*own, repr(getattr(layer, "split", None)), repr(getattr(layer, "geometry", None))]
 
 
 def _version_of(package: str) -> str:
@@ -367,7 +384,8 @@ class GraphDenoiser(nn.Module):
             for number in numbers:
                 clock.bin = torch.tensor([number])
                 # Not called: the original's hook would set the clock for each image.
-                found.append(Outputs.of(module.forward(**arguments)))
+                with graph.plain_arithmetic():
+                    found.append(Outputs.of(module.forward(**arguments)))
             return found[0][0], [tensors for _, tensors in found]
 
         return self._by_bin(arguments, run)
@@ -444,6 +462,11 @@ class GraphDenoiser(nn.Module):
         apart = take_waves_(model) if self.precision == "bf16" else None
         compiled, request = self._compile(model, threads, self.precision)
         waves = None if apart is None else self._compile(apart, threads, "f32")[1]
+        if self._use is not None:
+            # What OpenVINO keeps of compiled graphs counts too.
+            limit = cache_limit()
+            with contextlib.suppress(OSError):
+                prune(self._folder().parent, limit)
         self._compiled[key] = _Compiled(compiled, request, waves, inputs, outputs)
         while len(self._compiled) > KEPT_SHAPES:
             self._compiled.popitem(last=False)
@@ -457,17 +480,15 @@ class GraphDenoiser(nn.Module):
             weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
         return self._temporary
 
-    def _hold_cache(self, folder: Path) -> None:
-        """Mark the folder as in use while this module lives."""
+    def _hold_cache(self, folder: Path) -> OSError | None:
+        """Mark the folder as in use while this module lives. Returns why that cannot be done."""
         if self._use is None:
             try:
                 self._use = in_use(folder)
             except OSError as error:
-                raise EngineError(
-                    f"The graph could not be written to {folder}: {error}. Choose another folder: "
-                    "OpenVINOEngine(cache=...)."
-                ) from error
+                return error
             weakref.finalize(self, self._use.close)
+        return None
 
     def _graph(self, tensors: Mapping[str, Tensor], form: Any, batched: tuple[str, ...]) -> tuple[Path, Outputs]:
         """The graph's file, from the cache if it is there and whole."""
@@ -477,11 +498,19 @@ class GraphDenoiser(nn.Module):
         }
         name = hashlib.sha256(json.dumps([form, shapes]).encode()).hexdigest()[:32]
         folder = self._folder()
-        if self._cache is not None:
-            self._hold_cache(folder)
+        closed = self._hold_cache(folder) if self._cache is not None else None
         known = _kept(folder, name)
         if known is not None:
             return folder / f"{name}.xml", known
+        if closed is not None:
+            logger.warning(
+                "Graphs cannot be kept in %s: %s. They are made in a temporary folder, and anew by the next process. "
+                "Choose another folder: OpenVINOEngine(cache=...).",
+                folder,
+                closed,
+            )
+            self._cache = None
+            folder = self._folder()
         # With two images nothing is taken for a broadcast axis.
         example = {
             key: tensor[:1].expand(2, *tensor.shape[1:]) if key in batched and len(tensor) < 2 else tensor
@@ -530,7 +559,7 @@ class GraphDenoiser(nn.Module):
             # Otherwise float linear layers get int8 inputs of OpenVINO's own choice.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
         }
-        if self._cache is not None:
+        if self._use is not None:  # OpenVINO fails where it cannot write
             settings["CACHE_DIR"] = str(self._folder() / "compiled")
         try:
             compiled = _core().compile_model(model, "CPU", settings)
@@ -664,7 +693,10 @@ def _write(
                 f"OpenVINO cannot read the denoiser's graph: {_brief(error)} Run the layers in torch: "
                 "engine='simulated'."
             ) from error
-        _openvino().save_model(model, str(partial / f"{name}.xml"), compress_to_fp16=False)
+        try:
+            _openvino().save_model(model, str(partial / f"{name}.xml"), compress_to_fp16=False)
+        except RuntimeError as error:  # as for a full disk
+            raise OSError(_brief(error).removesuffix(".")) from error
         sums = {suffix: _sum(partial / f"{name}{suffix}") for suffix in (".bin", ".xml")}
         about = {"sums": sums, "outputs": asdict(outputs)}
         (partial / f"{name}.json").write_text(json.dumps(about), encoding="utf-8")

@@ -14,10 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.api import load
-from stepquant.engines.graph import GraphInput, GraphLayer, Lowered, export, lower, tensors_of
+from stepquant.engines.graph import GraphInput, GraphLayer, GraphMatmul, Lowered, export, lower, tensors_of
+from stepquant.engines.openvino import FLOAT_MATMUL
 from stepquant.errors import EngineError, SpecError
+from stepquant.manifest import read_manifest
 from stepquant.model.correction import CorrectedScheduler
 from stepquant.model.families import find_denoiser
+from stepquant.model.layer import QuantizedLayer
+from stepquant.model.quantizer import WeightQuantizer
+from stepquant.model.surgery import quantized_layers
 
 __all__ = ["Exported", "export_onnx", "export_openvino"]
 
@@ -54,15 +59,16 @@ def export_onnx(
     overwrite: replace a graph of that name and what lies beside it: a correction that the new one does not have, too.
 
     The timestep bin is computed in the graph from the timestep of the first image.
-    Raises EngineError for a denoiser that cannot be exported, SpecError if `inputs` are needed or a file exists.
+    Raises EngineError for a denoiser that cannot be exported and for a folder that cannot be written, SpecError if
+    `inputs` are needed or a file exists.
     """
     target = _target(path, ".onnx", overwrite)
-    lowered, scheduler = _opened(source)
-    arguments = _arguments(lowered, inputs)
+    opened = _opened(source)
+    arguments = _arguments(opened, inputs)
     with _written_at_once(target) as folder:
-        outputs = export(lowered, arguments, folder / target.name, bin_inside=True, batched=_batched(arguments))
-        correction = _write_correction(folder, target, scheduler)
-    return _exported(target, lowered, arguments, outputs.names, correction)
+        outputs = export(opened.lowered, arguments, folder / target.name, bin_inside=True, batched=_batched(arguments))
+        correction = _write_correction(folder, target, opened.scheduler)
+    return _exported(target, opened, arguments, outputs.names, correction)
 
 
 def export_openvino(
@@ -74,15 +80,18 @@ def export_openvino(
     except ImportError as error:
         raise EngineError(f"OpenVINO's format needs OpenVINO: pip install openvino ({error})") from error
     target = _target(path, ".xml", overwrite)
-    lowered, scheduler = _opened(source)
-    arguments = _arguments(lowered, inputs)
+    opened = _opened(source)
+    arguments = _arguments(opened, inputs)
     with tempfile.TemporaryDirectory(prefix="stepquant-") as plain, _written_at_once(target) as folder:
         graph = Path(plain) / "graph.onnx"
-        outputs = export(lowered, arguments, graph, bin_inside=True, batched=_batched(arguments))
+        outputs = export(opened.lowered, arguments, graph, bin_inside=True, batched=_batched(arguments))
         model = openvino.Core().read_model(str(graph))
-        openvino.save_model(model, str(folder / target.name), compress_to_fp16=False)
-        correction = _write_correction(folder, target, scheduler)
-    return _exported(target, lowered, arguments, outputs.names, correction)
+        try:
+            openvino.save_model(model, str(folder / target.name), compress_to_fp16=False)
+        except RuntimeError as error:  # as for a full disk
+            raise OSError(str(error).strip()) from error
+        correction = _write_correction(folder, target, opened.scheduler)
+    return _exported(target, opened, arguments, outputs.names, correction)
 
 
 def _target(path: Path | str, suffix: str, overwrite: bool) -> Path:
@@ -107,17 +116,22 @@ def _beside(target: Path) -> tuple[Path, ...]:
 @contextlib.contextmanager
 def _written_at_once(target: Path) -> Iterator[Path]:
     """A folder for what is written. In the end its files take the place of those of an earlier export, all of them: a
-    correction that was left would be taken for the new graph's.
+    correction that was left would be taken for the new graph's. Raises EngineError where that cannot be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as made:
-        folder = Path(made)
-        yield folder
-        for file in _beside(target):
-            if not (folder / file.name).exists():
-                file.unlink(missing_ok=True)
-        for file in folder.iterdir():
-            file.replace(target.parent / file.name)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as made:
+            folder = Path(made)
+            yield folder
+            for file in _beside(target):
+                if not (folder / file.name).exists():
+                    file.unlink(missing_ok=True)
+            for file in folder.iterdir():
+                file.replace(target.parent / file.name)
+    except OSError as error:
+        raise EngineError(
+            f"The graph could not be written to {target.parent}: {error}. Choose another folder."
+        ) from error
 
 
 def _write_correction(folder: Path, target: Path, scheduler: Any) -> Path | None:
@@ -131,15 +145,45 @@ def _write_correction(folder: Path, target: Path, scheduler: Any) -> Path | None
     return table
 
 
-def _opened(source: Any) -> tuple[Lowered, Any]:
+@dataclass(frozen=True)
+class _Opened:
+    """A denoiser to export.
+
+    scheduler: the pipeline's, None for a denoiser alone. half: names of its parameters' types that are shorter than
+    float32. narrow: number of integer layers whose weights have fewer than 8 bits.
+    fractional: whether timesteps of its schedule are no whole numbers.
+    """
+
+    lowered: Lowered
+    scheduler: Any
+    half: tuple[str, ...]
+    narrow: int
+    fractional: bool
+
+
+def _opened(source: Any) -> _Opened:
+    schedule = None
     if isinstance(source, str | Path):
-        source = load(source, engine="simulated", schedule="nearest")
-    if isinstance(source, nn.Module):
-        return lower(source), None
-    return lower(find_denoiser(source)[1]), source.scheduler
+        folder = Path(source)
+        source = load(folder, engine="simulated", schedule="nearest")
+        schedule = read_manifest(folder).schedule
+    denoiser, scheduler = (
+        (source, None) if isinstance(source, nn.Module) else (find_denoiser(source)[1], source.scheduler)
+    )
+    lowered = lower(denoiser)
+    types = {str(value.dtype).removeprefix("torch.") for value in denoiser.parameters()}
+    steps = getattr(scheduler, "timesteps", None) if schedule is None else schedule["timesteps"]
+    narrow = sum(
+        isinstance(layer.weight_quantizer, WeightQuantizer) and layer.weight_quantizer.spec.bits < 8
+        for name, layer in quantized_layers(denoiser).items()
+        if isinstance(layer, QuantizedLayer) and name not in lowered.refusals
+    )
+    fractional = steps is not None and any(float(step) % 1 for step in steps)
+    return _Opened(lowered, scheduler, tuple(sorted(types & {"bfloat16", "float16"})), narrow, fractional)
 
 
-def _arguments(lowered: Lowered, inputs: Mapping[str, Any] | None) -> dict[str, Any]:
+def _arguments(opened: _Opened, inputs: Mapping[str, Any] | None) -> dict[str, Any]:
+    lowered = opened.lowered
     name = lowered.clock.argument
     if inputs is not None:
         if name not in inputs:
@@ -153,7 +197,8 @@ def _arguments(lowered: Lowered, inputs: Mapping[str, Any] | None) -> dict[str, 
             f"inputs={{name: example tensor}}, {name!r} among them."
         )
     height, width = (size, size) if isinstance(size, int) else size
-    known = {"sample": torch.zeros(2, config["in_channels"], height, width), name: torch.zeros(1, dtype=torch.int64)}
+    kind = torch.float32 if opened.fractional else torch.int64
+    known = {"sample": torch.zeros(2, config["in_channels"], height, width), name: torch.zeros(1, dtype=kind)}
     labels = {"class_labels": torch.zeros(2, dtype=torch.int64)} if config.get("num_class_embeds") else {}
     return known | labels
 
@@ -165,9 +210,11 @@ def _batched(arguments: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _exported(
-    target: Path, lowered: Lowered, arguments: Mapping[str, Any], outputs: tuple[str, ...], correction: Path | None
+    target: Path, opened: _Opened, arguments: Mapping[str, Any], outputs: tuple[str, ...], correction: Path | None
 ) -> Exported:
+    lowered = opened.lowered
     modules = list(lowered.module.modules())
+    matmuls = [name for name, module in lowered.module.named_modules() if isinstance(module, GraphMatmul)]
     switching = sum(isinstance(module, GraphInput) and module.several for module in modules)
     wide = sum(isinstance(module, GraphLayer) and module.rest is not None for module in modules)
     notes: list[str] = []
@@ -183,6 +230,15 @@ def _exported(
         )
     if lowered.refusals:
         notes.append(f"{len(lowered.refusals)} quantized layers are simulated in floating point: see float_layers.")
+    if matmuls:
+        notes.append(
+            f"{len(matmuls)} matmuls of attention round their operands to their levels; OpenVINO multiplies them in "
+            "floating point: see float_layers."
+        )
+    if opened.narrow:
+        notes.append(f"{opened.narrow} layers have weights of fewer than 8 bits, which take a byte each in the graph.")
+    if opened.half:
+        notes.append(f"What is {' and '.join(opened.half)} in the denoiser is float32 in the graph.")
     if target.suffix == ".onnx":
         notes.append(
             "OpenVINO runs convolutions and linear layers on int8. ONNX Runtime runs convolutions in floating point "
@@ -192,4 +248,6 @@ def _exported(
     if correction is not None:
         notes.append(f"The correction of the predictions is no part of the graph: its table is {correction.name}.")
     names = tuple(tensors_of(dict(arguments))[0])
-    return Exported(target, names, outputs, dict(lowered.refusals), tuple(notes), correction)
+    return Exported(
+        target, names, outputs, {**lowered.refusals, **dict.fromkeys(matmuls, FLOAT_MATMUL)}, tuple(notes), correction
+    )

@@ -343,7 +343,8 @@ class CorrectedScheduler(_Remembering):
             raise SpecError(
                 f"The correction has no row for timestep {float(timestep):g}: it was fitted from {float(own[0]):g} to "
                 f"{float(own[-1]):g}. Sample from where it was fitted (with image to image the same strength or less), "
-                'fit it anew, or load the checkpoint with schedule="nearest" to use the nearest row.'
+                'fit it anew, or load the checkpoint with schedule="nearest" (`sample --schedule nearest`) to use the '
+                "nearest row."
             )
 
     def __len__(self) -> int:

@@ -143,7 +143,7 @@ def _guarded_set_timesteps(
             f"{_shown(fingerprint.timesteps)}, but {_name(scheduler)} was set to {_shown(found)}. "
             f"Sample with num_inference_steps={fingerprint.steps}, calibrate for the new schedule, or load the "
             "checkpoint with "
-            'schedule="nearest" to use what was fitted on the nearest timestep.'
+            'schedule="nearest" (`sample --schedule nearest`) to use what was fitted on the nearest timestep.'
         )
     return result
 

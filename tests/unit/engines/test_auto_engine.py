@@ -104,7 +104,13 @@ def test_other_schemes_are_simulated_and_the_log_says_why(
     if engine_module.has_vnni() or reason == FLOAT_INPUTS:
         assert f"Engine 'simulated': {reason if reason == FLOAT_INPUTS else 'OpenVINO does not run'}" in caplog.text
         assert reason in caplog.text
-    assert warnings_of(caplog) == []
+    if reason == FLOAT_INPUTS or not engine_module.has_vnni():
+        assert warnings_of(caplog) == []
+    else:
+        (warning,) = warnings_of(caplog)
+        assert "runs as simulated arithmetic: the time of the full-precision layers" in warning
+        assert "does not run 2 of the 2 layers" in warning
+        assert reason in warning
 
 
 @needs_vnni
@@ -127,6 +133,7 @@ def test_a_processor_without_vnni(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     assert place(simulated)[0] is simulated
     assert "Engine 'simulated': OpenVINO does not run 2 of the 2 layers" in caplog.text
     assert "no VNNI" in caplog.text
+    assert warnings_of(caplog) == []
 
 
 def no_such_operation(*_: Any, **__: Any) -> Any:
@@ -356,6 +363,31 @@ def test_inspect_says_what_auto_would_take(tmp_path: Path, monkeypatch: pytest.M
     assert {*expected.values()} == {"openvino", "simulated"}
     monkeypatch.setattr(engine_module, "has_vnni", lambda: False)
     assert set(engines_of().values()) == {"simulated"}
+
+
+@needs_vnni
+def test_inspect_says_why_layers_that_openvino_takes_are_simulated(tmp_path: Path) -> None:
+    pipe, quantized = small_pipe()
+    other = quantize_(small_unet(), LayerScheme(QuantSpec(4, "channel"), QuantSpec(8, "token", dynamic=True)))
+    name = next(iter(quantized_layers(quantized)))
+    for layer in (quantized, other):
+        assert isinstance(quantized_layers(layer)[name], QuantizedLayer)
+    first = quantized_layers(quantized)[name]
+    first.input_quantizer = next(
+        layer.input_quantizer
+        for layer in quantized_layers(other).values()
+        if layer.input_quantizer is not None and layer.input_quantizer.spec.dynamic
+    )
+    layers = {layer["name"]: layer for layer in inspect_checkpoint(saved(tmp_path / "q", pipe, quantized))["layers"]}
+    assert {layer["engine"] for layer in layers.values()} == {"simulated"}
+    assert "found at run time" in layers[name]["refusals"]["openvino"]
+    assert "auto" not in layers[name]["remarks"]
+    others = [layer for key, layer in layers.items() if key != name]
+    assert others
+    for layer in others:
+        assert "openvino" not in layer["refusals"]
+        assert f"does not run 1 of the {len(layers)} layers" in layer["remarks"]["auto"]
+        assert f"{name}, for one: " in layer["remarks"]["auto"]
 
 
 @needs_vnni

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import copy
+import dataclasses
 import gc
 import json
 import os
@@ -538,6 +539,114 @@ def test_the_cache_keeps_below_its_limit_and_what_is_in_use(tmp_path: Path, monk
         engine_module.cache_limit()
     monkeypatch.delenv("STEPQUANT_CACHE_GB")
     assert engine_module.cache_limit() == 20_000_000_000
+
+
+def test_what_openvino_compiles_counts_against_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = OpenVINOEngine(cache=tmp_path).compile(quantize_(small_unet()))
+    other = tmp_path / "openvino" / "other"
+    other.mkdir(parents=True)
+    (other / "graph.bin").write_bytes(bytes(1000))
+    os.utime(other, (1, 1))
+    original, sizes = engine_module.prune, []
+
+    def seen(root: Path, limit: int) -> None:
+        sizes.append(sum("compiled" in path.parts for path in root.rglob("*")))
+        original(root, limit)
+
+    monkeypatch.setattr(engine_module, "prune", seen)
+    with torch.no_grad():
+        compiled(torch.randn(1, 1, 8, 8), 5)
+    assert sizes[0] == 0
+    assert sizes[-1] > 0
+
+
+def no_writing(*_: Any) -> Any:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_a_cache_that_cannot_be_written_is_read_and_otherwise_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    net, sample = quantize_(small_unet()), torch.randn(2, 1, 8, 8)
+    engine = OpenVINOEngine(cache=tmp_path)
+    with torch.no_grad():
+        expected = engine.compile(net)(sample, 3).sample
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    monkeypatch.setattr(engine_module, "in_use", no_writing)
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(engine_module, "export", None)
+        assert torch.equal(engine.compile(net)(sample, 3).sample, expected)
+    assert caplog.messages == []
+    net.conv_in.bias += 1
+    with torch.no_grad():
+        assert (engine.compile(net)(sample, 3).sample - net(sample, 3).sample).norm() < 0.1 * expected.norm()
+    (message,) = caplog.messages
+    assert "Permission denied" in message
+    assert "temporary folder" in message
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import openvino
+
+    net, sample = quantize_(small_unet()), torch.randn(2, 1, 8, 8)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Exception\nno space on the disk")
+
+    for module, name, failure in ((torch.onnx, "export", None), (openvino, "save_model", full)):
+
+        def fails(*_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(module, name, failure or fails)
+            with pytest.raises(EngineError, match=rf"could not be written to {tmp_path}.*[nN]o space.*another folder"):
+                OpenVINOEngine(cache=tmp_path).compile(net)(sample, 3)
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert OpenVINOEngine().compile(quantize_(small_unet()))._cache is None
+    (message,) = caplog.messages
+    assert "Could not determine home directory. Set XDG_CACHE_HOME" in message
+
+
+def test_the_callers_autocast_is_no_part_of_a_graph(tmp_path: Path) -> None:
+    net, sample = quantize_(small_unet()), torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        expected = OpenVINOEngine().compile(net)(sample, 3).sample
+        compiled = OpenVINOEngine(cache=tmp_path).compile(net)
+        torched = compiled.in_torch(sample, 3).sample
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(compiled(sample, 3).sample, expected)
+            assert torch.equal(compiled.in_torch(sample, 3).sample, torched)
+
+
+def test_geometry_and_hooks_decide_a_graph() -> None:
+    net = quantize_(small_unet())
+    content = engine_module.content_of(net)
+    known = engine_module._digest(net, content)
+    assert known is not None
+    hooked = copy.deepcopy(net)
+    handle = hooked.conv_norm_out.register_forward_hook(lambda _module, _args, output: 2 * output)
+    assert engine_module._digest(hooked, content) is None
+    handle.remove()
+    hooked.conv_norm_out.register_forward_pre_hook(lambda _module, args: args)
+    assert engine_module._digest(hooked, content) is None
+    net.conv_in.geometry = dataclasses.replace(net.conv_in.geometry, padding_mode="circular")
+    assert engine_module.content_of(net) != content
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_padding_with_the_inputs_own_values_is_int8_too(mode: str, rows: int) -> None:
+    layer = nn.Conv2d(32, 32, 3, stride=(1, 2), padding=(1, 2), padding_mode=mode)
+    check_layer(one_layer(layer, QuantSpec(8, "channel"), QuantSpec(8), rows), (2, 32, 9, 8))
 
 
 def test_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

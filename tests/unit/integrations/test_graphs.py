@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 import doc_blocks
-from stepquant.engines.openvino import has_vnni
+from stepquant.checkpoint import save_checkpoint
+from stepquant.engines.openvino import FLOAT_MATMUL, has_vnni
 from stepquant.errors import EngineError, SpecError
 from stepquant.integrations.graphs import export_onnx, export_openvino
 from stepquant.model.correction import CorrectedScheduler, StepCorrection
 from stepquant.model.pipeline import DenoiserPipeline
+from stepquant.model.schedule import ScheduleFingerprint
 from stepquant.numerics.spec import LayerScheme, QuantSpec
-from tiny import quantize_, tiny_unet
+from tiny import quantize_, small_unet, tiny_unet
 
 pytestmark = pytest.mark.skipif(not has_vnni(), reason="int8 layers need a processor with VNNI")
 
@@ -177,3 +179,54 @@ def test_the_sampling_loop_of_the_docs_applies_a_correction(tmp_path: Path, monk
         sample = corrected.step(found, t, sample).prev_sample
     assert bool(sample.isfinite().all())
     torch.testing.assert_close(names["sample"], sample, rtol=1e-4, atol=1e-4)
+
+
+def test_fractional_timesteps_are_not_cut_off(tmp_path: Path) -> None:
+    """The graph's timestep is int64 only where the schedule, or the one of the calibration, has whole numbers."""
+    from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+
+    net, euler = quantize_(small_unet()), EulerDiscreteScheduler()
+    pipes = {type(made).__name__: DenoiserPipeline(net, made, (1, 8, 8)) for made in (DDIMScheduler(), euler)}
+    pipes["edm"] = DenoiserPipeline(net, EDMEulerScheduler(), (1, 8, 8))
+    kinds = {}
+    for name, pipe in pipes.items():
+        written = export_openvino(pipe, tmp_path / f"{name}.xml")
+        kinds[name] = openvino.Core().read_model(written.path).input("timestep").element_type.get_type_name()
+    assert kinds == {"DDIMScheduler": "i64", "EulerDiscreteScheduler": "i64", "edm": "f32"}
+    euler.set_timesteps(7)
+    schedule = ScheduleFingerprint.of(euler, steps=7, guidance="none").to_dict()
+    pipe = DenoiserPipeline(net, EulerDiscreteScheduler(), (1, 8, 8))
+    save_checkpoint(
+        tmp_path / "q", pipe=pipe, denoiser_name="denoiser", denoiser=net, base_model="", created="", schedule=schedule
+    )
+    written = export_openvino(tmp_path / "q", tmp_path / "q.xml")
+    assert openvino.Core().read_model(written.path).input("timestep").element_type.get_type_name() == "f32"
+
+
+def test_what_runs_in_floating_point_or_takes_more_space_is_said(tmp_path: Path) -> None:
+    net = nn.Module.to(quantize_(tiny_unet()), torch.float16)
+    written = export_onnx(net, tmp_path / "unet.onnx")
+    matmuls = [name for name, reason in written.float_layers.items() if reason == FLOAT_MATMUL]
+    assert len(matmuls) == len(written.float_layers) > 0
+    weights = [tensor for tensor in onnx.load(written.path).graph.initializer if tensor.data_type == 3]
+    assert any(f"{len(matmuls)} matmuls of attention" in note for note in written.notes)
+    assert any(
+        note.endswith("layers have weights of fewer than 8 bits, which take a byte each in the graph.")
+        and len(weights) >= int(note.split()[0]) > 40
+        for note in written.notes
+    )
+    assert "What is float16 in the denoiser is float32 in the graph." in written.notes
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("no space on the disk")])
+def test_a_folder_that_cannot_be_written_is_named(
+    failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(openvino, "save_model", full)
+    inputs = {"sample": torch.zeros(2, 2, 4, 4), "timestep": torch.tensor([0])}
+    with pytest.raises(EngineError, match=rf"could not be written to {tmp_path}: .*(No|no) space.*Choose another"):
+        export_openvino(quantize_(Net(), ends="same"), tmp_path / "net.xml", inputs=inputs)
+    assert list(tmp_path.iterdir()) == []
