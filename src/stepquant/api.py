@@ -711,7 +711,7 @@ def load(
         timestep use the parameters of the nearest calibrated one.
     onto: a pipeline that all parts but the quantized denoiser are taken from. A pipeline that switches between two
         denoisers has a checkpoint for each: `load("second", onto=load("first"))` has both.
-    Raises CheckpointError for a damaged checkpoint, SpecError for an unknown engine.
+    Raises CheckpointError for a damaged checkpoint, UnknownEngine for an engine that there is not.
     """
     if schedule not in ("strict", "nearest"):
         raise SpecError(f"schedule must be 'strict' or 'nearest', found {schedule!r}.")

@@ -7,6 +7,7 @@
     ├── CalibrationError     calibration data or an optimisation that went wrong
     ├── CheckpointError      a checkpoint that is damaged, of an unknown version, or not what the caller expects
     ├── EngineError          an engine that cannot run a layer
+    │   └── UnknownEngine  an engine that there is not (also a SpecError)
     └── EvaluationError      a measurement that cannot be made
 
 A message names the thing (layer, step, file, key), what was found, what was expected, and what to do.
@@ -25,6 +26,7 @@ __all__ = [
     "ModelError",
     "SpecError",
     "StepquantError",
+    "UnknownEngine",
     "UnsupportedPipeline",
     "nearest",
 ]
@@ -56,6 +58,10 @@ class CheckpointError(StepquantError):
 
 class EngineError(StepquantError):
     """An engine that cannot run a layer."""
+
+
+class UnknownEngine(EngineError, SpecError):  # noqa: N818 - reads as a sentence where it is raised
+    """An engine that there is not."""
 
 
 class EvaluationError(StepquantError):

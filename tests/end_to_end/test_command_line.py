@@ -304,10 +304,13 @@ def test_failures_and_wrong_usage(folder: Path) -> None:
     assert "No such command 'quantise'" in err
     assert "Traceback" not in err
     status, out, err = command(folder, "methods", "acuquant")
-    assert (status, out) == (1, "")
+    assert (status, out) == (2, "")
     assert err.startswith("Error: There is no method 'acuquant'. Did you mean 'accuquant'?")
     assert "Traceback" not in err
     status, out, err = command(folder, "methods", "acuquant", "--debug")
-    assert (status, out) == (1, "")
+    assert (status, out) == (2, "")
     assert "Traceback (most recent call last)" in err
     assert "SpecError: There is no method 'acuquant'" in err
+    status, out, err = command(folder, "sample", "nothing", "-o", "y")
+    assert (status, out) == (1, "")
+    assert err.startswith("Error: There is no model 'nothing'")

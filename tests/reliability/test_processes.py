@@ -159,8 +159,8 @@ def test_only_the_first_writes(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message", "statuses"),
     [
-        ("all fail", "out1 exists already", [1, 1]),
-        ("not split", "`stepquant inspect` runs in one process", [1, 1]),
+        ("all fail", "out1 exists already", [2, 1]),
+        ("not split", "`stepquant inspect` runs in one process", [2, 2]),
         ("one fails", "A cosmic ray came through the roof.", [1, 1]),
         ("one is killed", "one of them has ended", [1, -9]),
         ("killed late", "one of them has ended", [1, -9]),

@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -33,7 +34,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit. No traceback is shown unless `--debug` is among the arguments.
 
     Of several processes that a launcher has started, the first one shows and writes, and the first one that fails says
-    why; the others end with the same status.
+    why, and its status is that of the error; the others end, too.
     """
     given = list(sys.argv[1:] if args is None else args)
     arguments, debug = arranged(given)
@@ -58,9 +59,12 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
             status = 2 if isinstance(error, SpecError) else 1
             if not _tells():
                 sys.exit(status)
-            if debug:
+            if debug and status == 1:
                 raise
-            _complain(_sentence(error))
+            if debug:
+                traceback.print_exception(error)
+            else:
+                _complain(_sentence(error))
             sys.exit(status)
     sys.exit(0)
 

@@ -22,7 +22,7 @@ from stepquant.engines.onednn import OneDnnEngine
 from stepquant.engines.openvino import OpenVINOEngine, usable
 from stepquant.engines.reference import ReferenceEngine
 from stepquant.engines.weight_only import WeightOnlyEngine
-from stepquant.errors import EngineError, SpecError, nearest
+from stepquant.errors import EngineError, UnknownEngine, nearest
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.surgery import quantized_layers
 
@@ -150,7 +150,7 @@ def automatic(layers: Mapping[str, Layer]) -> tuple[str, str]:
 def choose(layer: Layer, device: torch.device, engine: str = "simulated") -> Placement:
     """Where a layer runs if this engine is taken. One that refuses hands over to `simulated`.
 
-    Raises EngineError for an unknown engine.
+    Raises UnknownEngine for one that there is not.
     """
     _known(engine)
     found = engines()
@@ -261,7 +261,7 @@ def _warn_of_none(engine: str, placed: Mapping[str, Placement]) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raise SpecError for a name that `place` does not know."""
+    """Raise UnknownEngine for a name that `place` does not know."""
     if name != "auto":
         _known(name, "auto")
 
@@ -271,7 +271,7 @@ def _known(name: str, *others: str) -> Engine | GraphEngine:
     found = engines()
     if name not in found:
         names = (*others, *found)
-        raise SpecError(f"There is no engine {name!r}, only {', '.join(names)}.{nearest(name, names)}")
+        raise UnknownEngine(f"There is no engine {name!r}, only {', '.join(names)}.{nearest(name, names)}")
     return found[name]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,8 +74,9 @@ def check_call(pipe: Any, arguments: Mapping[str, Any], steps: int) -> None:
         if name in arguments:
             raise SpecError(f"{name} is not among the arguments: {instead} decides it.")
     for name in STEP_ARGUMENTS:
-        if isinstance(arguments.get(name), str) or arguments.get(name) != arguments.get(name):
-            raise SpecError(f"{name} must be a number, found {arguments[name]!r}.")
+        value = arguments.get(name)
+        if isinstance(value, str) or (isinstance(value, float) and math.isnan(value)):
+            raise SpecError(f"{name} must be a number, found {value!r}.")
     _check_labels(pipe, arguments.get("class_labels"))
     trained = getattr(getattr(getattr(pipe, "scheduler", None), "config", None), "num_train_timesteps", None)
     # Some schedulers divide the way more finely than training did; those that cannot say so.
