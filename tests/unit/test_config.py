@@ -125,6 +125,7 @@ def test_defaults() -> None:
         ({"options": {"shape": [1, "x"]}}, r"run.yaml: options.shape.1: expected a valid integer"),
         ({"ends": "9bit"}, r"run.yaml: ends: expected '8bit', 'same' or 'full', found '9bit'"),
         ({"steps": 0}, r"steps: expected 1 or more, found 0"),
+        ({"seed": 10**15}, r"seed: expected 900000000000000 or less, found 1000000000000000"),
         ({"weights": 4, "options": {"weights": 4}}, r"weights and options.weights are the same setting"),
     ],
 )

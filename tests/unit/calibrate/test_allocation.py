@@ -159,6 +159,7 @@ def test_impossible_activations_are_found_once_their_sizes_are_known() -> None:
         ({}, "one budget"),
         ({"weight_bits": 4.0, "max_bytes": 10}, "weight_bits and max_bytes"),
         ({"max_drift": -1.0}, "max_drift must be a positive number"),
+        ({"weight_bits": 40.0}, "weight_bits must be at most 32, which is floating point, found 40"),
         ({"weight_bits": 4.0, "bits": (4, 2)}, "ascending"),
         ({"weight_bits": 4.0, "bits": (4, 16)}, "from 2 to 8"),
         ({"weight_bits": 4.0, "score": "mes"}, "Did you mean 'mse'"),
