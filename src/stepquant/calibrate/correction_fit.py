@@ -298,10 +298,6 @@ class Problem:
         )
 
     @property
-    def images(self) -> int:
-        return sum(trajectory.batch for trajectory in self.trajectories)
-
-    @property
     def one_step_solver(self) -> bool:
         """Whether no step remembers anything of the steps before."""
         first = self.trajectories[0]

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibrate.select import at_steps
-from stepquant.calibrate.trajectory import Trajectory
-from stepquant.errors import CalibrationError, SpecError
+from stepquant.calibrate.trajectory import Trajectory, seen_in_steps
+from stepquant.errors import SpecError
 from stepquant.model.surgery import execution_order, quantizable, units_of
 from stepquant.recipe import Figures, Job
 
@@ -84,7 +84,6 @@ def bottleneck_inputs(denoiser: nn.Module, trajectory: Trajectory) -> Tensor:
     """
     name = _bottleneck(denoiser, trajectory)
     found: list[Tensor] = []
-    features: list[Tensor] = []
 
     def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = args[0] if args else kwargs["hidden_states"]
@@ -93,17 +92,9 @@ def bottleneck_inputs(denoiser: nn.Module, trajectory: Trajectory) -> Tensor:
     handle = denoiser.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
     try:
         with torch.no_grad():
-            for step in trajectory.steps:
-                found.clear()
-                for number, call in enumerate(step.calls, start=1):
-                    denoiser(*call.args, **call.kwargs)
-                    if len(found) < number:
-                        raise CalibrationError(f"{name} did not run in a forward call of the denoiser.")
-                    del found[number:]  # a module that runs twice counts once
-                features.append(torch.cat(found))
+            return torch.stack(list(seen_in_steps(denoiser, trajectory, name, found)))
     finally:
         handle.remove()
-    return torch.stack(features)
 
 
 def _bottleneck(denoiser: nn.Module, trajectory: Trajectory) -> str:

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from stepquant.calibrate.reconstruct import output_tensors
 from stepquant.calibrate.select import at_steps
-from stepquant.calibrate.trajectory import Trajectory
-from stepquant.errors import CalibrationError, SpecError, nearest
+from stepquant.calibrate.trajectory import Trajectory, seen_in_steps
+from stepquant.errors import SpecError, nearest
 from stepquant.model.surgery import execution_order, quantizable, units_of
 from stepquant.recipe import Figures, Job
 
@@ -151,7 +151,6 @@ def bottleneck_features(denoiser: nn.Module, trajectory: Trajectory) -> Tensor:
         units = units_of(denoiser, execution_order(denoiser, list(quantizable(denoiser)), call.args, call.kwargs))
         name = units[len(units) // 2].name
     found: list[Tensor] = []
-    features: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
         output = _image_of(module, args, kwargs, returned)
@@ -162,17 +161,9 @@ def bottleneck_features(denoiser: nn.Module, trajectory: Trajectory) -> Tensor:
     handle = denoiser.get_submodule(name).register_forward_hook(note, with_kwargs=True)
     try:
         with torch.no_grad():
-            for step in trajectory.steps:
-                found.clear()
-                for number, call in enumerate(step.calls, start=1):
-                    denoiser(*call.args, **call.kwargs)
-                    if len(found) < number:
-                        raise CalibrationError(f"{name} did not run in a forward call of the denoiser.")
-                    del found[number:]  # a module that runs twice counts once
-                features.append(torch.cat(found).mean(0))
+            return torch.stack([rows.mean(0) for rows in seen_in_steps(denoiser, trajectory, name, found)])
     finally:
         handle.remove()
-    return torch.stack(features)
 
 
 def _image_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Tensor:

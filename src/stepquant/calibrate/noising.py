@@ -74,14 +74,18 @@ def _prediction_type(scheduler: Any) -> str | None:
     return found if found in ("epsilon", "sample", "v_prediction", FLOW) else None
 
 
-def check_drawn_noise_target(scheduler: Any) -> None:
-    """Raise SpecError if the prediction that belongs to a drawn noise is not known for this scheduler."""
+def _check_known(scheduler: Any, what: str, instead: str) -> None:
     if _prediction_type(scheduler) is None:
         raise SpecError(
-            f"What the network predicts for a drawn noise is not known for {type(scheduler).__name__} (prediction type "
+            f"{what} is not known for {type(scheduler).__name__} (prediction type "
             f"{dict(scheduler.config).get('prediction_type')!r}); known are epsilon, sample, v_prediction and flow "
-            'matching. Use target="full_precision".'
+            f"matching. {instead}"
         )
+
+
+def check_drawn_noise_target(scheduler: Any) -> None:
+    """Raise SpecError if the prediction that belongs to a drawn noise is not known for this scheduler."""
+    _check_known(scheduler, "What the network predicts for a drawn noise", 'Use target="full_precision".')
 
 
 def noise_target(scheduler: Any, x_0: Tensor, noise: Tensor, scales: tuple[float, float]) -> Tensor:
@@ -100,12 +104,7 @@ def noise_target(scheduler: Any, x_0: Tensor, noise: Tensor, scales: tuple[float
 
 def check_noise_prediction(scheduler: Any) -> None:
     """Raise SpecError if it is not known which noise a prediction for this scheduler means."""
-    if _prediction_type(scheduler) is None:
-        raise SpecError(
-            f"Which noise a prediction means is not known for {type(scheduler).__name__} (prediction type "
-            f"{dict(scheduler.config).get('prediction_type')!r}); known are epsilon, sample, v_prediction and flow "
-            "matching. Leave out the bits by step."
-        )
+    _check_known(scheduler, "Which noise a prediction means", "Leave out the bits by step.")
 
 
 def noise_predicted(step: Step, prediction: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ __all__ = [
     "replay",
     "scheduler_output",
     "seal",
+    "seen_in_steps",
     "state_at",
     "steps_where_nothing_happens",
 ]
@@ -240,6 +241,18 @@ def _of_denoiser(steps: Sequence[Step]) -> tuple[tuple[Step, ...], tuple[Step, .
         )
     own = steps[called[0] : called[-1] + 1]
     return tuple(steps[: called[0]]), tuple(replace(step, index=index) for index, step in enumerate(own))
+
+
+def seen_in_steps(denoiser: nn.Module, trajectory: Trajectory, name: str, found: list[Tensor]) -> Iterator[Tensor]:
+    """For each step what a hook on the module `name` puts into `found`, `[rows of all calls, ...]`."""
+    for step in trajectory.steps:
+        found.clear()
+        for number, call in enumerate(step.calls, start=1):
+            denoiser(*call.args, **call.kwargs)
+            if len(found) < number:
+                raise CalibrationError(f"{name} did not run in a forward call of the denoiser.")
+            del found[number:]  # a module that runs twice counts once
+        yield torch.cat(found)
 
 
 @contextmanager

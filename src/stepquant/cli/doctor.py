@@ -23,8 +23,7 @@ from stepquant.cli.console import (
     stdout_console,
     write_json,
 )
-from stepquant.cli.evaluate import refuse_unwritable_file
-from stepquant.cli.outputs import refuse_existing, settings_path
+from stepquant.cli.outputs import refuse_existing, refuse_unwritable_file, settings_path
 from stepquant.cli.work import Sampling, device_named, fitted_steps, prepare
 from stepquant.config import load_config, resolve
 from stepquant.doctor.advice import plain_rules

@@ -19,7 +19,7 @@ from stepquant.cli.console import (
     stdout_console,
     write_json,
 )
-from stepquant.cli.outputs import evaluation_path, refuse_unwritable
+from stepquant.cli.outputs import evaluation_path, refuse_unwritable_file
 from stepquant.cli.work import (
     Sampling,
     base_model_of,
@@ -45,7 +45,7 @@ from stepquant.manifest import MANIFEST_NAME
 from stepquant.processes import joined
 from stepquant.run import Run
 
-__all__ = ["Measuring", "evaluate", "evaluate_and_keep", "measure", "refuse_unwritable_file"]
+__all__ = ["Measuring", "evaluate", "evaluate_and_keep", "measure"]
 
 _EVALUATED = range(1000, 1256)
 """Seeds of an evaluation that names none and compares no folder of images."""
@@ -113,13 +113,6 @@ def evaluate(
             stdout_console().print(f"Kept as {evaluation_path(Path(candidate))}{use}.")
     views.complain_of_gates(failed)
     return not failed
-
-
-def refuse_unwritable_file(path: Path) -> None:
-    """Refuse a folder, and what cannot be written, before any work is done for it."""
-    if path.is_dir():
-        raise SpecError(f"{path} is a folder, expected a file to write.")
-    refuse_unwritable(path)
 
 
 def _write_broken(error: NotFiniteImages, gates: Sequence[Gate], json_target: str | None) -> None:

@@ -27,6 +27,8 @@ __all__ = [
     "read_origin",
     "refuse_existing",
     "refuse_no_checkpoint",
+    "refuse_unwritable",
+    "refuse_unwritable_file",
     "refuse_used_folder",
     "remove_work",
     "settings_path",
@@ -132,6 +134,13 @@ def refuse_unwritable(path: Path) -> None:
         raise SpecError(f"{path} cannot be written: {there} is no folder.")
     if not os.access(there, os.W_OK):
         raise SpecError(f"{path} cannot be written: {there} is read-only for this user.")
+
+
+def refuse_unwritable_file(path: Path) -> None:
+    """Refuse a folder, and what cannot be written, before any work is done for it."""
+    if path.is_dir():
+        raise SpecError(f"{path} is a folder, expected a file to write.")
+    refuse_unwritable(path)
 
 
 def refuse_used_folder(folder: Path, *, overwrite: bool) -> None:

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 from stepquant import api
 from stepquant.cli.console import Settings, interruptible, progress_for, stdout_console
-from stepquant.cli.evaluate import evaluate_and_keep, refuse_unwritable_file
-from stepquant.cli.outputs import read_evaluation, read_origin, refuse_existing
+from stepquant.cli.evaluate import evaluate_and_keep
+from stepquant.cli.outputs import read_evaluation, read_origin, refuse_existing, refuse_unwritable_file
 from stepquant.cli.work import Sampling, device_named, prepare
 from stepquant.errors import SpecError
 from stepquant.evaluate.arguments import first_of

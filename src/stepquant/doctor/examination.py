@@ -30,14 +30,14 @@ from stepquant.doctor.cosines import LayerError, layer_errors
 from stepquant.doctor.drivers import Driver, Expansion, contributions, drift, restored_drift
 from stepquant.doctor.findings import KINDS, Finding, Thresholds
 from stepquant.doctor.health import MOST_NAMED, ChannelSpread, Health, watching
-from stepquant.doctor.layers import differing_modules, dtype_of, other_parts, paired_layers
+from stepquant.doctor.layers import differing_modules, other_parts, paired_layers
 from stepquant.doctor.weights import other_parameters, static_findings
 from stepquant.errors import SpecError
 from stepquant.model.correction import StepCorrection, correction_of
 from stepquant.model.families import find_denoiser, several_denoisers
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.schedule import ScheduleFingerprint
-from stepquant.model.surgery import quantizable, quantized_layers
+from stepquant.model.surgery import dtype_of, quantizable, quantized_layers
 from stepquant.run import Run
 
 __all__ = ["SCHEMA", "Diagnosis", "examine"]

@@ -19,7 +19,6 @@ __all__ = [
     "axis_of_channels",
     "bits_of",
     "differing_modules",
-    "dtype_of",
     "other_parts",
     "paired_layers",
     "parts_of_layers",
@@ -141,11 +140,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
     elif isinstance(getattr(value, "sample", None), Tensor):
         yield from tensors_in(value.sample)
-
-
-def dtype_of(network: nn.Module) -> torch.dtype | None:
-    """That of the first parameter in floating point; None for a compiled graph, which has none."""
-    return next((own.dtype for own in network.parameters() if own.is_floating_point()), None)
 
 
 def other_parts(pipe: Any, denoiser: nn.Module) -> dict[str, nn.Module]:

@@ -9,13 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibrate.steps import prediction_of
+from stepquant.model.surgery import dtype_of
 
-__all__ = ["dtype_of", "in_own_dtype"]
-
-
-def dtype_of(network: nn.Module) -> torch.dtype | None:
-    """That of the first parameter in floating point; None for a compiled graph, which has none."""
-    return next((own.dtype for own in network.parameters() if own.is_floating_point()), None)
+__all__ = ["in_own_dtype"]
 
 
 def in_own_dtype(network: nn.Module, recorded: nn.Module) -> nn.Module:

@@ -22,6 +22,7 @@ __all__ = [
     "Rule",
     "Unit",
     "check_finite",
+    "dtype_of",
     "execution_order",
     "make_plan",
     "quantizable",
@@ -182,6 +183,11 @@ def quantized_layers(denoiser: nn.Module) -> dict[str, QuantizedLayer | Quantize
         for name, module in denoiser.named_modules()
         if isinstance(module, QuantizedLayer | QuantizedMatmul)
     }
+
+
+def dtype_of(network: nn.Module) -> torch.dtype | None:
+    """That of the first parameter in floating point; None for a compiled graph, which has none."""
+    return next((own.dtype for own in network.parameters() if own.is_floating_point()), None)
 
 
 def execution_order(denoiser: nn.Module, names: Iterable[str], args: Any, kwargs: Any) -> list[str]:
