@@ -211,7 +211,7 @@ def _opened(plain: bool) -> tuple[Any, list[tuple[Any, Any, Any]]]:
         bins = reconstruct._bins_of(job.denoiser, batches)
         units = units_of(job.denoiser, list(job.handed["plan"]))
         names = [unit.name for unit in units]
-        caches = reconstruct._caches(job.denoiser, job.full_precision, names, batches, bins, True)
+        caches = dict(reconstruct._caches(job.denoiser, job.full_precision, names, batches, bins, True))
         layers = {n: x for n, x in quantized_layers(job.denoiser).items() if isinstance(x, QuantizedLayer)}
         if plain:
             first_reconstruction.soften_all_(job)

@@ -56,7 +56,7 @@ def round_blocks(job: Any, iterations: int, batch: int, lr: float) -> None:
             soft = soft_roundings(layers)
             if not soft:
                 continue
-            caches = reconstruct._caches(job.denoiser, job.full_precision, [unit.name], batches, bins, True)
+            caches = dict(reconstruct._caches(job.denoiser, job.full_precision, [unit.name], batches, bins, True))
             fit(job, unit, caches[unit.name], list(soft.values()), iterations, batch, lr, ("round", number))
             for name in soft:
                 harden_soft_(layers[name])

@@ -1,12 +1,13 @@
 """What a run will take, from one image that is sampled in a few steps and from what the recipe says.
 
 trajectories   samples * (first step + (steps - 1) * further step)     bytes of tensors that are new in a step
-caches         entries * sum over units fitted together (inputs + output)
+caches         entries * (what units fitted together keep + what one is given): outputs; inputs
 time           evaluations of the network * time of one
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -217,11 +218,18 @@ class _Probe:
         """Bytes of the largest caches that a stage has at a time."""
         if not isinstance(stage, RoundBlocks | ScaleBlocks):
             return 0
-        # Inputs from the full-precision prefix beside those from the quantized one.
-        both = isinstance(stage, RoundBlocks) and stage.quantized_prefix and stage.fit.float_inputs
-        each = [(2 if both else 1) * inputs + output for inputs, output in self.units]
-        groups = range(0, len(each), stage.together)
-        return entries * max((sum(each[first : first + stage.together]) for first in groups), default=0)
+        # What a group keeps from the full-precision network, and the inputs of one unit at a time from the quantized.
+        quantized = isinstance(stage, RoundBlocks) and stage.quantized_prefix
+        plain = not quantized or stage.fit.float_inputs
+        kept = [(inputs if plain else 0) + output for inputs, output in self.units]
+        given = [inputs if quantized else 0 for inputs, _ in self.units]
+        ends = [min(first + stage.together, len(kept)) for first in range(0, len(kept), stage.together)]
+        largest = (
+            sum(kept[unit:end]) + given[unit]
+            for first, end in itertools.pairwise((0, *ends))
+            for unit in range(first, end)
+        )
+        return entries * max(largest, default=0)
 
 
 def _bytes(tensor: Tensor) -> int:

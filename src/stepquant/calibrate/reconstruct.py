@@ -13,6 +13,7 @@ the rounding's regulariser. Of a single output, L is L_1.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -356,6 +357,10 @@ class _Space:
         self.bytes -= bytes_
         return None
 
+    def rest(self) -> _Space:
+        """What is left, for caches that are dropped before others come."""
+        return copy.copy(self)
+
 
 def _filled(
     denoiser: nn.Module,
@@ -398,28 +403,32 @@ def _caches(
     processes: Processes = ALONE,
     float_inputs: bool = False,
     spill: Spill | None = None,
-) -> dict[str, _Cache]:
-    """Inputs from the quantized or the full-precision prefix, outputs always from full precision.
+) -> Iterator[tuple[str, _Cache]]:
+    """Each unit with its cache: outputs from full precision, inputs from the quantized or the full-precision prefix.
+
+    The full-precision network runs once for all units; the quantized one runs when a unit is asked for, so that
+    units that were rounded meanwhile are in the prefix.
 
     float_inputs: keep the inputs from full precision as well. spill: where caches lie that its memory does not hold.
     """
     if not units:
-        return {}
+        return
     space, with_inputs = _Space(spill), float_inputs or not quantized_prefix
     wanted = _filled(full_precision, units, batches, processes, space, inputs=with_inputs, outputs=True)
-    given = (
-        _filled(quantized, units, batches, processes, space, inputs=True, outputs=False) if quantized_prefix else wanted
-    )
-    found = {}
+
+    def cache_of(unit: str) -> _Cache:
+        target = wanted.pop(unit)
+        call = plain = target.call() if with_inputs else None
+        if quantized_prefix:
+            # Of one unit at a time: each has the space that the targets leave.
+            given = _filled(quantized, [unit], batches, processes, space.rest(), inputs=True, outputs=False)
+            call = given[unit].call()
+        assert call is not None
+        outputs = tuple(output.joined() for output in target.outputs)
+        return _Cache(*call, outputs, bins, plain if float_inputs else None)
+
     for unit in units:
-        args, kwargs = given[unit].call()
-        plain_inputs: Call | None = None
-        if float_inputs:
-            plain_inputs = wanted[unit].call() if quantized_prefix else (args, kwargs)
-        found[unit] = _Cache(
-            args, kwargs, tuple(output.joined() for output in wanted[unit].outputs), bins, plain_inputs
-        )
-    return found
+        yield unit, cache_of(unit)
 
 
 @dataclass(frozen=True)
@@ -457,8 +466,8 @@ class RoundBlocks:
 
     Source: Li et al. 2021 (BRECQ) and the public code of Q-Diffusion (Li et al. 2023) for every default.
     quantized_prefix: inputs of a unit come from the already rounded prefix (`asym=True`), targets from full precision.
-    together: units that are captured in one pass over the calibration set. With more than one, the prefix of the later
-        ones is rounded only up to the first; passes, which dominate the time of short runs, become fewer.
+    together: units whose targets are captured in one pass of the full-precision network; it changes only time and
+        memory. Their inputs are captured one unit after another, each behind all that were rounded before.
     weighting: learn how much each calibration sample counts, anew before each unit, on images that are held out of
         the calibration set; None takes the calibration set's own weights.
     keep_rounding: where rounding starts, from 0 (the full-precision fraction) to 1 (the present rounding); above 0.5
@@ -521,7 +530,7 @@ class RoundBlocks:
 
     def evaluations_for(self, samples: int, units: int) -> int:
         """Of the network, for so many calibration samples and units; without those of learnt weights."""
-        return _evaluations(self.fit, samples, units, self.together, 2 if self.quantized_prefix else 1)
+        return _evaluations(self.fit, samples, units, self.together, self.quantized_prefix)
 
     def run(self, job: Job) -> Figures:
         every = quantized_layers(job.denoiser)
@@ -578,6 +587,7 @@ class RoundBlocks:
             for roundings in soft.values():
                 for name, rounding in roundings.items():
                     rounding.alpha.data.copy_(kept[0][name])
+                    harden_soft_(layers[name])
             for quantizers in scales.values():
                 for name, quantizer in quantizers.items():
                     quantizer.scale.copy_(kept[0][_KEPT_SCALE + name])
@@ -598,22 +608,25 @@ class RoundBlocks:
                 job.spill,
             )
             losses = {}
-            for number, unit in enumerate(group, start=first):
-                if unit.name in caches:
-                    cache = caches.pop(unit.name)
-                    with brought(job, job.denoiser.get_submodule(unit.name)):
-                        learnt = samples.learn_(job, unit, cache, soft[unit.name], number)
-                        fitted = fit_unit(
-                            job,
-                            unit,
-                            cache,
-                            fit,
-                            soft=soft[unit.name],
-                            scales=scales[unit.name],
-                            stream=("round", number),
-                            weights=samples.weights,
-                        )
-                    losses[unit.name] = fitted | learnt
+            named = {unit.name: (number, unit) for number, unit in enumerate(group, start=first)}
+            for name, cache in caches:
+                number, unit = named[name]
+                with brought(job, job.denoiser.get_submodule(name)):
+                    learnt = samples.learn_(job, unit, cache, soft[name], number)
+                    fitted = fit_unit(
+                        job,
+                        unit,
+                        cache,
+                        fit,
+                        soft=soft[name],
+                        scales=scales[name],
+                        stream=("round", number),
+                        weights=samples.weights,
+                    )
+                losses[name] = fitted | learnt
+                for layer in soft[name]:
+                    harden_soft_(layers[layer])  # before the next unit's inputs are captured behind it
+                del cache  # before there is another
             if job.keeper:
                 tensors = {name: r.alpha.detach() for roundings in soft.values() for name, r in roundings.items()}
                 for quantizers in scales.values():
@@ -621,9 +634,6 @@ class RoundBlocks:
                 if samples.learner is not None:
                     tensors[_KEPT_LOGITS] = samples.learner.logits
                 job.keeper.save(f"units-{first}", tensors, losses)
-        for roundings in soft.values():
-            for name in roundings:
-                harden_soft_(layers[name])
         return losses
 
 
@@ -790,7 +800,7 @@ class ScaleBlocks:
 
     def evaluations_for(self, samples: int, units: int) -> int:
         """Of the network, for so many calibration samples and units."""
-        return _evaluations(self.fit, samples, units, self.together, 1)
+        return _evaluations(self.fit, samples, units, self.together, False)
 
     def run(self, job: Job) -> Figures:
         units = units_of(job.denoiser, list(job.handed["plan"]))
@@ -830,13 +840,14 @@ class ScaleBlocks:
             job.denoiser, job.full_precision, wanted, batches, bins, False, job.run.processes, spill=job.spill
         )
         losses: Figures = {}
-        for number, unit in enumerate(group, start=first):
-            if scales[unit.name]:
-                cache = caches.pop(unit.name)
-                with brought(job, job.denoiser.get_submodule(unit.name)):
-                    losses[unit.name] = fit_unit(
-                        job, unit, cache, fit, scales=scales[unit.name], stream=("scale", number), weights=weights
-                    )
+        named = {unit.name: (number, unit) for number, unit in enumerate(group, start=first)}
+        for name, cache in caches:
+            number, unit = named[name]
+            with brought(job, job.denoiser.get_submodule(name)):
+                losses[name] = fit_unit(
+                    job, unit, cache, fit, scales=scales[name], stream=("scale", number), weights=weights
+                )
+            del cache  # before there is another
         if job.keeper:
             tensors = {name: q.scale.detach() for quantizers in scales.values() for name, q in quantizers.items()}
             job.keeper.save(f"units-{first}", tensors, losses)
@@ -848,14 +859,16 @@ def _check_loop(iterations: int, batch: int, together: int) -> None:
         raise SpecError(f"iterations, batch and together must be at least 1, found {iterations}, {batch}, {together}.")
 
 
-def _evaluations(fit: Fit, samples: int, units: int, together: int, passes: int) -> int:
+def _evaluations(fit: Fit, samples: int, units: int, together: int, quantized_prefix: bool) -> int:
     """Work in forward passes of one image.
 
     One iteration of every unit is one forward and backward (worth two forwards) of the whole network; a capture runs
-    the network up to its units, half of it on average.
+    the network up to its units, half of it on average: once for every group's targets, and once for the quantized
+    inputs of every unit.
     """
     forward = 1 if fit.layer_weight else 0  # of the full-precision unit, for what its layers should return
-    return (3 + forward) * fit.batch * fit.iterations + passes * samples * -(-units // together) // 2
+    captures = -(-units // together) + (units if quantized_prefix else 0)
+    return (3 + forward) * fit.batch * fit.iterations + captures * samples // 2
 
 
 def soft_roundings(layers: Mapping[str, Any]) -> dict[str, SoftRounding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,19 @@ def test_caches_have_the_estimated_bytes(name: str, monkeypatch: pytest.MonkeyPa
     sizes: list[int] = []
     caches = reconstruct._caches
 
+    def bytes_of(values: Iterable[Any]) -> int:
+        return sum(value.bytes for value in values if isinstance(value, RowsOnDisk))
+
     def measured(*args: Any, **kwargs: Any) -> Any:
-        found = caches(*args, **kwargs)
-        values = []
-        for cache in found.values():
-            calls = [(cache.args, cache.kwargs), *([cache.float_inputs] if cache.float_inputs else [])]
-            values += [*cache.outputs, *(value for args, kwargs in calls for value in (*args, *kwargs.values()))]
-        sizes.append(sum(value.bytes for value in values if isinstance(value, RowsOnDisk)))
-        return found
+        kept, given = [], []
+        for unit, cache in caches(*args, **kwargs):
+            plain = cache.float_inputs or ((), {})
+            inputs = bytes_of((*cache.args, *cache.kwargs.values()))
+            behind_quantized = isinstance(BLOCKS[name], RoundBlocks)
+            kept.append(bytes_of((*cache.outputs, *plain[0], *plain[1].values())) + (0 if behind_quantized else inputs))
+            given.append(inputs if behind_quantized else 0)
+            yield unit, cache
+        sizes.extend(sum(kept[number:]) + given[number] for number in range(len(kept)))
 
     monkeypatch.setattr(reconstruct, "_caches", measured)
     pipe, recipe = tiny_pipe(), recipe_of(BLOCKS[name], select=Select(every=2, samples_per_step=8))

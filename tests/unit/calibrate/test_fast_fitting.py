@@ -10,18 +10,23 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 import tiny
+from stepquant.api import quantize
 from stepquant.calibrate import reconstruct
 from stepquant.calibrate.captured import Column, RowsOnDisk, taken
-from stepquant.calibrate.reconstruct import Fit, fit_unit, reconstruction_loss, soft_roundings
+from stepquant.calibrate.qdrop import QDrop
+from stepquant.calibrate.reconstruct import Fit, RoundBlocks, fit_unit, reconstruction_loss, soft_roundings
 from stepquant.calibrate.rounding import GAMMA, ZETA, SoftRounding, adam, candidates_kept, soften_
+from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, Place, Record, Select
+from stepquant.model.pipeline import DenoiserPipeline
 from stepquant.model.quantizer import WeightQuantizer
 from stepquant.model.surgery import Unit, quantized_layers
 from stepquant.numerics.affine import Levels, QParams, choose_qparams, fake_quantize, range_of
 from stepquant.numerics.spec import QuantSpec, scheme_for
-from stepquant.recipe import Job
+from stepquant.recipe import Job, Recipe
 from stepquant.run import Run
 
 FILE = Path(__file__).parents[3] / "benchmarks" / "first_reconstruction.py"
@@ -256,3 +261,17 @@ def test_a_unit_is_fitted_as_by_the_straightforward_implementation(first: Any) -
         assert moved > 0.1
         torch.testing.assert_close(rounding.alpha.detach(), expected_alpha, rtol=0, atol=moved / 100)
         assert torch.equal(rounding.rounded(weights[name]), plain[name].rounded(weights[name]))
+
+
+@pytest.mark.parametrize("qdrop", [None, QDrop()])
+def test_how_many_units_are_captured_together_changes_nothing(qdrop: QDrop | None) -> None:
+    def rounded(together: int) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        pipe = DenoiserPipeline(tiny.TinyNet().eval(), DDIMScheduler(), (2, 4, 4))
+        blocks = RoundBlocks(iterations=100, batch=4, lr=0.3, together=together, qdrop=qdrop)
+        begin = (Record(8, 4), Select(), Place(2, 4), FitWeightRanges("minmax"), FitInputRanges("minmax"))
+        return quantize(pipe, Recipe("test", (*begin, blocks)), steps=3).pipe.denoiser.state_dict()
+
+    alone, together = rounded(1), rounded(2)
+    assert alone.keys() == together.keys()
+    assert all(torch.equal(alone[name], together[name]) for name in alone)

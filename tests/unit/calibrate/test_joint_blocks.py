@@ -147,7 +147,7 @@ def test_blocks_of_diffusers_learn_from_text_and_image(family: str) -> None:
     }
     if family == "flux":
         call |= {"guidance": torch.ones(2), "img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(5, 3)}
-    caches = reconstruct._caches(denoiser, net, [name], [((), call)], torch.zeros(2, dtype=torch.int64), True)
+    caches = dict(reconstruct._caches(denoiser, net, [name], [((), call)], torch.zeros(2, dtype=torch.int64), True))
     assert [tuple(output.shape) for output in caches[name].outputs] == [(2, 5, 16), (2, 16, 16)]
     soft = soft_roundings(layers)
     before = {key: rounding.alpha.detach().clone() for key, rounding in soft.items()}
