@@ -123,6 +123,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         for gradient in ("identity", "exact", "per_step")
         for window in (5, 2, 10, 20, 1)
     },
+    **{
+        f"accuquant {gradient} M=5, blocks first": ("accuquant", ACCUQUANT | {"gradient": gradient, "blocks": 2 / 3})
+        for gradient in ("identity", "exact", "per_step")
+    },
     "accuquant identity M=5, biases as they are": ("accuquant", ACCUQUANT | {"correct_biases": False}),
     "accuquant identity M=5, unjudged": ("accuquant", ACCUQUANT | {"judged": 0}),
     "accuquant identity M=5, from full precision": ("accuquant", ACCUQUANT | {"free_run": 0.0}),
@@ -132,6 +136,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "svdquant, static": ("svdquant", {"dynamic": False}),
     "svdquant, rank 8": ("svdquant", {"rank": 8}),
     "combined": ("combined", STATIC),
+    "combined, blocks first": ("combined", STATIC | {"blocks": 2 / 3}),
+    "combined, blocks first, without windows": ("combined", STATIC | {"blocks": 2 / 3, "window_iterations": 0}),
     "combined without windows": ("combined", STATIC | {"window_iterations": 0}),
     "combined without biases": ("combined", STATIC | {"correct_biases": False}),
     "combined without windows and biases": ("combined", STATIC | {"window_iterations": 0, "correct_biases": False}),
@@ -181,10 +187,12 @@ def settings(variant: str, evaluations: int) -> dict[str, Any]:
 
     Methods that are not named below have their quick preset with the table's samples, and `iterations` of the budget.
 
-    AccuQuant and `combined` round layers from Gram matrices and spend all of it on windows. What a variant of
-    `combined` adds (row groups, weighted blocks, block scales) comes on top of the budget; `evaluations` has it.
+    AccuQuant and `combined` round layers from Gram matrices and spend all of it on windows, or ("blocks first") two
+    thirds on blocks and one third on windows. What a variant of `combined` adds (row groups, weighted blocks, block
+    scales) comes on top of the budget; `evaluations` has it.
     """
-    method, options = VARIANTS[variant]
+    method, given = VARIANTS[variant]
+    options = {name: value for name, value in given.items() if name != "blocks"}
     common = {"samples": SAMPLES, "batch": BATCH, "samples_per_step": 8}
     iterations = evaluations // (3 * BATCH)
     if method.partition("+")[0] in ("rtn", "layerwise"):
@@ -208,7 +216,10 @@ def settings(variant: str, evaluations: int) -> dict[str, Any]:
     if method not in ("accuquant", "combined"):
         own = PRESETS[method]["quick"] | {"samples": SAMPLES}
         return own | ({"iterations": iterations} if "iterations" in own else {}) | options
-    learning = {"lr_weights": LR_WEIGHTS, "lr_scales": 1e-2, "together": 4, "block_iterations": 0}
+    share = given.get("blocks", 0)
+    blocks = {"block_iterations": int(share * iterations), "block_lr": LR_WEIGHTS}
+    learning = {"lr_weights": LR_WEIGHTS, "lr_scales": 1e-2, "together": 4} | blocks
+    evaluations = round((1 - share) * evaluations)
     if method == "combined":
         own = {"scale_iterations": 0, "search_rounds": 4, "compensation": False, "sample_weights": False}
         own |= {"window": 5, "window_iterations": _windows(evaluations, 5, 4, options["free_run"])}
