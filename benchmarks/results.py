@@ -93,6 +93,9 @@ PAPERS: dict[str, Any] = {
 STATIC: dict[str, Any] = {"balance": True, "rows": "step", "learn_weights": False, "free_run": 1.0, "judged": 32}
 """`combined` as its presets have it: ranges of activations fitted beforehand."""
 
+WEIGHT_SCALES: dict[str, Any] = {"lr_weight_scales": 2e-3}
+"""Windows learn weights' scales, too."""
+
 BRANCHED: dict[str, Any] = STATIC | {"low_rank": 8}
 """The same with a branch of low rank beside every weight."""
 
@@ -127,6 +130,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         f"accuquant {gradient} M=5, blocks first": ("accuquant", ACCUQUANT | {"gradient": gradient, "blocks": 2 / 3})
         for gradient in ("identity", "exact", "per_step")
     },
+    **{
+        f"accuquant {gradient} M={window}, weight scales": (
+            "accuquant",
+            ACCUQUANT | WEIGHT_SCALES | {"gradient": gradient, "window": window},
+        )
+        for gradient, window in (("identity", 5), ("exact", 5), ("per_step", 5), ("identity", 10), ("identity", 1))
+    },
     "accuquant identity M=5, biases as they are": ("accuquant", ACCUQUANT | {"correct_biases": False}),
     "accuquant identity M=5, unjudged": ("accuquant", ACCUQUANT | {"judged": 0}),
     "accuquant identity M=5, from full precision": ("accuquant", ACCUQUANT | {"free_run": 0.0}),
@@ -136,6 +146,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "svdquant, static": ("svdquant", {"dynamic": False}),
     "svdquant, rank 8": ("svdquant", {"rank": 8}),
     "combined": ("combined", STATIC),
+    "combined, weight scales": ("combined", STATIC | WEIGHT_SCALES),
+    "combined, blocks first, weight scales": ("combined", STATIC | WEIGHT_SCALES | {"blocks": 2 / 3}),
     "combined, blocks first": ("combined", STATIC | {"blocks": 2 / 3}),
     "combined, blocks first, without windows": ("combined", STATIC | {"blocks": 2 / 3, "window_iterations": 0}),
     "combined without windows": ("combined", STATIC | {"window_iterations": 0}),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -110,3 +112,24 @@ def sampled(pipe: Any, steps: int = 5, **arguments: Any) -> Any:
     """Images of two seeds."""
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     return pipe(batch_size=2, generator=generators, num_inference_steps=steps, output_type="np", **arguments).images
+
+
+class Interrupt:
+    """A progress that presses Ctrl-C at the given tick of the tracks with this name."""
+
+    def __init__(self, what: str, tick: int) -> None:
+        self.what = what
+        self.left = tick
+        self.fired = False
+
+    @contextmanager
+    def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        def advance(done: int) -> None:
+            if self.what not in what or done == 0 or self.fired:
+                return
+            self.left -= 1
+            if self.left == 0:
+                self.fired = True
+                raise KeyboardInterrupt
+
+        yield advance

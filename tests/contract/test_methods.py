@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +27,7 @@ from stepquant.model.quantizer import DynamicQuantizer, InputQuantizer
 from stepquant.model.surgery import quantized_layers
 from stepquant.recipe import Job, Recipe, Stage, recipe_from_dict
 from stepquant.run import Run
+from tiny import Interrupt
 
 STEPS = 4
 COMMON: dict[str, Any] = {"samples": 2, "batch": 2}
@@ -102,27 +102,6 @@ def bytes_of(quantized: Quantized) -> dict[str, Tensor]:
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
-
-
-class Interrupt:
-    """A progress that presses Ctrl-C at the given tick of the tracks with this name."""
-
-    def __init__(self, what: str, tick: int) -> None:
-        self.what = what
-        self.left = tick
-        self.fired = False
-
-    @contextmanager
-    def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        def advance(done: int) -> None:
-            if self.what not in what or done == 0 or self.fired:
-                return
-            self.left -= 1
-            if self.left == 0:
-                self.fired = True
-                raise KeyboardInterrupt
-
-        yield advance
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""Fitting the whole network through windows of simulated denoising steps: rounding and activation scales together.
+"""Fitting the whole network through windows of simulated denoising steps: rounding or weight scales, and activation
+scales, together.
 
 Source: Lee et al. 2025 (AccuQuant); what is ours is listed in `stepquant.methods.accuquant`.
 """
@@ -25,14 +26,17 @@ from stepquant.calibrate.reconstruct import (
     soften_all_,
 )
 from stepquant.calibrate.rounding import (
+    LearntScale,
     SoftRounding,
     adam,
     annealed_beta,
     cosine,
     harden_soft_,
     input_scales,
+    learn_scale_,
     materialised,
     relative_groups,
+    rescale_,
 )
 from stepquant.calibrate.split import row_by_row
 from stepquant.calibrate.trajectory import State, Trajectory, replay
@@ -40,7 +44,7 @@ from stepquant.calibrate.windows import GradientMode, equal_windows, window_grad
 from stepquant.errors import CalibrationError, SpecError, nearest
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.pipeline import SCHEDULE_ARGUMENTS
-from stepquant.model.quantizer import InputQuantizer
+from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
 from stepquant.model.surgery import quantized_layers
 from stepquant.recipe import Figures, Job
 
@@ -52,7 +56,7 @@ KEEP_EVERY = 20
 
 @dataclass(frozen=True)
 class FitWindows:
-    """Learn rounding and activation scales of the whole network through windows of simulated steps.
+    """Learn rounding or weight scales, and activation scales, of the whole network through windows of simulated steps.
 
     window: steps per window, M, at most all of them; ignored if `windows` gives the length of each window, noise first.
     gradient: identity (the paper), exact, or per_step.
@@ -60,12 +64,14 @@ class FitWindows:
     lr_weights, lr_scales: Adam's rates; that of scales is relative to the mean over each quantizer's rows
         (`relative_groups`) and decays to 0 by a cosine.
     learn_weights: False keeps the rounding and learns scales only.
+    lr_weight_scales: Adam's rate of the weights' scales, relative to each, for weights whose rounding stays; decays to
+        0 by a cosine. 0 leaves them as they are. Not with learn_weights.
     keep_rounding: where rounding starts, from 0 (the full-precision fraction) to 1 (the present rounding).
     settle: share of the iterations at the end that learns scales only, behind hard weights.
     free_run: share of windows that start from the quantized model's own state.
     judged: recorded images to sample before and after, at least (`Judge.of`). What was learnt is kept if it leaves less
         error in the final samples, half of it (the geometric mean of old and new scales) if that does, and else
-        nothing; where weights learn, all or nothing. 0 keeps it unseen, as the paper does.
+        nothing; where rounding learns, all or nothing. 0 keeps it unseen, as the paper does.
     """
 
     window: int = 5
@@ -75,6 +81,7 @@ class FitWindows:
     lr_weights: float = 1e-3
     lr_scales: float = 4e-3
     learn_weights: bool = True
+    lr_weight_scales: float = 0.0
     keep_rounding: float = 0.6
     round_weight: float = 0.01
     warmup: float = 0.2
@@ -100,6 +107,13 @@ class FitWindows:
         for name, value in (("lr_weights", self.lr_weights), ("lr_scales", self.lr_scales)):
             if not 0 < value < math.inf:
                 raise SpecError(f"{name} of FitWindows must be above 0, found {value}.")
+        if not 0 <= self.lr_weight_scales < math.inf:
+            raise SpecError(f"lr_weight_scales of FitWindows must be at least 0, found {self.lr_weight_scales}.")
+        if self.lr_weight_scales and self.learn_weights:
+            raise SpecError(
+                "Windows learn either the rounding of weights or their scales: set learn_weights=False or "
+                "lr_weight_scales=0."
+            )
         if self.round_weight < 0:
             raise SpecError(f"round_weight of FitWindows must be at least 0, found {self.round_weight}.")
         if self.judged < 0:
@@ -146,10 +160,10 @@ class FitWindows:
         steps = len(trajectories[0].steps)
         windows = windows_of(self.windows or equal_windows(steps, min(self.window, steps)), steps)
         fitting = _Fitting.begin(self, job)
-        if not fitting.soft and not fitting.scales:
+        if not fitting.soft and not fitting.scales and not fitting.weight_scales:
             raise SpecError(
                 "FitWindows has nothing to learn: neither weights nor activations are quantized by learnable "
-                "parameters. Give it weights or activations of 2 to 8 bits, or set learn_weights."
+                "parameters. Give it weights or activations of 2 to 8 bits, or set learn_weights or lr_weight_scales."
             )
         first = fitting.resume()
         history: list[list[float]] = fitting.history
@@ -188,23 +202,23 @@ class FitWindows:
 
 @dataclass(frozen=True)
 class _Learnt:
-    """Copies of activation scales and of hard weights, by name."""
+    """Copies of activation scales, of hard weights whose rounding learns, and of weights' scales, by name."""
 
     scales: Mapping[str, torch.Tensor]
     weights: Mapping[str, torch.Tensor]
-
-    @classmethod
-    def of(cls, scales: Mapping[str, InputQuantizer], layers: Mapping[str, QuantizedLayer]) -> _Learnt:
-        return cls(
-            {name: quantizer.scale.detach().clone() for name, quantizer in scales.items()},
-            {name: layer.weight.detach().clone() for name, layer in layers.items()},
-        )
+    weight_scales: Mapping[str, torch.Tensor]
 
     def towards(self, other: _Learnt, share: float) -> _Learnt:
         """This one at 0, the other at 1, between them geometric means of the scales."""
         if share in (0.0, 1.0):
             return other if share else self
-        return _Learnt({n: s ** (1 - share) * other.scales[n] ** share for n, s in self.scales.items()}, self.weights)
+
+        def between(own: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: scale ** (1 - share) * others[name] ** share for name, scale in own.items()}
+
+        return _Learnt(
+            between(self.scales, other.scales), self.weights, between(self.weight_scales, other.weight_scales)
+        )
 
 
 @dataclass
@@ -212,7 +226,8 @@ class _Fitting:
     """The variables and optimizers of one run of the stage.
 
     denoiser: the job's; with several processes each runs a part of a mini-batch's rows.
-    before: scales, and weights if they learn, as they were: name -> tensor. Empty where nobody judges.
+    weight_scales: stand-ins of weight quantizers whose scales learn, by layer name.
+    before: what learns as it was. None where nobody judges.
     """
 
     stage: FitWindows
@@ -221,38 +236,58 @@ class _Fitting:
     layers: Mapping[str, QuantizedLayer]
     soft: dict[str, SoftRounding]
     scales: dict[str, InputQuantizer]
+    weight_scales: dict[str, LearntScale]
     least: dict[str, torch.Tensor]
     weight_optimizer: torch.optim.Adam | None
     scale_optimizer: torch.optim.Adam | None
     history: list[list[float]]
-    before: _Learnt
+    before: _Learnt | None = None
 
     @classmethod
     def begin(cls, stage: FitWindows, job: Job) -> _Fitting:
         every = quantized_layers(job.denoiser)
         layers = {name: layer for name, layer in every.items() if isinstance(layer, QuantizedLayer)}
         scales = input_scales(every, readers_of_sample(job))
-        before = _Learnt.of(scales, layers if stage.learn_weights else {}) if stage.judged else _Learnt({}, {})
+        weights = {name: layer.weight.detach().clone() for name, layer in layers.items()} if stage.judged else {}
         if stage.learn_weights:
             soften_all_(job, layers, keep=stage.keep_rounding)
         soft = soft_roundings(layers)
-        return cls(
+        weight_scales: dict[str, LearntScale] = {}
+        if stage.lr_weight_scales:
+            quantized = {n: x for n, x in layers.items() if isinstance(x.weight_quantizer, WeightQuantizer)}
+            weight_scales = {name: learn_scale_(layer) for name, layer in quantized.items()}
+        groups = relative_groups(scales, stage.lr_scales)
+        if weight_scales:
+            factors = [learnt.factor for learnt in weight_scales.values()]
+            groups.append({"params": factors, "lr": stage.lr_weight_scales, "base_lr": stage.lr_weight_scales})
+        fitting = cls(
             stage=stage,
             job=job,
             denoiser=row_by_row(job),
             layers=layers,
             soft=soft,
             scales=scales,
+            weight_scales=weight_scales,
             least={name: quantizer.scale.detach() / 10 for name, quantizer in scales.items()},
             weight_optimizer=adam([s.alpha for s in soft.values()], stage.lr_weights) if soft else None,
-            scale_optimizer=adam(relative_groups(scales, stage.lr_scales)) if scales else None,
+            scale_optimizer=adam(groups) if groups else None,
             history=[],
-            before=before,
+        )
+        if stage.judged:
+            fitting.before = fitting._learnt(weights)
+        return fitting
+
+    def _learnt(self, weights: Mapping[str, torch.Tensor]) -> _Learnt:
+        """Copies of what learns. weights: hard ones of all layers."""
+        return _Learnt(
+            {name: quantizer.scale.detach().clone() for name, quantizer in self.scales.items()},
+            weights if self.stage.learn_weights else {},
+            {name: one.quantizer.scale.clone() for name, one in self.weight_scales.items()},
         )
 
     @property
     def soft_iterations(self) -> int:
-        if not self.scales:
+        if self.scale_optimizer is None:
             return self.stage.iterations  # behind hard weights there would be nothing left to learn
         return round(self.stage.iterations * (1 - self.stage.settle))
 
@@ -268,6 +303,7 @@ class _Fitting:
         with materialised(self.layers):
             loss = window_gradient(self.denoiser, trajectory, start, stop, mode=self.stage.gradient, state=state)
         learnt = [*(s.alpha for s in self.soft.values()), *(q.scale for q in self.scales.values())]
+        learnt += [one.factor for one in self.weight_scales.values()]
         self.job.run.processes.sum_([parameter.grad for parameter in learnt if parameter.grad is not None])
         self._regularise(iteration)
         if self.scale_optimizer is not None:
@@ -276,6 +312,9 @@ class _Fitting:
         for optimizer in optimizers:
             optimizer.step()
         clamp_scales_(self.scales, self.least)
+        with torch.no_grad():
+            for one in self.weight_scales.values():
+                one.factor.clamp_(min=0.1)
         return loss
 
     def _free_run(self, trajectory: Trajectory, start: int) -> State | None:
@@ -297,22 +336,26 @@ class _Fitting:
         self.weight_optimizer = None
 
     def finish(self) -> None:
-        """Round for good and stop asking for gradients."""
+        """Round and scale for good and stop asking for gradients."""
         self._harden()
+        for name, one in self.weight_scales.items():
+            rescale_(self.layers[name], one.levels, one.quantizer.scale * one.factor)
         for quantizer in self.scales.values():
             quantizer.scale.requires_grad_(False)
             quantizer.scale.grad = None
 
     def keep_what_helps_(self, judge: Judge) -> float:
         """The share of what was learnt that stays: 1, 0.5 or 0, the first of them that leaves less error than 0."""
-        after = _Learnt.of(self.scales, self.layers if self.stage.learn_weights else {})
+        before = self.before
+        assert before is not None
+        after = self._learnt({name: layer.weight.detach().clone() for name, layer in self.layers.items()})
         shares = (1.0,) if self.stage.learn_weights else (1.0, 0.5)
         with self.job.run.progress.track("Judging the windows", (1 + len(shares)) * judge.images) as advance:
-            self._put_(self.before)
+            self._put_(before)
             judge.sample(0.0, advance)
             kept = 0.0
             for share in shares:
-                self._put_(self.before.towards(after, share))
+                self._put_(before.towards(after, share))
                 judge.sample(share, advance)
                 if judge.better(share, 0.0):
                     kept = share
@@ -324,7 +367,7 @@ class _Fitting:
                 "have learnt and without: give it more bits, or set judged=0 and look at the checkpoint with "
                 "`stepquant doctor`."
             )
-        self._put_(self.before.towards(after, kept))
+        self._put_(before.towards(after, kept))
         return kept
 
     def _put_(self, learnt: _Learnt) -> None:
@@ -333,6 +376,8 @@ class _Fitting:
                 self.scales[name].scale.copy_(scale)
             for name, weight in learnt.weights.items():
                 self.layers[name].weight.copy_(weight)
+            for name, scale in learnt.weight_scales.items():
+                rescale_(self.layers[name], self.weight_scales[name].levels, scale)
 
     def keep(self, iteration: int) -> None:
         """Write everything that the rest of the stage depends on."""
@@ -342,6 +387,7 @@ class _Fitting:
         tensors |= {f"scale.{name}": quantizer.scale.detach() for name, quantizer in self.scales.items()}
         if not self.soft and self.stage.learn_weights:
             tensors |= {f"weight.{name}": layer.weight.detach() for name, layer in self.layers.items()}
+        tensors |= {f"factor.{name}": one.factor.detach() for name, one in self.weight_scales.items()}
         for prefix, optimizer in (("weights", self.weight_optimizer), ("scales", self.scale_optimizer)):
             if optimizer is not None:
                 tensors |= {f"{prefix}.{name}": value for name, value in adam_state(optimizer).items()}
@@ -358,6 +404,8 @@ class _Fitting:
         with torch.no_grad():
             for name, quantizer in self.scales.items():
                 quantizer.scale.copy_(tensors[f"scale.{name}"])
+            for name, one in self.weight_scales.items():
+                one.factor.copy_(tensors[f"factor.{name}"])
             for name, rounding in self.soft.items():
                 if f"alpha.{name}" in tensors:
                     rounding.alpha.copy_(tensors[f"alpha.{name}"])

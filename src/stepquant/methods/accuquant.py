@@ -124,6 +124,7 @@ def accuquant(
     lr_weights: float = 1e-3,
     lr_scales: float = 4e-3,
     learn_weights: bool = True,
+    lr_weight_scales: float = 0.0,
     free_run: float = 0.0,
     judged: int = 0,
     layer_rounding: bool = False,
@@ -155,7 +156,7 @@ def accuquant(
     scales = (ScaleBlocks(iterations=scale_iterations, batch=batch),) if scale_iterations else ()
     ranges_of_inputs = FitInputRanges(ranges, windows=rows_over_time(rows, lengths, ROWS))
     fit: tuple[FitWindows, ...] = ()
-    if activations is not None or (learn_weights and weights is not None):
+    if activations is not None or ((learn_weights or lr_weight_scales) and weights is not None):
         fit = (
             FitWindows(
                 window=window,
@@ -165,6 +166,7 @@ def accuquant(
                 lr_weights=lr_weights,
                 lr_scales=lr_scales,
                 learn_weights=learn_weights,
+                lr_weight_scales=lr_weight_scales,
                 free_run=free_run,
                 judged=judged,
             ),

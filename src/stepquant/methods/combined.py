@@ -121,6 +121,7 @@ def combined(
     free_run: float = 0.0,
     judged: int = 0,
     learn_weights: bool = True,
+    lr_weight_scales: float = 0.0,
     lr_weights: float = 1e-3,
     lr_scales: float = 4e-3,
     compensation: bool = True,
@@ -175,7 +176,8 @@ def combined(
     stages += corrected_biases(correct_biases, batch=batch)
     if scale_iterations and activations is not None:
         stages.append(ScaleBlocks(iterations=scale_iterations, batch=batch, lr=scale_lr))
-    if window_iterations and (activations is not None or (learn_weights and weights is not None)):
+    learnt = learn_weights or lr_weight_scales > 0
+    if window_iterations and (activations is not None or (learnt and weights is not None)):
         stages.append(
             FitWindows(
                 window=window,
@@ -186,6 +188,7 @@ def combined(
                 lr_weights=lr_weights,
                 lr_scales=lr_scales,
                 learn_weights=learn_weights,
+                lr_weight_scales=lr_weight_scales,
             )
         )
     if compensation:

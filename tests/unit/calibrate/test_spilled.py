@@ -124,6 +124,7 @@ RECIPES = {
     "drop": (RoundBlocks(iterations=4, batch=4, qdrop=QDrop(), layer_weight=0.1),),
     "plain prefix": (RoundBlocks(iterations=4, batch=4, quantized_prefix=False, layer_weight=0.1),),
     "windows": (FitWindows(2, iterations=4),),
+    "weight scales": (FitWindows(2, iterations=4, learn_weights=False, lr_weight_scales=1e-2),),
 }
 
 

@@ -1,0 +1,169 @@
+"""Windows that learn the scales of hard weights: what learns, what stays, and what a checkpoint has of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from stepquant.api import Quantized, load, quantize, sample
+from stepquant.calibrate import window_fitting
+from stepquant.calibrate.judging import Judge
+from stepquant.calibrate.rounding import learn_scale_, materialised, rescale_
+from stepquant.calibrate.stages import LayerRule
+from stepquant.calibrate.window_fitting import FitWindows
+from stepquant.errors import SpecError
+from stepquant.methods import METHODS
+from stepquant.model.layer import QuantizedLayer
+from stepquant.model.quantizer import WeightQuantizer
+from stepquant.model.surgery import quantized_layers
+from stepquant.numerics.affine import grouped
+from stepquant.recipe import Recipe
+from stepquant.run import Run
+
+STEPS = 5
+
+
+def windows(**settings: Any) -> FitWindows:
+    given = {"window": 2, "iterations": 12, "learn_weights": False, "lr_weight_scales": 2e-2, "free_run": 1.0}
+    return FitWindows(**{**given, **settings})
+
+
+def fitted(*stages: Any, run: Run | None = None, resume: bool = False) -> Quantized:
+    """Some layers have a scale for each output, convolutions of blocks one for each kernel."""
+    rules = (LayerRule("*.conv[12]", 4, 8, group_size=9),)
+    beginning = METHODS["rtn"](weights=4, activations=8, samples=4, batch=2, rules=rules).stages
+    recipe = Recipe("scaled", (*beginning, *stages))
+    return quantize(tiny.tiny_pipe()[0], recipe, steps=STEPS, run=run or Run(), resume=resume)
+
+
+def layers_of(quantized: Quantized) -> dict[str, QuantizedLayer]:
+    found = quantized_layers(quantized.pipe.unet)
+    return {
+        name: layer
+        for name, layer in found.items()
+        if isinstance(layer, QuantizedLayer) and isinstance(layer.weight_quantizer, WeightQuantizer)
+    }
+
+
+def parameters(layer: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor]:
+    quantizer: Any = layer.weight_quantizer
+    return quantizer.levels(layer.weight), quantizer.scale, layer.weight.detach()
+
+
+def test_scales_learn_and_levels_stay() -> None:
+    before, after = (layers_of(fitted(*stages)) for stages in ((), (windows(),)))
+    assert {layer.weight_quantizer.scale.ndim for layer in after.values()} == {2, 3}  # type: ignore[union-attr]
+    assert before.keys() == after.keys()
+    moved = []
+    for name, layer in after.items():
+        levels, scale, weight = parameters(layer)
+        old_levels, old_scale, _ = parameters(before[name])
+        assert torch.equal(levels, old_levels)
+        assert layer.on_grid
+        quantizer: Any = layer.weight_quantizer
+        assert torch.equal(weight, quantizer.restore(levels))
+        moved.append(float((scale / old_scale - 1).abs().max()))
+        assert moved[-1] < 12 * 2e-2
+    assert all(moved)
+
+
+def test_scales_that_learn_lower_the_windows_loss() -> None:
+    losses = [loss for _, loss in fitted(windows(window=STEPS, iterations=40)).figures[-1]["losses"]]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_gradient_of_a_scale_is_that_of_the_formula(kept: bool) -> None:
+    name, layer = next(item for item in layers_of(fitted()).items() if item[0].endswith(".conv1"))
+    learnt = learn_scale_(layer)
+    upstream = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(2))
+    if kept:
+        with materialised({name: layer}):
+            (layer.weight * upstream).sum().backward()
+    else:
+        (learnt(layer.weight) * upstream).sum().backward()
+    spec, params = learnt.quantizer.spec, learnt.quantizer.params
+    plain = (grouped(learnt.levels.double(), spec) - params.zero_point) * params.scale
+    expected = (grouped(upstream.double(), spec) * plain).sum(-1, keepdim=True)
+    assert learnt.factor.grad is not None
+    assert learnt.factor.shape == learnt.quantizer.scale.shape
+    torch.testing.assert_close(learnt.factor.grad.double(), expected)
+
+
+def test_a_layer_that_is_given_its_own_scales_is_as_before() -> None:
+    for layer in layers_of(fitted()).values():
+        levels, scale, weight = (value.clone() for value in parameters(layer))
+        learn_scale_(layer)
+        rescale_(layer, levels, scale)
+        assert all(
+            torch.equal(one, other) for one, other in zip(parameters(layer), (levels, scale, weight), strict=True)
+        )
+
+
+@pytest.mark.parametrize(("share", "power"), [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)])
+def test_what_is_judged_may_stay_in_part(share: float, power: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = layers_of(fitted()), layers_of(fitted(windows()))
+    monkeypatch.setattr(Judge, "better", lambda self, candidate, other: candidate == share)
+    judged = fitted(windows(judged=4))
+    assert judged.figures[-1]["share"] == share
+    for name, layer in layers_of(judged).items():
+        levels, scale, weight = parameters(layer)
+        old, new = parameters(before[name])[1], parameters(after[name])[1]
+        torch.testing.assert_close(scale, old ** (1 - power) * new**power)
+        quantizer: Any = layer.weight_quantizer
+        assert torch.equal(levels, parameters(before[name])[0])
+        assert torch.equal(weight, quantizer.restore(levels))
+
+
+def test_a_checkpoint_has_what_was_learnt(tmp_path: Path) -> None:
+    made = fitted(windows())
+    expected = sample(made.pipe, seeds=[3], steps=STEPS)
+    made.save(tmp_path / "saved")
+    found = sample(load(tmp_path / "saved", engine="simulated"), seeds=[3], steps=STEPS)
+    assert torch.equal(found, expected)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window_fitting, "KEEP_EVERY", 3)
+    expected = layers_of(fitted(windows()))
+    run = Run(work=tmp_path, progress=tiny.Interrupt("Fitting windows", 7))
+    with pytest.raises(KeyboardInterrupt):
+        fitted(windows(), run=run)
+    resumed = layers_of(fitted(windows(), run=Run(work=tmp_path), resume=True))
+    for name, layer in resumed.items():
+        pairs = zip(parameters(layer), parameters(expected[name]), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"lr_weight_scales": -1.0}, "lr_weight_scales of FitWindows must be at least 0, found -1"),
+        ({"learn_weights": True}, "either the rounding of weights or their scales"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(SpecError, match=named):
+        windows(**settings)
+
+
+@pytest.mark.parametrize("method", ["accuquant", "combined"])
+def test_weights_alone_may_learn_their_scales(method: str) -> None:
+    few = {
+        "samples": 4,
+        "batch": 2,
+        "block_iterations": 0,
+        "learn_weights": False,
+        "lr_weight_scales": 1e-2,
+        "window": 2,
+    }
+    few |= {"iterations": 2} if method == "accuquant" else {"window_iterations": 2, "compensation": False}
+    recipe = METHODS[method](weights=4, activations=None, **few)
+    assert any(isinstance(stage, FitWindows) for stage in recipe.stages)
+    made = quantize(tiny.tiny_pipe()[0], recipe, steps=STEPS)
+    assert bool(sample(made.pipe, seeds=[0], steps=STEPS).isfinite().all())
