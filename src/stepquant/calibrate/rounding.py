@@ -24,16 +24,13 @@ from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
 from stepquant.numerics.affine import grouped
 
 __all__ = [
-    "LearntScale",
     "SoftRounding",
     "adam",
     "annealed_beta",
     "candidates_kept",
     "input_scales",
-    "learn_scale_",
     "materialised",
     "relative_groups",
-    "rescale_",
     "soften_",
 ]
 
@@ -91,29 +88,6 @@ class SoftRounding(nn.Module):
         apply: Any = _Regulariser.apply
         result: Tensor = apply(self.alpha, beta)
         return result
-
-
-class LearntScale(nn.Module):
-    """Stands in a WeightQuantizer's place while the weight's scales are learnt; its levels stay.
-
-        w_hat = factor * scale * (level - zero_point)
-
-    factor: float32, in the shape of the quantizer's scale; 1 at first.
-    levels: int16, in the weight's shape.
-    """
-
-    levels: Tensor
-
-    def __init__(self, quantizer: WeightQuantizer, weight: Tensor) -> None:
-        """weight: on the quantizer's grid."""
-        super().__init__()
-        self.quantizer = quantizer
-        self.register_buffer("levels", quantizer.levels(weight.detach()))
-        self.factor = nn.Parameter(torch.ones_like(quantizer.scale))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        plain = grouped(self.quantizer.restore(self.levels), self.quantizer.spec)
-        return (plain * self.factor).reshape(weight.shape).to(weight.dtype)
 
 
 class _Regulariser(torch.autograd.Function):
@@ -181,28 +155,6 @@ def soften_(layer: QuantizedLayer, full_precision: Tensor, keep: float) -> SoftR
     return soft
 
 
-def learn_scale_(layer: QuantizedLayer) -> LearntScale:
-    """Open the scales of a hardened layer's weight."""
-    quantizer = layer.weight_quantizer
-    assert isinstance(quantizer, WeightQuantizer)
-    assert layer.on_grid
-    learnt = LearntScale(quantizer, layer.weight)
-    layer.weight_quantizer = learnt
-    layer.on_grid = False
-    return learnt
-
-
-def rescale_(layer: QuantizedLayer, levels: Tensor, scale: Tensor) -> None:
-    """Give a layer's weight these levels and these scales, and its plain quantizer back."""
-    quantizer = layer.weight_quantizer
-    quantizer = quantizer.quantizer if isinstance(quantizer, LearntScale) else quantizer
-    assert isinstance(quantizer, WeightQuantizer)
-    quantizer.scale.copy_(scale.detach())
-    layer.weight.data = quantizer.restore(levels).to(layer.weight.dtype)
-    layer.weight_quantizer = quantizer
-    layer.on_grid = True
-
-
 def harden_soft_(layer: QuantizedLayer) -> None:
     """Round a layer's weight for good and put its plain quantizer back."""
     soft = layer.weight_quantizer
@@ -221,14 +173,12 @@ def annealed_beta(progress: float, warmup: float = 0.2, start: float = 20.0, end
 
 @contextmanager
 def materialised(layers: Mapping[str, QuantizedLayer]) -> Iterator[None]:
-    """Compute every weight that learns once for several network calls.
+    """Compute every soft weight once for several network calls.
 
     Inside, each layer holds its soft weight as a leaf that collects gradients; on leaving, the collected gradient goes
-    through the rounding variable, or the scales, in one step. By linearity this is the gradient of calling the
-    quantizer's stand-in every time.
+    through the rounding variable in one step. By linearity this is the gradient of calling the rounding every time.
     """
-    learning = (SoftRounding, LearntScale)
-    soft = {name: layer for name, layer in layers.items() if isinstance(layer.weight_quantizer, learning)}
+    soft = {name: layer for name, layer in layers.items() if isinstance(layer.weight_quantizer, SoftRounding)}
     before = {name: layer.weight for name, layer in soft.items()}
     outputs: dict[str, Tensor] = {}
     for name, layer in soft.items():

@@ -26,20 +26,18 @@ from stepquant.calibrate.reconstruct import (
     soften_all_,
 )
 from stepquant.calibrate.rounding import (
-    LearntScale,
     SoftRounding,
     adam,
     annealed_beta,
     cosine,
     harden_soft_,
     input_scales,
-    learn_scale_,
     materialised,
     relative_groups,
-    rescale_,
 )
 from stepquant.calibrate.split import row_by_row
 from stepquant.calibrate.trajectory import State, Trajectory, replay
+from stepquant.calibrate.weight_scales import closed_scale_, learnt_scale_, rescale_
 from stepquant.calibrate.windows import GradientMode, equal_windows, window_gradient, windows_of
 from stepquant.errors import CalibrationError, SpecError, nearest
 from stepquant.model.layer import QuantizedLayer
@@ -64,8 +62,8 @@ class FitWindows:
     lr_weights, lr_scales: Adam's rates; that of scales is relative to the mean over each quantizer's rows
         (`relative_groups`) and decays to 0 by a cosine.
     learn_weights: False keeps the rounding and learns scales only.
-    lr_weight_scales: Adam's rate of the weights' scales, relative to each, for weights whose rounding stays; decays to
-        0 by a cosine. 0 leaves them as they are. Not with learn_weights.
+    lr_weight_scales: Adam's rate of the weights' scales, one factor for each output channel, for weights whose rounding
+        stays; decays to 0 by a cosine. 0 leaves them as they are. Not with learn_weights.
     keep_rounding: where rounding starts, from 0 (the full-precision fraction) to 1 (the present rounding).
     settle: share of the iterations at the end that learns scales only, behind hard weights.
     free_run: share of windows that start from the quantized model's own state.
@@ -160,7 +158,7 @@ class FitWindows:
         steps = len(trajectories[0].steps)
         windows = windows_of(self.windows or equal_windows(steps, min(self.window, steps)), steps)
         fitting = _Fitting.begin(self, job)
-        if not fitting.soft and not fitting.scales and not fitting.weight_scales:
+        if not fitting.soft and not fitting.scales and not fitting.factors:
             raise SpecError(
                 "FitWindows has nothing to learn: neither weights nor activations are quantized by learnable "
                 "parameters. Give it weights or activations of 2 to 8 bits, or set learn_weights or lr_weight_scales."
@@ -226,7 +224,7 @@ class _Fitting:
     """The variables and optimizers of one run of the stage.
 
     denoiser: the job's; with several processes each runs a part of a mini-batch's rows.
-    weight_scales: stand-ins of weight quantizers whose scales learn, by layer name.
+    factors: of weights whose scales learn, by layer name.
     before: what learns as it was. None where nobody judges.
     """
 
@@ -236,7 +234,7 @@ class _Fitting:
     layers: Mapping[str, QuantizedLayer]
     soft: dict[str, SoftRounding]
     scales: dict[str, InputQuantizer]
-    weight_scales: dict[str, LearntScale]
+    factors: dict[str, nn.Parameter]
     least: dict[str, torch.Tensor]
     weight_optimizer: torch.optim.Adam | None
     scale_optimizer: torch.optim.Adam | None
@@ -252,14 +250,14 @@ class _Fitting:
         if stage.learn_weights:
             soften_all_(job, layers, keep=stage.keep_rounding)
         soft = soft_roundings(layers)
-        weight_scales: dict[str, LearntScale] = {}
+        factors: dict[str, nn.Parameter] = {}
         if stage.lr_weight_scales:
             quantized = {n: x for n, x in layers.items() if isinstance(x.weight_quantizer, WeightQuantizer)}
-            weight_scales = {name: learn_scale_(layer) for name, layer in quantized.items()}
+            factors = {name: learnt_scale_(layer) for name, layer in quantized.items()}
         groups = relative_groups(scales, stage.lr_scales)
-        if weight_scales:
-            factors = [learnt.factor for learnt in weight_scales.values()]
-            groups.append({"params": factors, "lr": stage.lr_weight_scales, "base_lr": stage.lr_weight_scales})
+        if factors:
+            rate = stage.lr_weight_scales
+            groups.append({"params": list(factors.values()), "lr": rate, "base_lr": rate})
         fitting = cls(
             stage=stage,
             job=job,
@@ -267,7 +265,7 @@ class _Fitting:
             layers=layers,
             soft=soft,
             scales=scales,
-            weight_scales=weight_scales,
+            factors=factors,
             least={name: quantizer.scale.detach() / 10 for name, quantizer in scales.items()},
             weight_optimizer=adam([s.alpha for s in soft.values()], stage.lr_weights) if soft else None,
             scale_optimizer=adam(groups) if groups else None,
@@ -282,8 +280,13 @@ class _Fitting:
         return _Learnt(
             {name: quantizer.scale.detach().clone() for name, quantizer in self.scales.items()},
             weights if self.stage.learn_weights else {},
-            {name: one.quantizer.scale.clone() for name, one in self.weight_scales.items()},
+            {name: self._weight_scale(name).clone() for name in self.factors},
         )
+
+    def _weight_scale(self, name: str) -> torch.Tensor:
+        quantizer = self.layers[name].weight_quantizer
+        assert isinstance(quantizer, WeightQuantizer)
+        return quantizer.scale
 
     @property
     def soft_iterations(self) -> int:
@@ -303,7 +306,7 @@ class _Fitting:
         with materialised(self.layers):
             loss = window_gradient(self.denoiser, trajectory, start, stop, mode=self.stage.gradient, state=state)
         learnt = [*(s.alpha for s in self.soft.values()), *(q.scale for q in self.scales.values())]
-        learnt += [one.factor for one in self.weight_scales.values()]
+        learnt += self.factors.values()
         self.job.run.processes.sum_([parameter.grad for parameter in learnt if parameter.grad is not None])
         self._regularise(iteration)
         if self.scale_optimizer is not None:
@@ -313,8 +316,8 @@ class _Fitting:
             optimizer.step()
         clamp_scales_(self.scales, self.least)
         with torch.no_grad():
-            for one in self.weight_scales.values():
-                one.factor.clamp_(min=0.1)
+            for factor in self.factors.values():
+                factor.clamp_(min=0.1)
         return loss
 
     def _free_run(self, trajectory: Trajectory, start: int) -> State | None:
@@ -338,8 +341,8 @@ class _Fitting:
     def finish(self) -> None:
         """Round and scale for good and stop asking for gradients."""
         self._harden()
-        for name, one in self.weight_scales.items():
-            rescale_(self.layers[name], one.levels, one.quantizer.scale * one.factor)
+        for name in self.factors:
+            closed_scale_(self.layers[name])
         for quantizer in self.scales.values():
             quantizer.scale.requires_grad_(False)
             quantizer.scale.grad = None
@@ -377,7 +380,7 @@ class _Fitting:
             for name, weight in learnt.weights.items():
                 self.layers[name].weight.copy_(weight)
             for name, scale in learnt.weight_scales.items():
-                rescale_(self.layers[name], self.weight_scales[name].levels, scale)
+                rescale_(self.layers[name], scale)
 
     def keep(self, iteration: int) -> None:
         """Write everything that the rest of the stage depends on."""
@@ -387,7 +390,7 @@ class _Fitting:
         tensors |= {f"scale.{name}": quantizer.scale.detach() for name, quantizer in self.scales.items()}
         if not self.soft and self.stage.learn_weights:
             tensors |= {f"weight.{name}": layer.weight.detach() for name, layer in self.layers.items()}
-        tensors |= {f"factor.{name}": one.factor.detach() for name, one in self.weight_scales.items()}
+        tensors |= {f"factor.{name}": factor.detach() for name, factor in self.factors.items()}
         for prefix, optimizer in (("weights", self.weight_optimizer), ("scales", self.scale_optimizer)):
             if optimizer is not None:
                 tensors |= {f"{prefix}.{name}": value for name, value in adam_state(optimizer).items()}
@@ -404,8 +407,8 @@ class _Fitting:
         with torch.no_grad():
             for name, quantizer in self.scales.items():
                 quantizer.scale.copy_(tensors[f"scale.{name}"])
-            for name, one in self.weight_scales.items():
-                one.factor.copy_(tensors[f"factor.{name}"])
+            for name, factor in self.factors.items():
+                factor.copy_(tensors[f"factor.{name}"])
             for name, rounding in self.soft.items():
                 if f"alpha.{name}" in tensors:
                     rounding.alpha.copy_(tensors[f"alpha.{name}"])

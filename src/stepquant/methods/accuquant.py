@@ -23,8 +23,10 @@ Differs from the paper (which does not publish M per model, learning rates, iter
   memory, and a truncated one that pulls every step to its full-precision state.
 - No coefficient on the dashed arrows: the figure shows none (c = 1).
 - `layer_rounding` (off by default) rounds every layer for its own output before anything else. The presets quick and
-  standard do that instead of rounding blocks: with a few hundred iterations a block, AdaRound ends about level with
-  rounding to nearest (docs/results.md).
+  standard do that instead of rounding blocks, and spend on windows what blocks would take (docs/results.md has both).
+- `lr_weight_scales` (0 by default) learns the scales of weights whose rounding stays, one for each output channel, by
+  the gradient that `learn_weights` would give to rounding. The presets quick and standard do that: a few dozen windows
+  turn few roundings, and scales are what they can move.
 - `correct_biases` (off by default, on in those presets) adds to every bias what the channel's mean has lost, as far as
   that helps the final sample, before the windows (`CorrectBiases`).
 - Blocks are rounded first as in Q-Diffusion; the window stage then reopens all roundings from a point between the
@@ -38,7 +40,7 @@ Differs from the paper (which does not publish M per model, learning rates, iter
   erase part of earlier errors, and the identity approximation is least true.
 - `rows="window"` gives every window activation parameters of its own, `rows="step"` every timestep.
 - `free_run` starts that share of the windows from the quantized model's own state instead of the full-precision one.
-  The presets quick and standard do so always, learn scales only, and give every timestep a row: with a few dozen
+  The presets quick and standard do so always, leave the rounding, and give every timestep a row: with a few dozen
   windows at 4-bit activations, full-precision starts raised the final drift (docs/results.md at commit 0324925).
 - `judged` (0 by default, 32 in those presets) samples so many recorded images before and after the windows and takes
   back what does not help: a few dozen windows of small mini-batches are noisy, and raised the final drift by a third
@@ -80,6 +82,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "iterations": 45,
         "lr_scales": 1e-2,
         "learn_weights": False,
+        "lr_weight_scales": 2e-3,
         "free_run": 1.0,
         "layer_rounding": True,
         "correct_biases": True,
@@ -94,6 +97,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "iterations": 400,
         "lr_scales": 5e-3,
         "learn_weights": False,
+        "lr_weight_scales": 1e-3,
         "free_run": 1.0,
         "layer_rounding": True,
         "correct_biases": True,

@@ -13,7 +13,8 @@
 3. Biases that restore the mean output of every channel, as far as that helps the final sample (`correct_biases`, Nagel
    et al. 2019).
 4. Block-wise activation scales (`scale_iterations`, Q-Diffusion).
-5. Windows of simulated steps for rounding and scales of the whole network (AccuQuant, Lee et al. 2025).
+5. Windows of simulated steps for rounding or weights' scales, and activation scales, of the whole network (AccuQuant,
+   Lee et al. 2025).
 6. Correction of every step's prediction, fitted last, on the finished model (`compensation`, CEC, Liu et al. 2025).
 
 The order follows from what each part leaves alone: rounding needs no activation ranges, ranges are observed behind
@@ -21,8 +22,8 @@ rounded weights, windows start from both, and a correction holds only for the mo
 
 Differs from the papers: see each part's own method (`q_diffusion`, `gac`, `adp_dm`, `accuquant`, `cec`, `svdquant`);
 their combination is ours. The presets quick and standard have balance, rounded layers, a row for every step, biases,
-and windows from the model's own state over scales; docs/results.md has what was measured of each. Corrections are left
-out there, since only stepquant opens a checkpoint with one: `combined+cec` adds them.
+and windows from the model's own state over scales of activations and weights; docs/results.md has what was measured of
+each. Corrections are left out there, since only stepquant opens a checkpoint with one: `combined+cec` adds them.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "free_run": 1.0,
         "judged": 32,
         "learn_weights": False,
+        "lr_weight_scales": 2e-3,
         "lr_scales": 1e-2,
         "compensation": False,
         "together": 4,
@@ -80,6 +82,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "free_run": 1.0,
         "judged": 32,
         "learn_weights": False,
+        "lr_weight_scales": 1e-3,
         "lr_scales": 5e-3,
         "compensation": False,
         "together": 4,

@@ -245,6 +245,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         window=2,
         window_iterations=2,
         learn_weights=False,
+        lr_weight_scales=1e-2,
         judged=2,
         estimator="regression",
     ),
