@@ -74,6 +74,7 @@ ACCUQUANT: dict[str, Any] = {
     "gradient": "identity",
     "window": 5,
     "learn_weights": False,
+    "lr_weight_scales": 2e-3,
     "rows": "step",
     "free_run": 1.0,
     "correct_biases": True,
@@ -85,16 +86,28 @@ PAPERS: dict[str, Any] = {
     "free_run": 0.0,
     "rows": "shared",
     "learn_weights": True,
+    "lr_weight_scales": 0.0,
     "correct_biases": False,
     "judged": 0,
 }
 """AccuQuant as the paper has it, as far as it says."""
 
-STATIC: dict[str, Any] = {"balance": True, "rows": "step", "learn_weights": False, "free_run": 1.0, "judged": 32}
+STATIC: dict[str, Any] = {
+    "balance": True,
+    "rows": "step",
+    "learn_weights": False,
+    "lr_weight_scales": 2e-3,
+    "free_run": 1.0,
+    "judged": 32,
+}
 """`combined` as its presets have it: ranges of activations fitted beforehand."""
 
-WEIGHT_SCALES: dict[str, Any] = {"lr_weight_scales": 2e-3}
-"""Windows learn weights' scales, too."""
+AS_THEY_ARE = ", weight scales as they are"
+KEPT: dict[str, Any] = {"lr_weight_scales": 0.0}
+"""Windows learn the scales of activations alone."""
+
+BLOCKS: dict[str, Any] = {"blocks": 2 / 3}
+"""Two thirds of the budget go to block-wise rounding, before the windows."""
 
 BRANCHED: dict[str, Any] = STATIC | {"low_rank": 8}
 """The same with a branch of low rank beside every weight."""
@@ -122,34 +135,32 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gac, layers first, a row per step": ("gac", {"layer_rounding": True, "rows": "step"}),
     "adp_dm, layers first": ("adp_dm", {"rounding": "layers"}),
     **{
-        f"accuquant {gradient} M={window}": ("accuquant", ACCUQUANT | {"gradient": gradient, "window": window})
+        f"accuquant {gradient} M={window}{extra}": (
+            "accuquant",
+            ACCUQUANT | {"gradient": gradient, "window": window} | options,
+        )
+        for extra, options in (
+            ("", {}),
+            (AS_THEY_ARE, KEPT),
+            (", blocks first", BLOCKS),
+            (f", blocks first{AS_THEY_ARE}", BLOCKS | KEPT),
+        )
         for gradient in ("identity", "exact", "per_step")
         for window in (5, 2, 10, 20, 1)
-    },
-    **{
-        f"accuquant {gradient} M=5, blocks first": ("accuquant", ACCUQUANT | {"gradient": gradient, "blocks": 2 / 3})
-        for gradient in ("identity", "exact", "per_step")
-    },
-    **{
-        f"accuquant {gradient} M={window}, weight scales": (
-            "accuquant",
-            ACCUQUANT | WEIGHT_SCALES | {"gradient": gradient, "window": window},
-        )
-        for gradient, window in (("identity", 5), ("exact", 5), ("per_step", 5), ("identity", 10), ("identity", 1))
     },
     "accuquant identity M=5, biases as they are": ("accuquant", ACCUQUANT | {"correct_biases": False}),
     "accuquant identity M=5, unjudged": ("accuquant", ACCUQUANT | {"judged": 0}),
     "accuquant identity M=5, from full precision": ("accuquant", ACCUQUANT | {"free_run": 0.0}),
     "accuquant identity M=5, one row": ("accuquant", ACCUQUANT | {"rows": "shared"}),
-    "accuquant identity M=5, rounding too": ("accuquant", ACCUQUANT | {"learn_weights": True}),
+    "accuquant identity M=5, rounding too": ("accuquant", ACCUQUANT | KEPT | {"learn_weights": True}),
     "accuquant identity M=5, the paper's": ("accuquant", ACCUQUANT | PAPERS),
     "svdquant, static": ("svdquant", {"dynamic": False}),
     "svdquant, rank 8": ("svdquant", {"rank": 8}),
     "combined": ("combined", STATIC),
-    "combined, weight scales": ("combined", STATIC | WEIGHT_SCALES),
-    "combined, blocks first, weight scales": ("combined", STATIC | WEIGHT_SCALES | {"blocks": 2 / 3}),
-    "combined, blocks first": ("combined", STATIC | {"blocks": 2 / 3}),
-    "combined, blocks first, without windows": ("combined", STATIC | {"blocks": 2 / 3, "window_iterations": 0}),
+    f"combined{AS_THEY_ARE}": ("combined", STATIC | KEPT),
+    "combined, blocks first": ("combined", STATIC | BLOCKS),
+    f"combined, blocks first{AS_THEY_ARE}": ("combined", STATIC | BLOCKS | KEPT),
+    "combined, blocks first, without windows": ("combined", STATIC | BLOCKS | {"window_iterations": 0}),
     "combined without windows": ("combined", STATIC | {"window_iterations": 0}),
     "combined without biases": ("combined", STATIC | {"correct_biases": False}),
     "combined without windows and biases": ("combined", STATIC | {"window_iterations": 0, "correct_biases": False}),
