@@ -79,7 +79,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "batch": 8,
         "samples_per_step": 8,
         "rows": "step",
-        "iterations": 45,
+        "iterations": 36,
         "lr_scales": 1e-2,
         "learn_weights": False,
         "lr_weight_scales": 2e-3,

@@ -61,7 +61,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "rows": "step",
         "scale_iterations": 0,
         "search_rounds": 8,
-        "window_iterations": 45,
+        "window_iterations": 36,
         "free_run": 1.0,
         "judged": 32,
         "learn_weights": False,
