@@ -219,6 +219,10 @@ class _Learnt:
         )
 
 
+def _copied(layers: Mapping[str, QuantizedLayer]) -> dict[str, torch.Tensor]:
+    return {name: layer.weight.detach().clone() for name, layer in layers.items()}
+
+
 @dataclass
 class _Fitting:
     """The variables and optimizers of one run of the stage.
@@ -246,7 +250,7 @@ class _Fitting:
         every = quantized_layers(job.denoiser)
         layers = {name: layer for name, layer in every.items() if isinstance(layer, QuantizedLayer)}
         scales = input_scales(every, readers_of_sample(job))
-        weights = {name: layer.weight.detach().clone() for name, layer in layers.items()} if stage.judged else {}
+        weights = _copied(layers) if stage.judged and stage.learn_weights else {}
         if stage.learn_weights:
             soften_all_(job, layers, keep=stage.keep_rounding)
         soft = soft_roundings(layers)
@@ -272,14 +276,14 @@ class _Fitting:
             history=[],
         )
         if stage.judged:
-            fitting.before = fitting._learnt(weights)
+            fitting.before = fitting._learnt(weights)  # rounding is open by now
         return fitting
 
     def _learnt(self, weights: Mapping[str, torch.Tensor]) -> _Learnt:
-        """Copies of what learns. weights: hard ones of all layers."""
+        """Copies of what learns. weights: hard ones, where rounding does."""
         return _Learnt(
             {name: quantizer.scale.detach().clone() for name, quantizer in self.scales.items()},
-            weights if self.stage.learn_weights else {},
+            weights,
             {name: self._weight_scale(name).clone() for name in self.factors},
         )
 
@@ -351,7 +355,7 @@ class _Fitting:
         """The share of what was learnt that stays: 1, 0.5 or 0, the first of them that leaves less error than 0."""
         before = self.before
         assert before is not None
-        after = self._learnt({name: layer.weight.detach().clone() for name, layer in self.layers.items()})
+        after = self._learnt(_copied(self.layers) if self.stage.learn_weights else {})
         shares = (1.0,) if self.stage.learn_weights else (1.0, 0.5)
         with self.job.run.progress.track("Judging the windows", (1 + len(shares)) * judge.images) as advance:
             self._put_(before)
