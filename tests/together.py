@@ -259,7 +259,7 @@ def calibrated() -> tuple[dict[str, Any], list[Any]]:
         # Without levels of activations a fit is smooth and may be compared for longer.
         (FitWindows(window=2, iterations=20, gradient="exact", lr_weights=1e-2, warmup=0.0), True),
         # Judged on mini-batches that the processes share: they must choose alike.
-        (FitWindows(window=2, iterations=2, learn_weights=False, judged=6), False),
+        (FitWindows(window=2, iterations=2, learn_weights=False, lr_weight_scales=1e-2, judged=6), False),
         (CorrectBiases(samples=6, judged=6), False),
     )
     for stage, smooth in stages:

@@ -1,7 +1,7 @@
 """What a run will take, from one image that is sampled in a few steps and from what the recipe says.
 
 trajectories   samples * (first step + (steps - 1) * further step)     bytes of tensors that are new in a step
-caches         entries * (what units fitted together keep + what one is given): outputs; inputs
+caches         entries * (outputs of the units that are captured together + inputs of one of them)
 time           evaluations of the network * time of one
 """
 

@@ -9,8 +9,7 @@ so that learning it needs no gradient of the weight, nor a copy of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
@@ -24,22 +23,21 @@ _FACTOR = "weight_factor"
 
 
 @dataclass(frozen=True)
-class _Scaled:
+class _Scaled(Geometry):
     """Stands in the place of a layer's geometry: what is applied has its weight scaled by the layer's factor."""
 
-    geometry: Geometry
-    layer: QuantizedLayer
+    layer: QuantizedLayer = field(kw_only=True, repr=False, compare=False)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # Asked of the layer in each call: where blocks come to the device in turn, the factor there is another tensor.
         factor: Tensor = getattr(self.layer, _FACTOR)
-        y = self.geometry.apply(x, weight, None)
-        axis = self.geometry.channel_axis % y.ndim
-        y = y * factor.to(y.dtype).reshape(-1, *(1,) * (y.ndim - 1 - axis))
-        return y if bias is None else y + bias.reshape(-1, *(1,) * (y.ndim - 1 - axis))
+        y = super().apply(x, weight, None)
+        shape = (-1, *(1,) * (-1 - self.channel_axis))
+        y = y * factor.to(y.dtype).reshape(shape)
+        return y if bias is None else y + bias.reshape(shape)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.geometry, name)
+    def plain(self) -> Geometry:
+        return Geometry(**{one.name: getattr(self, one.name) for one in fields(Geometry)})
 
 
 def learnt_scale_(layer: QuantizedLayer) -> nn.Parameter:
@@ -52,8 +50,7 @@ def learnt_scale_(layer: QuantizedLayer) -> nn.Parameter:
     assert layer.on_grid
     factor = nn.Parameter(torch.ones(len(quantizer.scale), device=quantizer.scale.device))
     layer.register_parameter(_FACTOR, factor)
-    stand_in: Any = _Scaled(layer.geometry, layer)
-    layer.geometry = stand_in
+    layer.geometry = _Scaled(**vars(layer.geometry), layer=layer)
     return factor
 
 
@@ -63,7 +60,7 @@ def closed_scale_(layer: QuantizedLayer) -> None:
     assert isinstance(stand_in, _Scaled)
     assert isinstance(quantizer, WeightQuantizer)
     factor: Tensor = getattr(layer, _FACTOR).detach()
-    layer.geometry = stand_in.geometry
+    layer.geometry = stand_in.plain()
     delattr(layer, _FACTOR)
     rescale_(layer, quantizer.scale * factor.reshape(-1, *(1,) * (quantizer.scale.ndim - 1)))
 

@@ -22,7 +22,7 @@ Differs from the paper:
 - First and last layer are at 8 bits unless `ends="same"`; the paper quantizes every layer at the nominal bits.
 - `layer_rounding` (off by default) first rounds every layer for its own output from the Gram matrix of its inputs
   (`RoundLayers`), and blocks start from there instead of the full-precision fraction. The presets quick and standard
-  do: with a few hundred iterations it ends nearer to full precision, most of all at 3-bit weights (docs/results.md).
+  do, with a row for every step: with a few hundred iterations that ends nearer to full precision (docs/results.md).
 - `softmax_bits=16`, the code's setting for Stable Diffusion, leaves the softmax output in floating point: levels have 8
   bits at most here.
 - Weights of 8 bits with a scale per channel are symmetric but for the first and last layer: int8 kernels have no ninth
