@@ -12,10 +12,12 @@ written, as it was in the first version; it runs in a process whose allocator is
              of "first" and this one; seed_noise = the same between two fits of "first" with other mini-batches.
     ways     a whole stage, captures counted: weights are rounded with blocks for each number of iterations, starting
              from nearest rounding or from `RoundLayers`, in float32 and in bfloat16. 0 iterations is the start itself.
+             "layers, biases" corrects biases afterwards, as the presets of `combined` and `accuquant` do.
              error = mean squared difference of the prediction to full precision, drift = relative difference of the
-             images at the end, activations in floating point, over images that calibrate nothing. speed_up = time that
-             "first" needs for the same drift (between measured points on a logarithmic scale) / own time. Where "first"
-             never came so far, the time of its longest run takes the place and speed_up is a lower bound.
+             images at the end, activations in floating point, over images that calibrate nothing. Speed-up = time that
+             "first" needs for the same error or drift (between measured points on a logarithmic scale) / own time;
+             "first" has it as soon as it was there, even if a longer run ends above. Where it never came so far, the
+             time of its longest run takes the place and the speed-up is a lower bound.
 
 With `-o` every measurement is written as it is made, and the same command goes on where it was stopped.
 """
@@ -40,8 +42,11 @@ from typing import Any
 
 FIRST = "first"
 FORMS = ("float32", "bfloat16")
-WAYS = (("nearest", FIRST), *itertools.product(("nearest", "layers"), FORMS))
+BIASES = ", biases"
+WAYS = (("nearest", FIRST), *itertools.product(("nearest", "layers", f"layers{BIASES}"), FORMS))
 """Where blocks start from, and what fits them."""
+
+FIGURES = ("error", "drift")
 
 
 def main() -> None:
@@ -250,21 +255,27 @@ def _way(start: str, form: str, iterations: int) -> dict[str, Any]:
     """Round all weights; how long it took and how good they are."""
     import first_reconstruction
 
+    from stepquant.calibrate.bias_correction import CorrectBiases
     from stepquant.calibrate.gram import RoundLayers
     from stepquant.calibrate.reconstruct import RoundBlocks
 
     arguments, job = _PREPARED["arguments"], _copied(_PREPARED["job"])
     batch, together = arguments.batch, arguments.together
     began = time.process_time()
-    if start == "layers":
+    if start.startswith("layers"):
         RoundLayers(arguments.layer_samples, batch, together).run(job)
     if iterations and form == FIRST:
         first_reconstruction.round_blocks(job, iterations, batch, arguments.lr)
     elif iterations:
-        keep = 0.6 if start == "layers" else 0.0
+        keep = 0.6 if start.startswith("layers") else 0.0
         compute: Any = form
         blocks = RoundBlocks(iterations, batch, arguments.lr, together=together, keep_rounding=keep, compute=compute)
         blocks.run(job)
+    if start.endswith(BIASES):
+        every = job.handed["trajectories"]
+        job.handed["trajectories"] = every[: arguments.samples // batch]  # the others measure
+        CorrectBiases(batch=batch, judged=arguments.samples).run(job)
+        job.handed["trajectories"] = every
     seconds = time.process_time() - began
     found = {"start": start, "compute": form, "iterations": iterations, "seconds": seconds}
     return {**found, "error": _error(job), "drift": _drift(job)}
@@ -311,22 +322,23 @@ def _drift(job: Any) -> float:
 
 
 def _speed_up(ways: list[dict[str, Any]]) -> None:
-    """Put to every way how much sooner it reached its drift than the straightforward implementation."""
+    """Put to every way how much sooner it reached its error and drift than the straightforward implementation."""
     plain = sorted((way for way in ways if way["compute"] == FIRST), key=lambda way: int(way["iterations"]))
-    for way in ways:
-        wanted, reached = _time_to(plain, way["drift"])
-        way["speed_up"] = wanted / way["seconds"] if way["iterations"] or way["start"] == "layers" else None
-        way["lower_bound"] = not reached
+    for way, figure in itertools.product(ways, FIGURES):
+        wanted, reached = _time_to(plain, figure, way[figure])
+        started = way["iterations"] or way["start"] != "nearest"
+        way[f"speed_up_{figure}"] = {"ratio": wanted / way["seconds"], "lower_bound": not reached} if started else None
 
 
-def _time_to(plain: list[dict[str, Any]], drift: float) -> tuple[float, bool]:
-    """Seconds after which the straightforward way has this drift; those of its longest run if it never had."""
-    if plain[0]["drift"] <= drift:
+def _time_to(plain: list[dict[str, Any]], figure: str, value: float) -> tuple[float, bool]:
+    """Seconds after which the straightforward way was this good; those of its longest run if it never was."""
+    if plain[0][figure] <= value:
         return float(plain[0]["seconds"]), True
     for before, after in itertools.pairwise(plain):
-        low, high = after["drift"], before["drift"]
-        if low <= drift <= high and low < high:
-            share = math.log(high / drift) / math.log(high / low)
+        # The first to be as good: what precedes it is not.
+        low, high = after[figure], before[figure]
+        if low <= value:
+            share = math.log(high / value) / math.log(high / low)
             return float(before["seconds"] + share * (after["seconds"] - before["seconds"])), True
     return float(plain[-1]["seconds"]), False
 
@@ -363,13 +375,16 @@ def _table(document: dict[str, Any]) -> str:
     ]
     lines += [
         "",
-        "| start | compute | iterations | seconds | error | drift | speed-up |",
-        "|---|---|---|---|---|---|---|",
+        "| start | compute | iterations | seconds | error | drift | speed-up to this error | to this drift |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for way in document["ways"]:
-        gain = "" if way["speed_up"] is None else f"{'> ' if way['lower_bound'] else ''}{way['speed_up']:.2f}"
+        gains = [
+            "" if gain is None else f"{'> ' if gain['lower_bound'] else ''}{gain['ratio']:.2f}"
+            for gain in (way[f"speed_up_{figure}"] for figure in FIGURES)
+        ]
         cells = (way["start"], way["compute"], way["iterations"], f"{way['seconds']:.1f}", f"{way['error']:.3e}")
-        lines.append(f"| {' | '.join(map(str, cells))} | {way['drift']:.4f} | {gain} |")
+        lines.append(f"| {' | '.join(map(str, cells))} | {way['drift']:.4f} | {' | '.join(gains)} |")
     return "\n".join(lines)
 
 

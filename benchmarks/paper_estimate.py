@@ -188,7 +188,7 @@ def whole_passes(stage: Stage, costs: Costs, count: float) -> float:
     """Calls of the whole network among a stage's evaluations; those that fit a block only run this block."""
     if isinstance(stage, RoundBlocks | ScaleBlocks):
         one, two = (dataclasses.replace(stage, iterations=number) for number in (1, 2))
-        captures = 2 * one.evaluations_for(costs.entries, costs.units) - two.evaluations_for(costs.entries, costs.units)
+        captures = 2 * one.evaluations_for(costs.entries) - two.evaluations_for(costs.entries)
         return captures / stage.batch
     if isinstance(stage, Record | FitWindows):
         return count / (costs.recording.batch * costs.rows)

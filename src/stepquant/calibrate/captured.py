@@ -77,6 +77,11 @@ class Column:
         self._first: Any = None
         self._by_row = True
 
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of each call so far."""
+        return list(self._sizes)
+
     def add(self, value: Any, rows: int) -> None:
         """Of one more call, of so many samples."""
         first, own = not self._sizes, isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows

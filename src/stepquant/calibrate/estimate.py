@@ -2,6 +2,7 @@
 
 trajectories   samples * (first step + (steps - 1) * further step)     bytes of tensors that are new in a step
 caches         entries * (outputs of the units that are captured together + inputs of one of them)
+kept           entries * outputs of units that later ones read, of both networks
 time           evaluations of the network * time of one
 """
 
@@ -20,6 +21,7 @@ from stepquant.calibrate.balance import BalanceChannels
 from stepquant.calibrate.bias_correction import CorrectBiases
 from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.offload import blocks_in_turn
+from stepquant.calibrate.prefix import Flow, flow_of, most_kept
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks, output_tensors
 from stepquant.calibrate.spilled import names_in
 from stepquant.calibrate.split_shortcuts import SplitShortcuts
@@ -49,6 +51,7 @@ class Estimate:
     network: bytes of the denoiser. There are two, the quantized one and the full-precision one.
     recording: bytes of all trajectories; batch: of those that are recorded at a time.
     caches: bytes of the largest group of units that is fitted together.
+    kept: bytes of what final units have returned, so as not to run them again.
     seconds: of the evaluations of the network in stages whose number is known, at the speed of the full-precision
         network, one image at a time.
     uncounted: other stages; their time comes on top.
@@ -64,13 +67,18 @@ class Estimate:
     uncounted: tuple[str, ...]
     outside: int = 0
     block: int = 0
+    kept: int = 0
 
     def memory(self, max_memory: int | None) -> int:
         """Bytes in main memory, or on the device, for `Run.max_memory`."""
-        return 2 * self.network + self._data(max_memory)
+        return 2 * self.network + self._data(max_memory) + (self.kept if max_memory is None else 0)
+
+    def at_home(self, max_memory: int | None) -> int:
+        """Bytes in main memory in a run with `Run.offload`."""
+        return 2 * self.network + (self.kept if max_memory is None else 0)
 
     def on_device(self, max_memory: int | None) -> int:
-        """Bytes on the device in a run with `Run.offload`; in main memory there are the two networks."""
+        """Bytes on the device in a run with `Run.offload`."""
         return 2 * self.outside + self.block + self._data(max_memory)
 
     def _data(self, max_memory: int | None) -> int:
@@ -81,7 +89,8 @@ class Estimate:
     def disk(self, max_memory: int | None) -> int:
         """Bytes in a work folder: trajectories, the model twice while it is replaced, and caches beyond the limit."""
         spilled = max_memory is not None and self.caches > max_memory
-        return self.recording + 2 * self.network + (self.caches if spilled else 0)
+        kept = 0 if max_memory is None else self.kept
+        return self.recording + 2 * self.network + (self.caches if spilled else 0) + kept
 
 
 def estimated(job: Job, recipe: Recipe) -> Estimate | None:
@@ -108,6 +117,7 @@ def estimated(job: Job, recipe: Recipe) -> Estimate | None:
         uncounted=tuple(dict.fromkeys(type(stage).__name__ for stage, count in evaluations if count is None)),
         outside=network - sum(blocks),
         block=max(blocks, default=0),
+        kept=max((probe.kept(stage, costs.entries) for stage in recipe.stages), default=0),
     )
 
 
@@ -161,7 +171,7 @@ class Costs:
         if isinstance(stage, RoundLayers):
             return -(-self.units // stage.together) * min(stage.samples, self.entries) / 2
         if isinstance(stage, RoundBlocks | ScaleBlocks):
-            return stage.evaluations_for(self.entries, self.units)
+            return stage.evaluations_for(self.entries)
         if isinstance(stage, FitWindows):
             recorded = self.recording
             return self.rows * stage.evaluations_for(images=recorded.samples, batch=recorded.batch, steps=self.steps)
@@ -174,7 +184,7 @@ class _Probe:
 
     steps: that the scheduler will make. rows: of the denoiser's calls in a step (two with guidance).
     first_bytes, further_bytes: what the first step and each other one adds to a trajectory.
-    units: bytes of the inputs and of the output of each unit for one row, in order of execution.
+    units: bytes of the inputs and of the output of each unit for one row, in order of execution. flow: between them.
     seconds: of a step.
     """
 
@@ -182,7 +192,8 @@ class _Probe:
     rows: int
     first_bytes: int
     further_bytes: int
-    units: tuple[tuple[int, int], ...]
+    units: dict[str, tuple[int, int]]
+    flow: Flow
     seconds: float
 
     @classmethod
@@ -204,13 +215,15 @@ class _Probe:
         new = _new_bytes(trajectory)
         typical = new[1:-1][-2:] or new[1:]
         calls = trajectory.steps[0].calls
+        units = _unit_bytes(job.full_precision, calls[0])
         return cls(
             # Solvers of second order call the scheduler twice a step (Heun), others once more at the start (PNDM).
             steps=count + (job.steps - short) * round(count / short),
             rows=sum(call.prediction.shape[0] for call in calls),
             first_bytes=new[0],
             further_bytes=-(-sum(typical) // max(1, len(typical))),
-            units=_unit_bytes(job.full_precision, calls[0]),
+            units=units,
+            flow=flow_of(job.full_precision, list(units), calls[0].args, calls[0].kwargs),
             seconds=seconds / count,
         )
 
@@ -221,8 +234,8 @@ class _Probe:
         # What a group keeps from the full-precision network, and the inputs of one unit at a time from the quantized.
         quantized = isinstance(stage, RoundBlocks) and stage.quantized_prefix
         plain = not quantized or stage.fit.float_inputs
-        kept = [(inputs if plain else 0) + output for inputs, output in self.units]
-        given = [inputs if quantized else 0 for inputs, _ in self.units]
+        kept = [(inputs if plain else 0) + output for inputs, output in self.units.values()]
+        given = [inputs if quantized else 0 for inputs, _ in self.units.values()]
         ends = [min(first + stage.together, len(kept)) for first in range(0, len(kept), stage.together)]
         largest = (
             sum(kept[unit:end]) + given[unit]
@@ -230,6 +243,16 @@ class _Probe:
             for unit in range(first, end)
         )
         return entries * max(largest, default=0)
+
+    def kept(self, stage: Stage, entries: int) -> int:
+        """Bytes of units' outputs that a stage keeps at most, so as not to run the units again."""
+        if not isinstance(stage, RoundBlocks | ScaleBlocks):
+            return 0
+        outputs = {unit: output for unit, (_, output) in self.units.items()}
+        most = most_kept(self.flow, outputs, stage.together, fixed=True)
+        if isinstance(stage, RoundBlocks) and stage.quantized_prefix:
+            most += most_kept(self.flow, outputs, 1, fixed=False)
+        return entries * most
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -257,7 +280,7 @@ def _new_bytes(trajectory: Trajectory) -> list[int]:
 
 
 @torch.no_grad()
-def _unit_bytes(denoiser: nn.Module, call: DenoiserCall) -> tuple[tuple[int, int], ...]:
+def _unit_bytes(denoiser: nn.Module, call: DenoiserCall) -> dict[str, tuple[int, int]]:
     """What `_Probe.units` says."""
     found: dict[str, tuple[int, int]] = {}
 
@@ -278,4 +301,4 @@ def _unit_bytes(denoiser: nn.Module, call: DenoiserCall) -> tuple[tuple[int, int
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(found.values())
+    return found

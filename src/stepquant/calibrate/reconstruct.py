@@ -16,9 +16,10 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal, overload
 
 import torch
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from stepquant.calibrate.captured import Column, Rows, RowsOnDisk, taken
-from stepquant.calibrate.offload import brought
+from stepquant.calibrate.offload import HOME, brought
+from stepquant.calibrate.prefix import Prefix
 from stepquant.calibrate.qdrop import QDrop, dropping, mixed
 from stepquant.calibrate.ranges import sample_readers
 from stepquant.calibrate.rounding import (
@@ -78,8 +80,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 Compute = Literal["float32", "bfloat16"]
 
-Captured = tuple[tuple[Any, ...], dict[str, Any], tuple[Tensor, ...]]
-"""Arguments and outputs of one call of a unit."""
+Captured = tuple[tuple[Any, ...], dict[str, Any], tuple[Tensor, ...], int]
+"""Arguments and outputs of one call of a unit, and of how many samples it is."""
 
 
 def reconstruction_loss(found: Tensor, wanted: Tensor, norm: float = 2.0, weights: Tensor | None = None) -> Tensor:
@@ -270,30 +272,48 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _captured(
-    denoiser: nn.Module, units: Sequence[str], batches: Iterable[Call], with_inputs: bool
+    denoiser: nn.Module,
+    units: Sequence[str],
+    batches: Iterable[tuple[int, Call]],
+    with_inputs: bool,
+    prefix: Prefix | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Iterator[list[Captured]]:
-    """What units are called with and return, batch after batch. A forward call ends as soon as all units have run."""
+    """What units are called with and return, batch after batch. A forward call ends as soon as all units have run.
+
+    batches: by number. prefix: of the denoiser over all batches; None runs everything before the units.
+    sizes: samples of a unit's call, by batch, if outputs are not wanted: then units themselves do not run.
+    """
     seen: dict[str, Captured] = {}
 
-    def hook_of(unit: str) -> Any:
+    def note(unit: str, call: Captured) -> None:
+        seen.setdefault(unit, call)  # a module that runs twice is fitted on its first call
+        if len(seen) == len(units):
+            raise _Reached
+
+    def after(unit: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if unit not in seen:  # a module that runs twice is fitted on its first call
-                seen[unit] = (args if with_inputs else (), kwargs if with_inputs else {}, output_tensors(output))
-            if len(seen) == len(units):
-                raise _Reached
+            found = output_tensors(output)
+            note(unit, (args if with_inputs else (), kwargs if with_inputs else {}, found, int(found[0].shape[0])))
 
-        return hook
+        return denoiser.get_submodule(unit).register_forward_hook(hook, with_kwargs=True)
 
-    for args, kwargs in batches:
-        handles = [
-            denoiser.get_submodule(unit).register_forward_hook(hook_of(unit), with_kwargs=True) for unit in units
-        ]
-        try:
-            with torch.no_grad(), suppress(_Reached):
-                denoiser(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
+    def before(unit: str, size: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            note(unit, (args, kwargs, (), size))
+
+        return denoiser.get_submodule(unit).register_forward_pre_hook(hook, with_kwargs=True)
+
+    for number, (args, kwargs) in batches:
+        with nullcontext() if prefix is None else prefix.ready(number, units, args, kwargs):
+            # After the hooks of the prefix, which keep what the last unit returns.
+            handles = [after(unit) if sizes is None else before(unit, sizes[number]) for unit in units]
+            try:
+                with torch.no_grad(), suppress(_Reached):
+                    denoiser(*args, **kwargs)
+            finally:
+                for handle in handles:
+                    handle.remove()
         missing = [unit for unit in units if unit not in seen]
         if missing:
             raise CalibrationError(f"{', '.join(missing)} did not run in a forward call of the denoiser.")
@@ -311,33 +331,30 @@ class _Filling:
     outputs: list[Column]
 
     @classmethod
-    def like(cls, call: Captured, folder: Path | None, outputs: bool) -> _Filling:
-        args, kwargs, found = call
-        kept = found if outputs else ()
+    def like(cls, call: Captured, folder: Path | None) -> _Filling:
+        args, kwargs, found, _ = call
         return cls(
-            [Column(folder) for _ in args], {key: Column(folder) for key in kwargs}, [Column(folder) for _ in kept]
+            [Column(folder) for _ in args], {key: Column(folder) for key in kwargs}, [Column(folder) for _ in found]
         )
 
     def add(self, call: Captured) -> None:
-        args, kwargs, outputs = call
-        rows = int(outputs[0].shape[0])
+        args, kwargs, outputs, rows = call
         for column, value in zip(self.args, args, strict=True):
             column.add(value, rows)
         for key, column in self.kwargs.items():
             column.add(kwargs[key], rows)
-        if self.outputs:
-            for column, value in zip(self.outputs, outputs, strict=True):
-                column.add(value, rows)
+        for column, value in zip(self.outputs, outputs, strict=True):
+            column.add(value, rows)
 
     def call(self) -> Call:
         return tuple(column.joined() for column in self.args), {k: column.joined() for k, column in self.kwargs.items()}
 
 
-def _bytes_by_row(call: Captured, outputs: bool) -> int:
+def _bytes_by_row(call: Captured) -> int:
     """Of what a cache keeps of one call."""
-    args, kwargs, found = call
+    args, kwargs, found, rows = call
     values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
-    kept = [value for value in values if value.shape[0] == found[0].shape[0]] + (list(found) if outputs else [])
+    kept = [value for value in values if value.shape[0] == rows] + list(found)
     return sum(value.numel() * value.element_size() for value in kept)
 
 
@@ -370,24 +387,28 @@ def _filled(
     space: _Space,
     *,
     inputs: bool,
-    outputs: bool,
+    prefix: Prefix | None,
+    sizes: Sequence[int] | None = None,
 ) -> dict[str, _Filling]:
-    """What units are called with and return over the calibration set; several processes run every n-th batch each."""
+    """What units are called with and return over the calibration set; several processes run every n-th batch each.
+
+    sizes: as in `_captured`, if outputs are not wanted.
+    """
     if processes.count == 1:
-        calls = _captured(denoiser, units, batches, inputs)
+        calls = _captured(denoiser, units, enumerate(batches), inputs, prefix, sizes)
     else:
         device = next(denoiser.parameters()).device
 
-        def one(batch: Call) -> list[Captured]:
-            return next(_captured(denoiser, units, [batch], inputs))
+        def one(number: int) -> list[Captured]:
+            return next(_captured(denoiser, units, [(number, batches[number])], inputs, prefix, sizes))
 
-        calls = (on_device(found, device) for found in processes.in_turn(one, batches))
+        calls = (on_device(found, device) for found in processes.in_turn(one, range(len(batches))))
     found: dict[str, _Filling] = {}
     for call in calls:
         if not found:
-            size = len(batches) * sum(_bytes_by_row(own, outputs) for own in call)
+            size = len(batches) * sum(map(_bytes_by_row, call))
             folder = space.take(size)
-            found = {unit: _Filling.like(own, folder, outputs) for unit, own in zip(units, call, strict=True)}
+            found = {unit: _Filling.like(own, folder) for unit, own in zip(units, call, strict=True)}
         for unit, own in zip(units, call, strict=True):
             found[unit].add(own)
     return found
@@ -403,6 +424,7 @@ def _caches(
     processes: Processes = ALONE,
     float_inputs: bool = False,
     spill: Spill | None = None,
+    prefixes: _Prefixes | None = None,
 ) -> Iterator[tuple[str, _Cache]]:
     """Each unit with its cache: outputs from full precision, inputs from the quantized or the full-precision prefix.
 
@@ -410,18 +432,23 @@ def _caches(
     units that were rounded meanwhile are in the prefix.
 
     float_inputs: keep the inputs from full precision as well. spill: where caches lie that its memory does not hold.
+    prefixes: of both networks over these batches; None runs everything before a unit.
     """
     if not units:
         return
     space, with_inputs = _Space(spill), float_inputs or not quantized_prefix
-    wanted = _filled(full_precision, units, batches, processes, space, inputs=with_inputs, outputs=True)
+    plain_prefix, own_prefix = (None, None) if prefixes is None else (prefixes.full_precision, prefixes.quantized)
+    wanted = _filled(full_precision, units, batches, processes, space, inputs=with_inputs, prefix=plain_prefix)
 
     def cache_of(unit: str) -> _Cache:
         target = wanted.pop(unit)
+        sizes = target.outputs[0].sizes
         call = plain = target.call() if with_inputs else None
         if quantized_prefix:
             # Of one unit at a time: each has the space that the targets leave.
-            given = _filled(quantized, [unit], batches, processes, space.rest(), inputs=True, outputs=False)
+            given = _filled(
+                quantized, [unit], batches, processes, space.rest(), inputs=True, prefix=own_prefix, sizes=sizes
+            )
             call = given[unit].call()
         assert call is not None
         outputs = tuple(output.joined() for output in target.outputs)
@@ -429,6 +456,28 @@ def _caches(
 
     for unit in units:
         yield unit, cache_of(unit)
+
+
+@dataclass(frozen=True)
+class _Prefixes:
+    """What is before the units of both networks, over one calibration set."""
+
+    full_precision: Prefix
+    quantized: Prefix
+
+    @classmethod
+    @contextmanager
+    def of(cls, job: Job, units: Sequence[Unit]) -> Iterator[_Prefixes]:
+        order, home = [unit.name for unit in units], HOME if job.run.offload else None
+        with ExitStack() as stack:
+
+            def made(network: nn.Module, fixed: bool) -> Prefix:
+                folder = None
+                if job.spill is not None:
+                    folder = Path(stack.enter_context(TemporaryDirectory(prefix="outputs-", dir=job.spill.folder)))
+                return Prefix(network, order, fixed, home=home, folder=folder)
+
+            yield cls(made(job.full_precision, True), made(job.denoiser, False))
 
 
 @dataclass(frozen=True)
@@ -528,9 +577,9 @@ class RoundBlocks:
             layer_weight=self.layer_weight,
         )
 
-    def evaluations_for(self, samples: int, units: int) -> int:
-        """Of the network, for so many calibration samples and units; without those of learnt weights."""
-        return _evaluations(self.fit, samples, units, self.together, self.quantized_prefix)
+    def evaluations_for(self, samples: int) -> int:
+        """Of the network, for so many calibration samples; without those of learnt weights."""
+        return _evaluations(self.fit, samples, networks=2 if self.quantized_prefix else 1)
 
     def run(self, job: Job) -> Figures:
         every = quantized_layers(job.denoiser)
@@ -547,14 +596,15 @@ class RoundBlocks:
         fit = self.fit
         losses: dict[str, Any] = {}
         with (
+            _Prefixes.of(job, units) as prefixes,
             job.run.progress.track("Rounding weights, block by block", len(units)) as advance,
             without_input_quantizers(job.denoiser) if self.qdrop is None else nullcontext(),
         ):
             for first in range(0, len(units), self.together):
                 group = units[first : first + self.together]
-                losses |= self._group(job, group, layers, batches, bins, first, fit, samples, readers)
+                losses |= self._group(job, group, layers, batches, bins, first, fit, samples, readers, prefixes)
                 advance(len(group))
-        evaluations = self.evaluations_for(len(samples.captured), len(units))
+        evaluations = self.evaluations_for(len(samples.captured))
         if samples.learner is None:
             return {"losses": losses, "evaluations": evaluations}
         blocks = len(losses) * samples.unit_evaluations
@@ -576,6 +626,7 @@ class RoundBlocks:
         fit: Fit,
         samples: _Samples,
         readers: frozenset[str],
+        prefixes: _Prefixes,
     ) -> Figures:
         """Round the units that are captured together. Kept as a whole: a resumed run captures what this one did."""
         soft = {
@@ -606,6 +657,7 @@ class RoundBlocks:
                 job.run.processes,
                 fit.float_inputs,
                 job.spill,
+                prefixes,
             )
             losses = {}
             named = {unit.name: (number, unit) for number, unit in enumerate(group, start=first)}
@@ -798,9 +850,9 @@ class ScaleBlocks:
         """How each unit is fitted."""
         return Fit(self.iterations, self.batch, self.lr, self.norm)
 
-    def evaluations_for(self, samples: int, units: int) -> int:
-        """Of the network, for so many calibration samples and units."""
-        return _evaluations(self.fit, samples, units, self.together, False)
+    def evaluations_for(self, samples: int) -> int:
+        """Of the network, for so many calibration samples."""
+        return _evaluations(self.fit, samples, networks=1)
 
     def run(self, job: Job) -> Figures:
         units = units_of(job.denoiser, list(job.handed["plan"]))
@@ -810,12 +862,15 @@ class ScaleBlocks:
         fit = self.fit
         readers = readers_of_sample(job)
         losses: dict[str, Any] = {}
-        with job.run.progress.track("Fitting activation scales, block by block", len(units)) as advance:
+        with (
+            _Prefixes.of(job, units) as prefixes,
+            job.run.progress.track("Fitting activation scales, block by block", len(units)) as advance,
+        ):
             for first in range(0, len(units), self.together):
                 group = units[first : first + self.together]
-                losses |= self._group(job, group, batches, bins, first, fit, _fixed_weights(chosen), readers)
+                losses |= self._group(job, group, batches, bins, first, fit, _fixed_weights(chosen), readers, prefixes)
                 advance(len(group))
-        return {"losses": losses, "evaluations": self.evaluations_for(len(chosen), len(units))}
+        return {"losses": losses, "evaluations": self.evaluations_for(len(chosen))}
 
     def _group(
         self,
@@ -827,6 +882,7 @@ class ScaleBlocks:
         fit: Fit,
         weights: Tensor | None,
         readers: frozenset[str],
+        prefixes: _Prefixes,
     ) -> Figures:
         scales = _scales_of(job, group, readers)
         kept = job.keeper.load(f"units-{first}") if job.keeper else None
@@ -837,7 +893,15 @@ class ScaleBlocks:
             return kept[1]
         wanted = [unit.name for unit in group if scales[unit.name]]
         caches = _caches(
-            job.denoiser, job.full_precision, wanted, batches, bins, False, job.run.processes, spill=job.spill
+            job.denoiser,
+            job.full_precision,
+            wanted,
+            batches,
+            bins,
+            False,
+            job.run.processes,
+            spill=job.spill,
+            prefixes=prefixes,
         )
         losses: Figures = {}
         named = {unit.name: (number, unit) for number, unit in enumerate(group, start=first)}
@@ -859,16 +923,14 @@ def _check_loop(iterations: int, batch: int, together: int) -> None:
         raise SpecError(f"iterations, batch and together must be at least 1, found {iterations}, {batch}, {together}.")
 
 
-def _evaluations(fit: Fit, samples: int, units: int, together: int, quantized_prefix: bool) -> int:
+def _evaluations(fit: Fit, samples: int, networks: int) -> int:
     """Work in forward passes of one image.
 
-    One iteration of every unit is one forward and backward (worth two forwards) of the whole network; a capture runs
-    the network up to its units, half of it on average: once for every group's targets, and once for the quantized
-    inputs of every unit.
+    One iteration of every unit is one forward and backward (worth two forwards) of the whole network. Each network runs
+    once over the calibration set, and over a batch to see what reads what.
     """
     forward = 1 if fit.layer_weight else 0  # of the full-precision unit, for what its layers should return
-    captures = -(-units // together) + (units if quantized_prefix else 0)
-    return (3 + forward) * fit.batch * fit.iterations + captures * samples // 2
+    return (3 + forward) * fit.batch * fit.iterations + networks * (samples + min(fit.batch, samples))
 
 
 def soft_roundings(layers: Mapping[str, Any]) -> dict[str, SoftRounding]:

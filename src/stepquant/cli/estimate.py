@@ -32,7 +32,7 @@ def estimate_of(pipe: Any, resolved: Resolved, max_memory: int | None, offload: 
         return None
     where = {"memory_bytes": found.memory(max_memory)}
     if offload is not None:
-        where = {"memory_bytes": 2 * found.network, "device_bytes": found.on_device(max_memory)}
+        where = {"memory_bytes": found.at_home(max_memory), "device_bytes": found.on_device(max_memory)}
     return {
         **where,
         "disk_bytes": found.disk(max_memory),

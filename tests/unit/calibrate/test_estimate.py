@@ -112,7 +112,7 @@ def test_evaluations_are_those_that_stages_report() -> None:
     assert found.uncounted == ()
     figures = {entry["stage"]: entry for entry in quantize(pipe, recipe, steps=STEPS).figures}
     for stage in stages[:2]:
-        assert stage.evaluations_for(SAMPLES * STEPS, 2) == figures[type(stage).__name__]["evaluations"]
+        assert stage.evaluations_for(SAMPLES * STEPS) == figures[type(stage).__name__]["evaluations"]
     # With one candidate besides nothing at all, as is expected; a second one is tried where that does not help.
     more = (len(figures["FitWindows"]["candidates"]) - 2) * 2 * BATCH * STEPS
     expected = windows.evaluations_for(images=SAMPLES, batch=BATCH, steps=STEPS)

@@ -258,8 +258,8 @@ def test_activations_need_ranges_first() -> None:
 
 def test_the_layers_loss_costs_a_forward_pass() -> None:
     plain = Fit(10, 4, 0.1, 2.0)
-    count = reconstruct._evaluations(plain, 8, 2, 1, 2)
-    assert reconstruct._evaluations(replace(plain, layer_weight=0.5), 8, 2, 1, 2) == count + 40
+    count = reconstruct._evaluations(plain, 8, 2)
+    assert reconstruct._evaluations(replace(plain, layer_weight=0.5), 8, 2) == count + 40
 
 
 @pytest.mark.parametrize(

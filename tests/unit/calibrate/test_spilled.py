@@ -262,5 +262,5 @@ def test_a_unit_that_does_not_run_is_named() -> None:
     net.idle = torch.nn.Linear(1, 1)
     call: Any = ((torch.zeros(1, 2, 4, 4), torch.tensor(1.0)), {})
     with pytest.raises(CalibrationError, match="idle did not run"):
-        list(reconstruct._captured(net, ["conv", "idle"], [call], True))
+        list(reconstruct._captured(net, ["conv", "idle"], [(0, call)], True))
     assert not net.conv._forward_hooks

@@ -83,7 +83,8 @@ def test_the_table_is_the_network_at_every_timestep() -> None:
         assert torch.equal(table(x), module(x))
     quantizer.clock.set(torch.tensor([3.5, 0.5]))
     folded = torch.linspace(-3, 3, 24).reshape(4, 6)  # two heads of each sample
-    assert torch.equal(table(folded), module(folded))
+    # How a processor multiplies matrices of two rows and of four may differ in the last bit.
+    torch.testing.assert_close(table(folded), module(folded), rtol=1e-6, atol=0)
     factor = torch.tensor([math.log1p(math.exp(float(v))) for v in _raw(module)])
     torch.testing.assert_close(table.scale, factor * quantizer.scale[quantizer.row_of_bin])
     assert torch.equal(table.zero_point, quantizer.zero_point[quantizer.row_of_bin])

@@ -539,7 +539,7 @@ def test_weights_go_on_from_unit_to_unit_and_are_measured() -> None:
         assert all(-1 <= cosine <= 1 for cosine in entry["cosine"])
     once = SampleWeighting(iterations=3, batch=4).unit_evaluations(25, 5, 5)
     assert figures["block_evaluations"] == 3 * once
-    assert figures["evaluations"] == 3 * 4 * 4 + 2 * 30 * 3 // 2 + once
+    assert figures["evaluations"] == 3 * 4 * 4 + 2 * (30 + 4) + once
 
 
 def test_every_pass_is_counted() -> None:
