@@ -431,6 +431,27 @@ def test_outputs_that_cannot_be_written_are_refused_before_any_work(run: Run, li
     assert library.calls == []
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("quantize", "digits-unet", "--method", "rtn", "-o"),
+        ("allocate", "digits-unet", "--target", "4", "-o"),
+        ("compensate", "digits-unet", "--against", "digits-unet", "-o"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_json_that_cannot_be_written_is_refused_before_the_work(
+    run: Run, library: Library, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    (tmp_path / "file").touch()
+    for target, why in ((tmp_path, "is a folder"), (tmp_path / "file" / "a.json", "is no folder")):
+        status, _, err = run(*command, tmp_path / "out", "--json", target)
+        assert status == 2
+        assert why in err.replace("\n", " ")
+    assert library.calls == []
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_an_engine_that_there_is_not_is_refused_for_models_too(run: Run, library: Library, tmp_path: Path) -> None:
     status, _, err = run("sample", "digits-unet", "-o", tmp_path / "out", "--engine", "opnvino")
     assert status == 2

@@ -509,3 +509,17 @@ def test_large_images_are_scaled_down() -> None:
     assert fitted(np.zeros((600, 600, 1), dtype=np.uint8)).shape == (512, 512, 1)
     small = np.zeros((512, 4, 1), dtype=np.uint8)
     assert fitted(small) is small
+
+
+def test_a_page_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "report.html"
+    page.write_text("before")
+
+    def full(self: Path, _target: Any) -> None:
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_report([a_result()], some_images(1), [an_inspection()], page)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert page.read_text() == "before"

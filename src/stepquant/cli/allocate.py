@@ -17,7 +17,14 @@ from stepquant import api
 from stepquant.calibrate.allocation import Allocate
 from stepquant.cli.arguments import ready, recorded_images
 from stepquant.cli.console import Settings, interruptible, progress_for, replace_text, stdout_console, write_json
-from stepquant.cli.outputs import WORK_MARK, clear_work, refuse_existing, remove_work, work_folder
+from stepquant.cli.outputs import (
+    WORK_MARK,
+    clear_work,
+    refuse_existing,
+    refuse_unwritable_json,
+    remove_work,
+    work_folder,
+)
 from stepquant.cli.work import QuantizeRequest, device_named, kept_if_worth_it, prepare
 from stepquant.config import Resolved, dump
 from stepquant.errors import SpecError
@@ -41,6 +48,7 @@ def allocate(request: QuantizeRequest, settings: Settings, json_target: str | No
     if out.is_dir():
         raise SpecError(f"{out} is a folder, expected a file such as plan.yaml.")
     refuse_existing(out, overwrite=request.overwrite)
+    refuse_unwritable_json(json_target)
     resolved = request.resolved()
     if not resolved.budget:
         raise SpecError("There is no budget to allocate under: give --target, --max-bytes or --max-drift.")

@@ -34,15 +34,16 @@ Engine = Annotated[
     str,
     typer.Option(
         help="What computes the quantized layers. simulated: the arithmetic of the calibration, bit for bit; openvino: "
-        "the whole denoiser as one int8 graph, for CPUs; onednn: int8 layers; auto: openvino where processor and "
-        "checkpoint fit it, else simulated. `stepquant inspect` says which."
+        "the whole denoiser as one int8 graph, for CPUs; openvino-bf16: the same with its float parts in bfloat16, on "
+        "processors that have it; onednn: int8 layers; auto: openvino where processor and checkpoint fit it, else "
+        "simulated. `stepquant inspect` says which."
     ),
 ]
 MeasuredEngine = Annotated[
     str,
     typer.Option(
         help="What computes the quantized layers. Figures are those of simulated, the definition of the result; name "
-        "openvino, onednn, ... to measure what another engine makes of it."
+        "openvino, openvino-bf16, onednn, ... to measure what another engine makes of it."
     ),
 ]
 Arguments = Annotated[

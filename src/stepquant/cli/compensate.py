@@ -17,6 +17,7 @@ from stepquant.cli.outputs import (
     evaluation_path,
     refuse_existing,
     refuse_no_checkpoint,
+    refuse_unwritable_json,
     settings_path,
     speed_path,
     write_figures,
@@ -75,6 +76,7 @@ def compensate(
 ) -> None:
     """Fit a correction for a quantized model, write the corrected one, and say what it gained."""
     refuse_existing(request.out, overwrite=overwrite)
+    refuse_unwritable_json(json_target)
     _refuse_others(request.out)
     if request.out.resolve() == Path(request.candidate).resolve():
         raise SpecError(f"OUT is the candidate itself, {request.out}: choose another folder.")

@@ -23,7 +23,7 @@ from stepquant.cli.console import (
     stdout_console,
     write_json,
 )
-from stepquant.cli.outputs import refuse_existing, refuse_unwritable_file, settings_path
+from stepquant.cli.outputs import refuse_existing, refuse_unwritable_file, refuse_unwritable_json, settings_path
 from stepquant.cli.work import Sampling, device_named, fitted_steps, prepare
 from stepquant.config import load_config, resolve
 from stepquant.doctor.advice import plain_rules
@@ -73,8 +73,7 @@ def doctor(request: DoctorRequest, settings: Settings, json_target: str | None) 
     if request.patch is not None:
         refuse_existing(request.patch, overwrite=request.overwrite)
         refuse_unwritable_file(request.patch)
-    if json_target not in (None, "-"):
-        refuse_unwritable_file(Path(json_target))
+    refuse_unwritable_json(json_target)
     thresholds = Thresholds.of(request.thresholds)
     diagnosis = _examined(request, thresholds, settings)
     written = _write_patch(request, diagnosis)

@@ -19,7 +19,7 @@ from stepquant.cli.console import (
     stdout_console,
     write_json,
 )
-from stepquant.cli.outputs import evaluation_path, refuse_unwritable_file
+from stepquant.cli.outputs import evaluation_path, refuse_unwritable_json
 from stepquant.cli.work import (
     Sampling,
     base_model_of,
@@ -80,8 +80,7 @@ def evaluate(
 ) -> bool:
     """Evaluate, keep the result beside the candidate, and show it. Returns whether all gates held."""
     gates = parse_gates(measuring.gates, METRICS)
-    if json_target not in (None, "-"):
-        refuse_unwritable_file(Path(json_target))
+    refuse_unwritable_json(json_target)
     processes = joined()
     if measuring.overwrite:
         processes.from_first(lambda: discard(_evaluation_work(candidate)))

@@ -29,6 +29,7 @@ __all__ = [
     "refuse_no_checkpoint",
     "refuse_unwritable",
     "refuse_unwritable_file",
+    "refuse_unwritable_json",
     "refuse_used_folder",
     "remove_work",
     "settings_path",
@@ -134,6 +135,12 @@ def refuse_unwritable(path: Path) -> None:
         raise SpecError(f"{path} cannot be written: {there} is no folder.")
     if not os.access(there, os.W_OK):
         raise SpecError(f"{path} cannot be written: {there} is read-only for this user.")
+
+
+def refuse_unwritable_json(target: str | None) -> None:
+    """Refuse a file given with `--json` that cannot be written; "-" is the screen."""
+    if target not in (None, "-"):
+        refuse_unwritable_file(Path(target))
 
 
 def refuse_unwritable_file(path: Path) -> None:

@@ -28,6 +28,7 @@ from stepquant.cli.outputs import (
     read_origin,
     refuse_existing,
     refuse_no_checkpoint,
+    refuse_unwritable_json,
     refuse_used_folder,
     remove_work,
     settings_path,
@@ -187,6 +188,7 @@ def show_plan(request: QuantizeRequest, settings: Settings, json_target: str | N
 def quantize(request: QuantizeRequest, settings: Settings, json_target: str | None) -> None:
     """Quantize and say what came out."""
     out = _required(request.out)
+    refuse_unwritable_json(json_target)
     processes = joined()
     if not processes.from_first(lambda: _is_to_do(request, out, settings, json_target)):
         return

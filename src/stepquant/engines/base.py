@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -109,6 +109,9 @@ class SimulatedEngine:
         return layer
 
 
+_SHORT = "openvino-bf16"
+
+
 def engines() -> dict[str, Engine | GraphEngine]:
     """Every engine by name."""
     known: tuple[Engine | GraphEngine, ...] = (
@@ -201,13 +204,14 @@ def pack_(denoiser: nn.Module, engine: str = "simulated") -> dict[str, Placement
 def place(denoiser: nn.Module, engine: str | GraphEngine = "auto") -> tuple[nn.Module, dict[str, Placement]]:
     """The module that runs the denoiser, and where each of its layers runs.
 
-    engine: a name as for `pack_`, which changes the denoiser itself; a graph engine, by name or with its settings,
-        which returns another module; or "auto", which is the one that `automatic` says. Its graph is tried at the first
-        call, and the denoiser stays simulated if there is none (`AutomaticDenoiser`).
+    engine: a name as for `pack_`, which changes the denoiser itself; a graph engine, by name ("openvino-bf16" is the
+        one with `precision="bf16"`) or with its settings, which returns another module; or "auto", which is the one
+        that `automatic` says. Its graph is tried at the first call, and the denoiser stays simulated if there is none
+        (`AutomaticDenoiser`).
     """
     if engine == "auto":
         return _placed_automatically(denoiser)
-    runs = _known(engine, "auto") if isinstance(engine, str) else engine
+    runs = _by_name(engine) if isinstance(engine, str) else engine
     if not isinstance(runs, GraphEngine):
         return denoiser, pack_(denoiser, runs.name)
     placed = _placements(denoiser, runs.name)
@@ -263,14 +267,19 @@ def _warn_of_none(engine: str, placed: Mapping[str, Placement]) -> None:
 def check_name(name: str) -> None:
     """Raise UnknownEngine for a name that `place` does not know."""
     if name != "auto":
-        _known(name, "auto")
+        _by_name(name)
 
 
-def _known(name: str, *others: str) -> Engine | GraphEngine:
-    """others: further names that the caller takes, for the message."""
+def _by_name(name: str) -> Engine | GraphEngine:
+    """An engine, or one with a setting that has a name of its own."""
+    return OpenVINOEngine(precision="bf16") if name == _SHORT else _known(name, ("auto", *engines(), _SHORT))
+
+
+def _known(name: str, names: Sequence[str] = ()) -> Engine | GraphEngine:
+    """names: all that the caller takes, for the message, if they are more than those of engines."""
     found = engines()
     if name not in found:
-        names = (*others, *found)
+        names = names or tuple(found)
         raise UnknownEngine(f"There is no engine {name!r}, only {', '.join(names)}.{nearest(name, names)}")
     return found[name]
 

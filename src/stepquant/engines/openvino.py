@@ -106,7 +106,9 @@ class OpenVINOEngine:
         """
         core = _core()
         if self.precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise EngineError("This processor has no bfloat16 arithmetic: use precision='f32'.")
+            raise EngineError(
+                "This processor has no bfloat16 arithmetic: use precision='f32', or the engine openvino by name."
+            )
         if any(tensor.device.type != "cpu" for tensor in denoiser.parameters()):
             raise EngineError("OpenVINO runs on the CPU, and the denoiser is elsewhere: load it with device='cpu'.")
         device = torch.device("cpu")

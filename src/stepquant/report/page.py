@@ -151,13 +151,20 @@ def write_report(
     origins: how each checkpoint came about; none, or one a checkpoint.
     command: the one that makes the page.
 
+    A page that is there is replaced at once, or stays.
     Raises EvaluationError: no results, another schema, different references, or lists of different lengths. Evaluations
     that differ in anything else that their figures depend on are shown, but not ranked, and the page says so.
     """
     page = render_report(results, images, inspection, origins=origins, command=command)
     out = Path(path)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    partial = out.with_name(out.name + ".partial")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(out)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def render_report(

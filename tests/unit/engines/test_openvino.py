@@ -28,7 +28,7 @@ from stepquant.engines import openvino as engine_module
 from stepquant.engines.base import choose, engines, pack_, place
 from stepquant.engines.graph import GraphLayer, lower, refusal, tensors_of
 from stepquant.engines.openvino import FLOAT_MATMUL, GraphDenoiser, OpenVINOEngine, cache_folder
-from stepquant.errors import EngineError, ModelError, SpecError
+from stepquant.errors import EngineError, ModelError, SpecError, UnknownEngine
 from stepquant.model.clock import StepClock, attach_clock
 from stepquant.model.layer import LowRankBranch, Matmul, QuantizedLayer
 from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
@@ -917,6 +917,26 @@ def test_a_pipeline_samples_with_it(whole: Any) -> None:
     found = sampled(pipe)
     assert found.shape == exact.shape
     assert abs(found - expected).mean() < 0.5 * abs(expected - exact).mean()
+
+
+def test_bfloat16_has_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    class Core:
+        capabilities = ("FP32", "BF16")
+
+        def get_property(self, *_names: str) -> Any:
+            return self.capabilities
+
+    monkeypatch.setattr(engine_module, "_core", Core)
+    found, placed = place(quantize_(Net(), ends="same"), "openvino-bf16")
+    assert isinstance(found, GraphDenoiser)
+    assert found.precision == "bf16"
+    assert placed["conv"].engine == "openvino"
+    assert "openvino-bf16" not in engines()  # a setting: layers are refused for the same reasons
+    Core.capabilities = ("FP32",)
+    with pytest.raises(EngineError, match=r"no bfloat16 arithmetic: use .* the engine openvino by name"):
+        place(quantize_(Net(), ends="same"), "openvino-bf16")
+    with pytest.raises(UnknownEngine, match=r"Did you mean 'openvino-bf16'\?"):
+        place(quantize_(Net(), ends="same"), "openvino-bf17")
 
 
 def test_it_is_an_engine_by_name() -> None:
