@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from stepquant.engines.automatic import AutomaticDenoiser
+from stepquant.engines.graph import refused_for_hooks
 from stepquant.engines.int_mm import IntMmEngine
 from stepquant.engines.onednn import OneDnnEngine
 from stepquant.engines.openvino import OpenVINOEngine, usable
@@ -157,7 +158,11 @@ def choose(layer: Layer, device: torch.device, engine: str = "simulated") -> Pla
     """
     _known(engine)
     found = engines()
-    answers = {name: known.refuses(layer, device) for name, known in found.items()}
+    hooked = refused_for_hooks(layer)
+    answers = {
+        name: known.refuses(layer, device) if hooked is None or isinstance(known, SimulatedEngine) else hooked
+        for name, known in found.items()
+    }
     refusals = {name: reason for name, reason in answers.items() if reason is not None}
     said = {
         name: known.remark(layer)

@@ -125,8 +125,18 @@ def _order_of(rank: int, source: list[int], destination: list[int]) -> list[int]
     return [goes[axis] if axis in goes else next(others) for axis in range(rank)]
 
 
+def refused_for_hooks(layer: nn.Module) -> str | None:
+    """Why no engine but `simulated` runs a layer that somebody watches or changes, as a sentence, or None."""
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return "It has a forward hook, which a layer of another kind in its place would not call."
+    return None
+
+
 def refusal(layer: QuantizedLayer | QuantizedMatmul) -> str | None:
     """Why a layer cannot run on integers in a graph, as a sentence, or None. Reads no values."""
+    hooked = refused_for_hooks(layer)
+    if hooked is not None:
+        return hooked
     if isinstance(layer, QuantizedMatmul):
         operands = {"left operand": layer.input_quantizer, "right operand": layer.second_quantizer}
     else:

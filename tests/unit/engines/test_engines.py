@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from stepquant.engines.base import engines, pack_, place
+from stepquant.engines.base import choose, engines, pack_, place
+from stepquant.engines.graph import refusal
 from stepquant.engines.openvino import usable
 from stepquant.engines.reference import PackedLayer, ReferenceEngine
 from stepquant.errors import EngineError
 from stepquant.model.layer import Geometry, QuantizedLayer
 from stepquant.model.surgery import quantized_layers
 from stepquant.numerics.spec import LayerScheme, QuantSpec, scheme_for
-from tiny import TinyNet, quantize_, tiny_unet
+from tiny import TinyNet, quantize_, tiny_pipe, tiny_unet
 
 GROUPED = LayerScheme(QuantSpec(3, "group", symmetric=True, group_size=2), QuantSpec(8, "token", dynamic=True))
 
@@ -90,6 +92,23 @@ def test_layers_stay_simulated_and_it_says_what_else_could_run_them() -> None:
     assert "reference" not in placed["conv_in"].refusals
     told = placed["mid_block.attentions.0.processor.scores"].refusals
     assert told["reference"] == "It is a matmul and has no weight to pack."
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+@torch.no_grad()
+def test_a_layer_with_a_hook_keeps_it(register: str) -> None:
+    seen: list[Any] = []
+    _, net = tiny_pipe()
+    getattr(net.conv_in, register)(lambda *_: seen.append(1))
+    answers = choose(net.conv_in, torch.device("cpu"), "reference")
+    assert answers.engine == "simulated"
+    assert set(answers.refusals) == set(engines()) - {"simulated"}
+    assert all("forward hook" in reason for reason in answers.refusals.values())
+    assert choose(net.conv_out, torch.device("cpu"), "reference").engine == "reference"
+    assert refusal(net.conv_in) == answers.refusals["openvino"]
+    pack_(net, "reference")
+    net(torch.zeros(1, 1, 8, 8), torch.tensor(500))
+    assert seen == [1]
 
 
 def test_unknown_engines_are_refused_with_the_nearest_name() -> None:
