@@ -750,3 +750,24 @@ def test_report_writes_into_a_new_folder_or_refuses_before_any_work(run: Run, li
     assert "is no folder" in err.replace("\n", " ")
     assert run("report", one, "-o", tmp_path / "new" / "r.html", "--seeds", "1000-1003")[0] == 0
     assert (tmp_path / "new" / "r.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "relative", "word"),
+    [
+        ("regression", 0.8, None),
+        ("regression", 1.02, "no better"),
+        ("none", 1.0, "Nothing was better than no correction"),
+    ],
+)
+def test_a_correction_that_gains_nothing_is_told(
+    capsys: pytest.CaptureFixture[str], chosen: str, relative: float, word: str | None
+) -> None:
+    rows = [
+        {"candidate": "none", "held_out_rms": 0.1, "relative": 1.0},
+        {"candidate": "regression", "held_out_rms": 0.1 * relative, "relative": relative},
+    ]
+    views.show_compensated("a", Path("b"), [{"seconds": 1.0, "candidates": rows, "chosen": chosen}], "")
+    said = capsys.readouterr().out
+    for phrase in ("no better", "Nothing was better than no correction"):
+        assert (phrase in said) is (phrase == word)
