@@ -157,6 +157,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "svdquant, static": ("svdquant", {"dynamic": False}),
     "svdquant, rank 8": ("svdquant", {"rank": 8}),
     "combined": ("combined", STATIC),
+    **{f"combined M={window}": ("combined", STATIC | {"window": window}) for window in (1, 2, 10)},
     f"combined{AS_THEY_ARE}": ("combined", STATIC | KEPT),
     "combined, blocks first": ("combined", STATIC | BLOCKS),
     f"combined, blocks first{AS_THEY_ARE}": ("combined", STATIC | BLOCKS | KEPT),
@@ -245,7 +246,8 @@ def settings(variant: str, evaluations: int) -> dict[str, Any]:
     evaluations = round((1 - share) * evaluations)
     if method == "combined":
         own = {"scale_iterations": 0, "search_rounds": 4, "compensation": False, "sample_weights": False}
-        own |= {"window": 5, "window_iterations": _windows(evaluations, 5, 4, options["free_run"])}
+        window = options.get("window", 5)
+        own |= {"window": window, "window_iterations": _windows(evaluations, window, 4, options["free_run"])}
         return common | learning | own | options
     passes = 3 if options["gradient"] == "per_step" else 4
     iterations = _windows(evaluations, options["window"], passes, options["free_run"])
