@@ -140,7 +140,10 @@ def test_the_same_is_chosen(runs: Path, count: int) -> None:
         assert len(ours["candidates"]) > 1
         assert theirs[name] == ours[name]
         for mine, other in zip(ours["candidates"], theirs["candidates"], strict=True):
-            assert other == pytest.approx(mine, rel=0.02)
+            # What windows learnt gained 13 %. Adam's first steps go either way on the last bit, which processors have
+            # differently: 2.5 % apart on one with AMX.
+            learnt = name == "share" and mine["share"] > 0
+            assert other == pytest.approx(mine, rel=0.05 if learnt else 1e-6)
 
 
 @pytest.mark.slow
