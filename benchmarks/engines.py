@@ -95,13 +95,13 @@ def _peers(names: list[str]) -> list[str]:
     return list(dict.fromkeys(PEERS[name] for name in names))
 
 
-SETTING = ("network", "batch", "threads", "rows", "weights", "asymmetric", "attention", "steps")
-"""What a row is of, beside the machine."""
+SETTING = ("machine", "network", "batch", "threads", "rows", "weights", "asymmetric", "attention", "steps")
+"""What a row is of, beside its candidates."""
 
 
 def setting(name: str, batch: int, arguments: argparse.Namespace) -> tuple[Any, ...]:
     """What will be measured, and by which candidates."""
-    own = {**vars(arguments), "network": name, "batch": batch}
+    own = {**vars(arguments), "machine": machine(), "network": name, "batch": batch}
     return (*(own[key] for key in SETTING), frozenset([*arguments.candidates, *arguments.peers]))
 
 
