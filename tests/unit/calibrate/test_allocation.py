@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -253,27 +252,11 @@ def test_the_stage_is_plain_data() -> None:
         allocated(Recipe("none", recipe.stages[:1]), weight_bits=4.0)
 
 
-class Interrupt:
-    """Presses Ctrl-C at the given tick of the track with this name."""
-
-    def __init__(self, what: str, tick: int) -> None:
-        self.what, self.left = what, tick
-
-    @contextmanager
-    def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        def advance(_done: int) -> None:
-            self.left -= self.what in what
-            if self.left == 0:
-                raise KeyboardInterrupt
-
-        yield advance
-
-
 def test_a_killed_allocation_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     base = METHODS["rtn"](samples=6, batch=2, ends="same")
     recipe = allocated(base, **{**QUICK, "samples": 4, "weight_bits": 5.0, "refine": 2})
     straight = quantize(chain_pipe(), recipe, steps=STEPS)
-    progress = Interrupt("Sensitivity", STEPS + 2)  # in the second mini-batch
+    progress = tiny.Interrupt("Sensitivity", STEPS + 2)  # in the second mini-batch
     with pytest.raises(KeyboardInterrupt):
         quantize(chain_pipe(), recipe, steps=STEPS, run=Run(work=tmp_path, progress=progress))
     assert list(tmp_path.glob("partial-*-sensitivity-0*"))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -203,25 +201,15 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert describe(back.unet).layers == describe(made.pipe.unet).layers
 
 
-class Interrupt:
-    """Presses Ctrl-C at the first tick of the track with this name."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    @contextmanager
-    def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        def advance(_done: int) -> None:
-            if self.what in what:
-                raise KeyboardInterrupt
-
-        yield advance
-
-
 def test_a_killed_run_goes_on_with_the_bits_that_were_planned(tmp_path: Path) -> None:
     recipe = rtn(rules=(LayerRule("late", 4, HALVES),))
     with pytest.raises(KeyboardInterrupt):
-        quantize(pair_pipe(), recipe, steps=STEPS, run=Run(work=tmp_path, progress=Interrupt("Observing activations")))
+        quantize(
+            pair_pipe(),
+            recipe,
+            steps=STEPS,
+            run=Run(work=tmp_path, progress=tiny.Interrupt("Observing activations", 1)),
+        )
     found = quantize(pair_pipe(), recipe, steps=STEPS, run=Run(work=tmp_path), resume=True)
     assert sorted(quantizer_of(found, "late").bits) == [3, 8]
     assert quantizer_of(found, "early").bits == (8,)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from stepquant.numerics.affine import choose_qparams, range_of
 from stepquant.numerics.spec import QuantSpec
 from stepquant.recipe import Recipe, recipe_from_dict
 from stepquant.run import Run
-from tiny import tiny_pipe
+from tiny import Interrupt, tiny_pipe
 
 LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 4), (5, 3, 6)),
@@ -215,29 +214,12 @@ def test_large_layers_stay_as_they_are() -> None:
     assert all(torch.equal(weights_of(rounded)[name], nearest[name]) for name in large)
 
 
-class Interrupted:
-    """A progress that stops the run at the given tick of the stage."""
-
-    def __init__(self, tick: int) -> None:
-        self.left = tick
-
-    def track(self, what: str, total: int) -> Any:
-        @contextmanager
-        def tracked() -> Any:
-            def advance(_done: int) -> None:
-                self.left -= "layer by layer" in what
-                if "layer by layer" in what and self.left == 0:
-                    raise KeyboardInterrupt
-
-            yield advance
-
-        return tracked()
-
-
 def test_an_interrupted_stage_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     stage = RoundLayers(samples=4, together=4)
     with pytest.raises(KeyboardInterrupt):
-        quantize(tiny_pipe()[0], recipe(stage), steps=3, run=Run(work=tmp_path, progress=Interrupted(2)))
+        quantize(
+            tiny_pipe()[0], recipe(stage), steps=3, run=Run(work=tmp_path, progress=Interrupt("layer by layer", 2))
+        )
     assert list(tmp_path.glob("partial-*"))
     resumed = quantize(tiny_pipe()[0], recipe(stage), steps=3, run=Run(work=tmp_path), resume=True)
     undisturbed = done(stage)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from stepquant.model.quantizer import InputQuantizer
 from stepquant.model.surgery import quantized_layers
 from stepquant.recipe import Job, Recipe, recipe_from_dict
 from stepquant.run import Run
+from tiny import Interrupt
 
 STEPS = 4
 
@@ -224,23 +223,6 @@ def test_both_halves_of_a_guided_batch_are_matched(target: Any) -> None:
     assert search.evaluations == 4 * STEPS + STEPS * 4 * (3 if target == "noise" else 4)
 
 
-class Interrupt:
-    """Presses Ctrl-C at the given tick of the search."""
-
-    def __init__(self, tick: int) -> None:
-        self.left = tick
-
-    @contextmanager
-    def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        def advance(done: int) -> None:
-            if "Searching" in what and done:
-                self.left -= 1
-                if self.left == 0:
-                    raise KeyboardInterrupt
-
-        yield advance
-
-
 @pytest.mark.parametrize("granularity", ["timestep", "timestep+channel"])
 def test_an_interrupted_search_goes_on_to_the_same_bytes(
     granularity: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -249,7 +231,7 @@ def test_an_interrupted_search_goes_on_to_the_same_bytes(
     recipe = recipe_of(rounds=5, granularity=granularity, choose="random", lr_logits=0.5)
     whole = quantize(pipe_of(), recipe, steps=STEPS)
     with pytest.raises(KeyboardInterrupt):
-        quantize(pipe_of(), recipe, steps=STEPS, run=Run(work=tmp_path, progress=Interrupt(3)))
+        quantize(pipe_of(), recipe, steps=STEPS, run=Run(work=tmp_path, progress=Interrupt("Searching", 3)))
     kept = list(tmp_path.glob("partial-*groups*"))
     assert len(kept) == 1
     resumed = quantize(pipe_of(), recipe, steps=STEPS, run=Run(work=tmp_path), resume=True)

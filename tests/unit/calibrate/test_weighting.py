@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -492,28 +491,16 @@ def block_figures(quantized: Quantized) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key != "seconds"}
 
 
-@dataclass
-class Interrupt:
-    """A progress that presses Ctrl-C at the given tick of the rounding stage."""
-
-    left: int
-
-    @contextmanager
-    def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        def advance(done: int) -> None:
-            if "Rounding" in what:
-                self.left -= 1
-                if self.left == 0:
-                    raise KeyboardInterrupt
-
-        yield advance
-
-
 @pytest.mark.parametrize("variant", ["explicit", "first_order"])
 def test_a_killed_run_goes_on_with_its_sample_weights(variant: str, tmp_path: Path) -> None:
     undisturbed = quantize(pipe_of(), recipe_of(variant=variant), steps=5)
     with pytest.raises(KeyboardInterrupt):
-        quantize(pipe_of(), recipe_of(variant=variant), steps=5, run=Run(work=tmp_path, progress=Interrupt(2)))
+        quantize(
+            pipe_of(),
+            recipe_of(variant=variant),
+            steps=5,
+            run=Run(work=tmp_path, progress=tiny.Interrupt("Rounding", 2)),
+        )
     assert [path.name for path in sorted(tmp_path.glob("partial-*"))] == [
         "partial-04-units-0.safetensors",
         "partial-04-units-1.safetensors",
