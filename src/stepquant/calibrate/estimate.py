@@ -21,7 +21,7 @@ from stepquant.calibrate.balance import BalanceChannels
 from stepquant.calibrate.bias_correction import CorrectBiases
 from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.offload import blocks_in_turn
-from stepquant.calibrate.prefix import Flow, flow_of, most_kept
+from stepquant.calibrate.prefix import IN_MEMORY, Flow, flow_of, most_kept
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks, output_tensors
 from stepquant.calibrate.spilled import names_in
 from stepquant.calibrate.split_shortcuts import SplitShortcuts
@@ -51,7 +51,7 @@ class Estimate:
     network: bytes of the denoiser. There are two, the quantized one and the full-precision one.
     recording: bytes of all trajectories; batch: of those that are recorded at a time.
     caches: bytes of the largest group of units that is fitted together.
-    kept: bytes of what final units have returned, so as not to run them again.
+    kept: bytes of what final units have returned, so as not to run them again, in main memory up to `IN_MEMORY`.
     seconds: of the evaluations of the network in stages whose number is known, at the speed of the full-precision
         network, one image at a time.
     uncounted: other stages; their time comes on top.
@@ -71,15 +71,18 @@ class Estimate:
 
     def memory(self, max_memory: int | None) -> int:
         """Bytes in main memory, or on the device, for `Run.max_memory`."""
-        return 2 * self.network + self._data(max_memory) + (self.kept if max_memory is None else 0)
+        return 2 * self.network + self._data(max_memory) + self._kept_in_memory(max_memory)
 
     def at_home(self, max_memory: int | None) -> int:
         """Bytes in main memory in a run with `Run.offload`."""
-        return 2 * self.network + (self.kept if max_memory is None else 0)
+        return 2 * self.network + self._kept_in_memory(max_memory)
 
     def on_device(self, max_memory: int | None) -> int:
         """Bytes on the device in a run with `Run.offload`."""
         return 2 * self.outside + self.block + self._data(max_memory)
+
+    def _kept_in_memory(self, max_memory: int | None) -> int:
+        return min(self.kept, IN_MEMORY) if max_memory is None else 0
 
     def _data(self, max_memory: int | None) -> int:
         if max_memory is None:
@@ -87,9 +90,9 @@ class Estimate:
         return max(self.batch, min(self.caches, max_memory))
 
     def disk(self, max_memory: int | None) -> int:
-        """Bytes in a work folder: trajectories, the model twice while it is replaced, and caches beyond the limit."""
+        """Bytes on disk: trajectories, the model twice while it is replaced, and caches and outputs beyond a limit."""
         spilled = max_memory is not None and self.caches > max_memory
-        kept = 0 if max_memory is None else self.kept
+        kept = self.kept - self._kept_in_memory(max_memory)
         return self.recording + 2 * self.network + (self.caches if spilled else 0) + kept
 
 

@@ -34,10 +34,9 @@ from stepquant.model.families import block_classes, other_denoisers
 from stepquant.model.layer import QuantizedLayer
 from stepquant.recipe import Job
 
-__all__ = ["HOME", "blocks_in_turn", "brought", "is_offloaded", "offloaded", "released_", "settle_"]
+__all__ = ["blocks_in_turn", "brought", "is_offloaded", "offloaded", "released_", "settle_"]
 
 HOME = torch.device("cpu")
-"""Where blocks are between their calls."""
 
 
 def blocks_in_turn(denoiser: nn.Module) -> dict[str, nn.Module]:

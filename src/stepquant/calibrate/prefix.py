@@ -2,7 +2,8 @@
 
 Blocks are fitted one after another, each on inputs behind those that were fitted before. Running the network anew for
 each of n blocks costs n / 2 runs over the calibration set. Here units that are final return what they returned, so that
-it is one run, and outputs are kept only while a unit that is not final still reads them.
+it is one run, and outputs are kept only while a unit that is not final still reads them: in main memory, also those of
+a GPU, and in files where they are many.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from stepquant.storage import errors_name
 
-__all__ = ["Flow", "Prefix", "flow_of", "most_kept"]
+__all__ = ["IN_MEMORY", "Flow", "Prefix", "flow_of", "most_kept"]
+
+IN_MEMORY = 8_000_000_000
+"""Bytes of outputs in main memory, of both networks together. More of them are files."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,8 @@ class Flow:
     """Which units' outputs reach which unit without going through another, in one forward call.
 
     reads: by unit, those whose outputs it reads.
-    bound: units that must run: called twice or not at all, with outputs that are no plain tensors, or with an effect on
-        their inputs.
+    bound: units that must run: called twice or not at all, with outputs that are no plain tensors or not their own, or
+        with an effect on tensors that were there before.
     seen: units of whose outputs Python reads values between units; they are always kept.
     """
 
@@ -51,7 +55,7 @@ def flow_of(network: nn.Module, units: Sequence[str], args: Sequence[Any], kwarg
         handle
         for unit in units
         for handle in (
-            network.get_submodule(unit).register_forward_pre_hook(watch.entering(unit), with_kwargs=True),
+            network.get_submodule(unit).register_forward_pre_hook(watch.entering(unit)),
             network.get_submodule(unit).register_forward_hook(watch.leaving(unit)),
         )
     ]
@@ -76,21 +80,20 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.seen: frozenset[str] = frozenset()
         self._origins: Any = WeakTensorKeyDictionary()
         self._running: list[tuple[str, set[int]]] = []
+        """Units within one another, each with the storages that it has made in this call."""
 
     def entering(self, unit: str) -> Any:
-        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        def hook(_module: nn.Module, _args: Any) -> None:
             self.calls[unit] += 1
-            self._running.append((unit, {_storage(tensor) for tensor in _tensors((args, kwargs))}))
+            self._running.append((unit, set()))
 
         return hook
 
     def leaving(self, unit: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            _, given = self._running.pop()
-            leaves = tree_leaves(output)
-            if any(not isinstance(leaf, Tensor | int | float | str | None) for leaf in leaves) or any(
-                _storage(tensor) in given for tensor in _tensors(output)
-            ):
+            _, own = self._running.pop()
+            plain = all(isinstance(leaf, Tensor | int | float | str | None) for leaf in tree_leaves(output))
+            if not plain or any(_storage(tensor) not in own for tensor in _tensors(output)):
                 self.bound |= {unit}
             for tensor in _tensors(output):
                 self._origins[tensor] = frozenset({unit})
@@ -101,14 +104,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         empty: frozenset[str] = frozenset()
-        origins = empty.union(*(self._origins.get(tensor, empty) for tensor in _tensors((args, kwargs))))
+        given, written = list(_tensors((args, kwargs))), list(_written(func, args, kwargs))
+        origins = empty.union(*(self._origins.get(tensor, empty) for tensor in given))
         if self._running:
-            unit, given = self._running[-1]
+            unit, own = self._running[-1]
             self.reads[unit] |= origins
-            if any(_storage(tensor) in given for tensor in _written(func, args, kwargs)):
+            if any(_storage(tensor) not in own for tensor in written):
                 self.bound |= {unit}
+            own |= {_storage(tensor) for tensor in _tensors(result)} - {_storage(tensor) for tensor in given}
         elif origins:
-            outputs = list(_tensors(result))
+            outputs = [*_tensors(result), *written]
             for tensor in outputs:
                 self._origins[tensor] = origins
             if not outputs:  # a number that Python goes on with
@@ -146,9 +151,9 @@ class _Kept:
     device: torch.device
 
     @classmethod
-    def of(cls, tensor: Tensor, home: torch.device | None, path: Path | None) -> _Kept:
-        """home: where it is kept; None where it is. path: a file that it goes to instead."""
-        value = tensor.detach().to("cpu" if path is not None else home or tensor.device, copy=True)
+    def of(cls, tensor: Tensor, path: Path | None) -> _Kept:
+        """path: a file that it goes to instead of main memory."""
+        value = tensor.detach().to("cpu", copy=True)
         kept = cls(value if path is None else path, value.shape, value.stride(), value.dtype, tensor.device)
         if path is not None:
             raw = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
@@ -181,10 +186,12 @@ class _Kept:
 class Prefix:
     """A network over a calibration set, of which final units are not run again.
 
+    All batches must go the same way through the network: the first shows who reads what.
+
     order: of the units that are fitted, as they are executed.
     fixed: whether nothing of the network changes; else units are final once later ones are asked for.
-    home: where outputs are kept; None on the device that they are on. folder: on disk, empty, for outputs instead of
-        memory; whoever made it removes it.
+    memory: bytes of outputs in main memory. folder: makes an empty one for files with the rest, asked for once;
+        whoever made it removes it.
     """
 
     def __init__(
@@ -193,19 +200,21 @@ class Prefix:
         order: Sequence[str],
         fixed: bool,
         *,
-        home: torch.device | None = None,
-        folder: Path | None = None,
+        memory: int,
+        folder: Callable[[], Path],
     ) -> None:
-        self._network, self._order, self._fixed, self._home = network, list(order), fixed, home
+        self._network, self._order, self._fixed, self._memory = network, list(order), fixed, memory
         self._place = {unit: number for number, unit in enumerate(self._order)}
         self._flow: Flow | None = None
         self._kept: dict[tuple[str, int], Any] = {}
         self._dropped: set[tuple[str, int]] = set()
-        self._folder, self._files = folder, itertools.count()
+        self._make_folder, self._files = folder, itertools.count()
+        self._folder: Path | None = None
+        self._in_memory = 0
 
     @property
     def bytes(self) -> int:
-        """That are kept now."""
+        """That are kept now, in memory and in files."""
         return sum(leaf.bytes for leaf in tree_leaves(list(self._kept.values())) if isinstance(leaf, _Kept))
 
     @contextmanager
@@ -257,15 +266,24 @@ class Prefix:
         return hook
 
     def _put(self, tensor: Tensor) -> _Kept:
-        path = None if self._folder is None else self._folder / f"{next(self._files)}.raw"
-        return _Kept.of(tensor, self._home, path)
+        size = tensor.numel() * tensor.element_size()
+        if self._in_memory + size <= self._memory:
+            self._in_memory += size
+            return _Kept.of(tensor, None)
+        if self._folder is None:
+            self._folder = self._make_folder()
+        return _Kept.of(tensor, self._folder / f"{next(self._files)}.raw")
+
+    def _forget(self, kept: _Kept) -> _Kept:
+        self._in_memory -= kept.bytes if isinstance(kept.value, Tensor) else 0
+        return kept.dropped()
 
     def _drop(self, number: int, needed: frozenset[str]) -> None:
         """Of a batch, forget the values of outputs that only final units read."""
         for unit in self._order:
             key = unit, number
             if key in self._kept and unit not in needed and key not in self._dropped:
-                self._kept[key] = _mapped(_Kept, _Kept.dropped, self._kept[key])
+                self._kept[key] = _mapped(_Kept, self._forget, self._kept[key])
                 self._dropped.add(key)
 
 

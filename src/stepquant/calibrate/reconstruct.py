@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from stepquant.calibrate.captured import Column, Rows, RowsOnDisk, taken
-from stepquant.calibrate.offload import HOME, brought
-from stepquant.calibrate.prefix import Prefix
+from stepquant.calibrate.offload import brought
+from stepquant.calibrate.prefix import IN_MEMORY, Prefix
 from stepquant.calibrate.qdrop import QDrop, dropping, mixed
 from stepquant.calibrate.ranges import sample_readers
 from stepquant.calibrate.rounding import (
@@ -468,16 +468,17 @@ class _Prefixes:
     @classmethod
     @contextmanager
     def of(cls, job: Job, units: Sequence[Unit]) -> Iterator[_Prefixes]:
-        order, home = [unit.name for unit in units], HOME if job.run.offload else None
+        order = [unit.name for unit in units]
+        memory, where = (IN_MEMORY // 2, None) if job.spill is None else (0, job.spill.folder)
         with ExitStack() as stack:
 
-            def made(network: nn.Module, fixed: bool) -> Prefix:
-                folder = None
-                if job.spill is not None:
-                    folder = Path(stack.enter_context(TemporaryDirectory(prefix="outputs-", dir=job.spill.folder)))
-                return Prefix(network, order, fixed, home=home, folder=folder)
+            def folder() -> Path:
+                return Path(stack.enter_context(TemporaryDirectory(prefix="stepquant-outputs-", dir=where)))
 
-            yield cls(made(job.full_precision, True), made(job.denoiser, False))
+            yield cls(
+                Prefix(job.full_precision, order, True, memory=memory, folder=folder),
+                Prefix(job.denoiser, order, False, memory=memory, folder=folder),
+            )
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def test_with_little_memory_outputs_are_files_that_go(tmp_path: Path, monkeypatc
     fit = reconstruct.fit_unit
 
     def counted(job: Any, *args: Any, **options: Any) -> Any:
-        files.append(len(list(job.spill.folder.rglob("outputs-*/*.raw"))))
+        files.append(len(list(job.spill.folder.rglob("stepquant-outputs-*/*.raw"))))
         return fit(job, *args, **options)
 
     recipe = recipe_of(STAGES["round"])
@@ -115,7 +115,7 @@ def test_with_little_memory_outputs_are_files_that_go(tmp_path: Path, monkeypatc
     ids=lambda tensor: f"{tuple(tensor.shape)}",
 )
 def test_tensors_come_back_as_they_were(tensor: Tensor, on_disk: bool, tmp_path: Path) -> None:
-    kept = _Kept.of(tensor, None, tmp_path / "0.raw" if on_disk else None)
+    kept = _Kept.of(tensor, tmp_path / "0.raw" if on_disk else None)
     found, again = kept.fetched(), kept.fetched()
     assert torch.equal(found, tensor)
     assert found.dtype == tensor.dtype
@@ -130,7 +130,7 @@ def test_tensors_come_back_as_they_were(tensor: Tensor, on_disk: bool, tmp_path:
 
 def test_outputs_that_cannot_be_written_name_the_place(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="gone"):
-        _Kept.of(torch.ones(3), None, tmp_path / "gone" / "0.raw")
+        _Kept.of(torch.ones(3), tmp_path / "gone" / "0.raw")
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -176,6 +176,24 @@ def test_skips_of_a_unet_are_kept_until_they_are_read() -> None:
     assert most_kept(flow, outputs, 1, fixed=False) < len(order) / 1.5
 
 
+def nowhere() -> Path:
+    raise AssertionError("writes files")
+
+
+@torch.no_grad()
+def test_what_does_not_fit_into_memory_is_in_files(tmp_path: Path) -> None:
+    net, x = Chain(lambda x: x), torch.ones(2, 4)
+    prefix = Prefix(net, ["first", "second"], True, memory=2 * 4 * 4, folder=lambda: tmp_path)
+    for number in range(3):
+        with prefix.ready(number, ["second"], (x + number,), {}):
+            net(x + number)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert prefix.bytes == 3 * 2 * 4 * 4
+    for number in range(3):
+        with prefix.ready(number, ["second"], (x + number,), {}):
+            assert torch.equal(net.first(x), nn.functional.linear(x + number, net.first.weight, net.first.bias))
+
+
 class Chain(nn.Module):
     """Two linear layers, and what a test does with the output of the first."""
 
@@ -218,7 +236,17 @@ def test_units_with_effects_or_several_calls_always_run() -> None:
             thing.value = super().forward(input)
             return thing
 
-    for kind in (Within, Same):
+    class Elsewhere(nn.Linear):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__(*sizes)
+            self.register_buffer("seen", torch.zeros(2, 4))
+
+        def forward(self, input: Tensor) -> Tensor:
+            seen: Any = self.seen
+            seen.copy_(input)
+            return super().forward(input).relu_()
+
+    for kind in (Within, Same, Elsewhere):
         net = Chain(lambda x: x)
         net.second = kind(4, 4)
         assert flow_of(net, ["first", "second"], (torch.ones(2, 4),), {}).bound == {"second"}
@@ -237,7 +265,7 @@ def test_an_answer_may_be_written_to_and_the_module_is_put_back() -> None:
     own = net.first.forward
     vars(net.first)["forward"] = lambda x: own(x) + 1  # somebody else's
     theirs = vars(net.first)["forward"]
-    prefix, x = Prefix(net, ["first", "second"], fixed=False), torch.ones(2, 4)
+    prefix, x = Prefix(net, ["first", "second"], False, memory=10**9, folder=nowhere), torch.ones(2, 4)
     expected = net(x)
     for _ in range(3):
         with prefix.ready(0, ["second"], (x,), {}):
@@ -281,7 +309,7 @@ def test_joint_blocks_are_kept_whole() -> None:
         lambda _module, _args, kwargs: given.append([kwargs["hidden_states"], kwargs["encoder_hidden_states"]]),
         with_kwargs=True,
     )
-    prefix = Prefix(net, order, fixed=True)
+    prefix = Prefix(net, order, True, memory=10**9, folder=nowhere)
     for _ in range(2):
         with torch.no_grad(), prefix.ready(0, order[:1], (), call):
             net(**call)
