@@ -9,6 +9,7 @@ a GPU, and in files where they are many.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from stepquant.storage import errors_name
 
 __all__ = ["IN_MEMORY", "Flow", "Prefix", "flow_of", "most_kept"]
+
+logger = logging.getLogger(__name__)
 
 IN_MEMORY = 8_000_000_000
 """Bytes of outputs in main memory, of both networks together. More of them are files."""
@@ -49,7 +52,10 @@ class Flow:
 
 
 def flow_of(network: nn.Module, units: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Flow:
-    """Follow the outputs of units through one call of the network."""
+    """Follow the outputs of units through one call of the network.
+
+    All units are bound if it has operators that cannot be watched.
+    """
     watch = _Watch(units)
     handles = [
         handle
@@ -62,6 +68,9 @@ def flow_of(network: nn.Module, units: Sequence[str], args: Sequence[Any], kwarg
     try:
         with torch.no_grad(), watch:
             network(*args, **kwargs)
+    except NotImplementedError as error:  # operators of higher order, such as flex attention, know no modes
+        logger.info("Final blocks are run again for every block that is fitted: %s", error)
+        return Flow(dict.fromkeys(units, frozenset()), frozenset(units), frozenset())
     finally:
         for handle in handles:
             handle.remove()

@@ -217,6 +217,26 @@ def test_what_python_reads_between_units_stays() -> None:
     assert flow_between(lambda x: x * x.sum()).seen == frozenset()
 
 
+@torch.no_grad()
+def test_a_network_that_cannot_be_watched_is_run_again(caplog: pytest.LogCaptureFixture) -> None:
+    def shy(x: Tensor) -> Tensor:
+        if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+            raise NotImplementedError("no rule for this mode")
+        return x + 1
+
+    net, x, runs = Chain(shy), torch.ones(2, 4), []
+    prefix = Prefix(net, ["first", "second"], True, memory=10**9, folder=nowhere)
+    expected = net(x)
+    net.first.register_forward_hook(lambda *_: runs.append(1))
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            with prefix.ready(0, ["second"], (x,), {}):
+                assert torch.equal(net(x), expected)
+    assert len(runs) == 3  # once to be watched
+    assert prefix.bytes == 0
+    assert "no rule for this mode" in caplog.text
+
+
 def test_units_with_effects_or_several_calls_always_run() -> None:
     class Within(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
