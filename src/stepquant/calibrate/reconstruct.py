@@ -1028,16 +1028,16 @@ def fit_unit(
             cache.expect(following)
             part = processes.part(len(chosen))
             loss = part.share * loss_of(part.of(chosen), short=short, fitting=True)
-            beta = annealed_beta(progress, fit.warmup) if fit.round_weight else None
-            if beta is not None:
-                for rounding in roundings:
-                    loss = loss + fit.round_weight / processes.count * rounding.regulariser(beta)
             for group in optimizer.param_groups:
                 if "base_lr" in group:
                     group["lr"] = group["base_lr"] * cosine(progress)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             processes.sum_([p.grad for group in parameters for p in group["params"] if p.grad is not None])
+            beta = annealed_beta(progress, fit.warmup) if fit.round_weight else None
+            if beta is not None:
+                for rounding in roundings:
+                    rounding.regularise_(beta, fit.round_weight)
             optimizer.step()
             clamp_scales_(quantizers, least)
     for quantizer in quantizers.values():

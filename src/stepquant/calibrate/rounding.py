@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
@@ -37,6 +38,12 @@ __all__ = [
 ZETA, GAMMA = 1.1, -0.1
 """Stretch of the rectified sigmoid (Louizos et al. 2018; AdaRound eq. 23)."""
 
+ENDS = -GAMMA / (ZETA - GAMMA), (1 - GAMMA) / (ZETA - GAMMA)
+"""sigmoid(alpha) where h reaches 0 and 1, and its gradient ends."""
+
+AT_ONCE = 1 << 15
+"""Numbers that operators on a processor take at once: what one of them leaves is still in its cache for the next."""
+
 
 class SoftRounding(nn.Module):
     """Stands in a WeightQuantizer's place while rounding is learnt.
@@ -51,12 +58,12 @@ class SoftRounding(nn.Module):
         """weight: the full-precision weight. start: h in [0, 1] to begin with; None begins at the weight itself."""
         super().__init__()
         self.quantizer = quantizer
-        position = grouped(weight.detach().float(), quantizer.spec) / quantizer.scale
+        position = (grouped(weight.detach().float(), quantizer.spec) / quantizer.scale).contiguous()
         floor = torch.floor(position)
         self.register_buffer("floor", floor)
         fraction = position - floor if start is None else start
         # Inverse of h, kept off its flat ends so that every weight still has a gradient.
-        fraction = fraction.clamp(0.01, 0.99)
+        fraction = fraction.contiguous().clamp(0.01, 0.99)
         self.alpha = nn.Parameter(-torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1))
         self.kept: tuple[Tensor, Tensor] | None = None
 
@@ -72,8 +79,12 @@ class SoftRounding(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         # What is clamped to one level whichever way it is rounded has two equal candidates, and so no gradient.
-        low, high = self.candidates() if self.kept is None else self.kept
-        return torch.lerp(low, high, self.h()).reshape(weight.shape).to(weight.dtype)
+        if self.kept is None:
+            soft = torch.lerp(*self.candidates(), self.h())
+        else:
+            apply: Any = _Between.apply
+            soft = apply(self.alpha, *self.kept)
+        return soft.reshape(weight.shape).to(weight.dtype)
 
     def rounded(self, weight: Tensor) -> Tensor:
         """The weight after hard rounding: up where alpha >= 0."""
@@ -85,44 +96,70 @@ class SoftRounding(nn.Module):
 
     def regulariser(self, beta: float) -> Tensor:
         """R(alpha): 0 when every h is 0 or 1."""
-        apply: Any = _Regulariser.apply
-        result: Tensor = apply(self.alpha, beta)
-        return result
+        return (1 - (2 * self.h() - 1).abs().pow(beta)).sum()
 
-
-class _Regulariser(torch.autograd.Function):
-    """R(alpha) together with its gradient, which shares most of the work with it.
+    @torch.no_grad()
+    def regularise_(self, beta: float, factor: float) -> None:
+        """Add the gradient of `factor * regulariser(beta)` to that of alpha, without its value.
 
         dR/dalpha = -2 beta |2 h - 1|^(beta - 1) sign(2 h - 1) (ZETA - GAMMA) s (1 - s),   s = sigmoid(alpha)
 
-    and 0 where h is 0 or 1.
-    """
+        and 0 where h is 0 or 1.
+        """
+        if self.alpha.grad is None:
+            self.alpha.grad = torch.zeros_like(self.alpha)
+        stretch = ZETA - GAMMA
+        # 2 h - 1 = 2 stretch (s - 1/2): what the power makes of the constant goes into the factor.
+        factor *= -2 * beta * stretch * (2 * stretch) ** (beta - 1)
+        for alpha, grad in _pieces(self.alpha, self.alpha.grad):
+            rising = torch.sigmoid(alpha)
+            side = rising - 0.5
+            # A power as exp(log) takes a quarter of the time; log(0) leaves exp(-inf) = 0.
+            power = side.abs().log_().mul_(beta - 1).exp_().copysign_(side)
+            inside = torch.ops.aten.hardtanh_backward(power, rising, *ENDS)
+            grad.add_(torch.ops.aten.sigmoid_backward(inside, rising), alpha=factor)
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same parts of contiguous tensors of one size, as views: all of them at once on anything but a processor."""
+    if tensors[0].numel() <= AT_ONCE or tensors[0].device.type != "cpu":
+        return iter([tuple(tensor.view(-1) for tensor in tensors)])
+    return zip(*(torch.split(tensor.view(-1), AT_ONCE) for tensor in tensors), strict=True)
+
+
+class _Between(torch.autograd.Function):
+    """low + h(alpha) span with its first derivative with respect to alpha; there is no second."""
 
     @staticmethod
-    def forward(ctx: Any, alpha: Tensor, beta: float) -> Tensor:
-        rising = torch.sigmoid(alpha)
-        side = rising.mul(ZETA - GAMMA).add_(GAMMA).clamp_(0, 1).mul_(2).sub_(1)
-        size = side.abs()
-        power = size.pow(beta - 1)
-        value = torch.addcmul(size.new_ones(()), power, size, value=-1).sum()
-        ctx.factor = -2 * beta * (ZETA - GAMMA)
-        ctx.save_for_backward(rising, power.copysign_(side))
-        return value
+    def forward(ctx: Any, alpha: Tensor, low: Tensor, span: Tensor) -> Tensor:
+        found, rising = torch.empty_like(low), torch.empty_like(low)
+        for one, base, width, into, kept in _pieces(alpha, low, span, found, rising):
+            torch.sigmoid(one, out=kept)
+            up = torch.mul(kept, ZETA - GAMMA).add_(GAMMA).clamp_(0, 1)
+            torch.addcmul(base, width, up, out=into)
+        ctx.save_for_backward(rising, span)
+        return found
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rising, signed = ctx.saved_tensors
-        ends = -GAMMA / (ZETA - GAMMA), (1 - GAMMA) / (ZETA - GAMMA)
-        inside = torch.ops.aten.hardtanh_backward(signed * (ctx.factor * grad), rising, *ends)
-        return torch.ops.aten.sigmoid_backward(inside, rising), None
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        rising, span = ctx.saved_tensors
+        found = torch.empty_like(rising)
+        for one, width, given, into in _pieces(rising, span, grad.contiguous(), found):
+            through = torch.mul(width, given).mul_(ZETA - GAMMA)
+            through = torch.ops.aten.hardtanh_backward(through, one, *ENDS)
+            torch.ops.aten.sigmoid_backward.grad_input(through, one, grad_input=into)
+        return found, None, None
 
 
 @contextmanager
 def candidates_kept(roundings: Iterable[SoftRounding]) -> Iterator[None]:
-    """Inside, both candidates of every weight stay in memory, instead of being computed in each forward call."""
+    """Inside, the lower candidate of every weight and its distance to the upper one stay in memory, instead of being
+    computed in each forward call. Gradients are of the first order there."""
     kept = list(roundings)
     for rounding in kept:
-        rounding.kept = rounding.candidates()
+        low, high = rounding.candidates()
+        rounding.kept = low.contiguous(), high.sub_(low).contiguous()
     try:
         yield
     finally:

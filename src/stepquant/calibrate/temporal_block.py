@@ -343,11 +343,12 @@ class RoundTemporalBlock:
             for iteration in range(self.iterations):
                 block = blocks[int(torch.randint(len(blocks), (1,), generator=generator))]
                 loss = _loss(block, own)
-                beta = annealed_beta(iteration / self.iterations, self.warmup) if self.round_weight else None
-                if beta is not None:
-                    loss = loss + self.round_weight * torch.stack([one.regulariser(beta) for one in soft]).sum()
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
+                beta = annealed_beta(iteration / self.iterations, self.warmup) if self.round_weight else None
+                if beta is not None:
+                    for one in soft:
+                        one.regularise_(beta, self.round_weight)
                 optimizer.step()
                 advance(1)
             for name in rounded:

@@ -334,7 +334,7 @@ class _Fitting:
         if beta is None or not self.soft:
             return
         for rounding in self.soft.values():
-            (self.stage.round_weight * rounding.regulariser(beta)).backward()  # type: ignore[no-untyped-call]
+            rounding.regularise_(beta, self.stage.round_weight)
 
     def _harden(self) -> None:
         for name in self.soft:

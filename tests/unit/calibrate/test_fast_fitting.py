@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tiny
 from stepquant.api import quantize
-from stepquant.calibrate import reconstruct
+from stepquant.calibrate import reconstruct, rounding
 from stepquant.calibrate.captured import Column, RowsOnDisk, taken
 from stepquant.calibrate.qdrop import QDrop
 from stepquant.calibrate.reconstruct import Fit, RoundBlocks, fit_unit, reconstruction_loss, soft_roundings
@@ -45,10 +45,12 @@ def first() -> Any:
     return module
 
 
-def clipped_rounding(spec: QuantSpec) -> tuple[SoftRounding, Tensor]:
+def clipped_rounding(
+    spec: QuantSpec, layout: torch.memory_format = torch.contiguous_format
+) -> tuple[SoftRounding, Tensor]:
     """Some weights lie beyond both ends of the range, some roundings are decided, some are not."""
     draw = torch.Generator().manual_seed(3)
-    weight = torch.randn(6, 4, 3, 3, generator=draw)
+    weight = torch.randn(6, 4, 3, 3, generator=draw).contiguous(memory_format=layout)
     low, high = range_of(weight, spec)
     soft = SoftRounding(WeightQuantizer(spec, choose_qparams(0.5 * low, 0.6 * high, spec)), weight)
     with torch.no_grad():
@@ -65,11 +67,22 @@ def wide(soft: SoftRounding) -> tuple[Tensor, Tensor]:
 SPECS = [QuantSpec(4, "channel"), QuantSpec(3, "group", group_size=12), QuantSpec(4, "tensor", symmetric=True)]
 
 
+@pytest.fixture(params=["whole", "in pieces"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables that are worked on as a whole, and in parts of which the last is smaller."""
+    if request.param == "in pieces":
+        monkeypatch.setattr(rounding, "AT_ONCE", 50)
+
+
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("kept", [False, True])
-def test_soft_weights_and_their_gradient_follow_the_formula(spec: QuantSpec, kept: bool) -> None:
-    soft, weight = clipped_rounding(spec)
-    upstream = torch.randn(weight.shape)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_soft_weights_and_their_gradient_follow_the_formula(
+    spec: QuantSpec, kept: bool, layout: torch.memory_format
+) -> None:
+    soft, weight = clipped_rounding(spec, layout)
+    upstream = torch.randn(weight.shape).contiguous(memory_format=layout)
     if kept:
         with candidates_kept([soft]):
             found = soft(weight)
@@ -114,19 +127,45 @@ def test_candidates_are_kept_no_longer_than_asked() -> None:
     assert soft.kept is None
 
 
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("beta", [20.0, 7.3, 2.0])
-def test_the_regulariser_and_its_gradient_follow_the_formula(beta: float) -> None:
-    soft, _ = clipped_rounding(SPECS[0])
-    found = soft.regulariser(beta)
-    (0.3 * found).backward()  # type: ignore[no-untyped-call]
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_regulariser_and_its_gradient_follow_the_formula(beta: float, layout: torch.memory_format) -> None:
+    soft, weight = clipped_rounding(SPECS[0], layout)
+    before = torch.randn_like(soft.alpha)
+    soft.alpha.grad = before.clone()
+    soft.regularise_(beta, 0.3)
     alpha, h = wide(soft)
     expected = (1 - (2 * h - 1).abs().pow(beta)).sum()
     (0.3 * expected).backward()
-    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
-    assert soft.alpha.grad is not None
+    assert float(soft.regulariser(beta).detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     assert alpha.grad is not None
-    torch.testing.assert_close(soft.alpha.grad.double(), alpha.grad, rtol=1e-4, atol=1e-6)
-    assert 10 < int((alpha.grad == 0).sum()) < alpha.numel() - 10
+    torch.testing.assert_close(soft.alpha.grad.double(), before.double() + alpha.grad, rtol=1e-4, atol=1e-6)
+    untouched = alpha.grad == 0
+    assert 10 < int(untouched.sum()) < alpha.numel() - 10
+    assert torch.equal(soft.alpha.grad[untouched], before[untouched])
+
+
+def test_the_regulariser_alone_makes_a_gradient() -> None:
+    soft, _ = clipped_rounding(SPECS[0])
+    soft.regularise_(7.3, 0.3)
+    assert soft.alpha.grad is not None
+    with torch.no_grad():
+        soft.alpha.zero_()  # h = 1/2, where the regulariser is flat: log(0) is no NaN
+    soft.alpha.grad = None
+    soft.regularise_(7.3, 0.3)
+    assert torch.equal(soft.alpha.grad, torch.zeros_like(soft.alpha))
+
+
+def test_second_derivatives_are_refused_where_candidates_are_kept() -> None:
+    soft, weight = clipped_rounding(SPECS[0])
+    with candidates_kept([soft]):
+        (first,) = torch.autograd.grad(soft(weight).square().sum(), soft.alpha, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.sum().backward()
+    (first,) = torch.autograd.grad(soft(weight).square().sum(), soft.alpha, create_graph=True)
+    first.sum().backward()
+    assert soft.alpha.grad is not None
 
 
 def test_adam_takes_the_steps_of_torchs_plain_one() -> None:

@@ -82,7 +82,7 @@ def test_the_regulariser_is_zero_only_when_hard() -> None:
 
 def test_the_regulariser_pushes_away_from_the_middle() -> None:
     soft, _ = by_hand()
-    soft.regulariser(2.0).backward()
+    soft.regularise_(2.0, 1.0)
     gradient = soft.alpha.grad.flatten()
     assert gradient[0] > 0  # descending goes down from 0.2
     assert gradient[1] < 0  # and up from 0.8
