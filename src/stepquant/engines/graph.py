@@ -11,10 +11,16 @@ out of the operators ("norm form"): g is the row of the present timestep bin, s_
 
     y = s_g * conv(DQ(Q(x / s_g; 1, z)), w) + b                    rows with one zero point
     y = s_g * conv(DQ(Q(x / s_g + (z_g - c); 1, c)), w) + b_g      rows with several
-    b_g = b - (z_g - c) * s_g * sum(w)                             c = 128: the middle of the levels
+    b_g = b - (z_g - c) * s_g * sum(w)                             c: the median of the z_g
 
-In the last form what pads a convolution is z_g - c, which stands for 0. Graphs multiply by 1 / s_g where the simulation
-divides by s_g: an input within float32 rounding of the border between two levels may come out on its other side.
+In the last form z_g - c stands for 0, and so it is what should pad a convolution. That pads with 0, and where it does,
+(z_g - c) s_g times the weights that met the padding is added: a pass over the input less. The operator's result holds
+(z_g - c) s_g sum(w) until b_g takes it out again, so c lies among the zero points: with floating point of few bits
+between operators what is left would drown in it. Graphs multiply by 1 / s_g where the simulation divides by s_g: an
+input within float32 rounding of the border between two levels may come out on its other side.
+
+Graphs in bfloat16 round s_g and 1 / s_g, too, by up to 0.4 %, the same for all values of a layer. There x s_g is
+written x h + x r with h = bfloat16(s_g) and r = s_g - h, which leaves an error of 2^-17.
 
 Weights are int8: q - z where that fits. Asymmetric weights of 8 bits may need nine bits there; they run as two
 operators, the second with a single output channel, and the sum is exactly the same:
@@ -31,11 +37,12 @@ import copy
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -189,31 +196,42 @@ def refusal(layer: QuantizedLayer | QuantizedMatmul) -> str | None:
     return None
 
 
+def present(values: Tensor, at: Tensor, beside: Tensor) -> Tensor:
+    """The value at a place, `[1, 1, ...]` with as many axes as the tensor beside it.
+
+    OpenVINO keeps the layout of convolutions through elementwise operators only where all operands have as many axes.
+    """
+    return values.index_select(0, at).reshape((1,) * beside.ndim)
+
+
 class GraphInput(nn.Module):
     """A static quantizer, per tensor, as a graph has it.
 
-    reciprocal, step, shift `[bins]`: 1 / s, s and z - c of the row that each timestep bin uses; None for constants.
+    reciprocal, step: `_Factor`s 1 / s and s of the row that each timestep bin uses; None for constants.
+    shift, zeros `[bins]`: z - c of that row, and s times it; None where all are alike.
     low, high `[bins]`: ends of the row's levels in units of `factor`, where rows have different bits.
     limits: the same where they all have the same, fewer than 8. shifted: whether the rows' zero points differ.
     """
 
-    def __init__(self, quantizer: InputQuantizer, clock: StepClock) -> None:
+    def __init__(self, quantizer: InputQuantizer, clock: StepClock, *, short: bool = False) -> None:
+        """short: the graph will be in bfloat16."""
         super().__init__()
         object.__setattr__(self, "clock", clock)
         spec, scale, zero_point = quantizer.spec, quantizer.scale.cpu(), quantizer.zero_point.cpu()
         self.signed = spec.symmetric
         self.several = len(scale) > 1
         self.shifted = bool((zero_point != zero_point[0]).any())
-        self.zero_point = CENTRE if self.shifted else int(zero_point[0])
+        self.zero_point = int(zero_point.median() if self.shifted else zero_point[0])
         self.scale = 1.0 if self.several else float(scale[0])
         self.limits = None
         if quantizer.row_bits is None and spec.bits < 8:
             self.limits = ((spec.qmin - self.zero_point) * self.scale, (spec.qmax - self.zero_point) * self.scale)
         row = quantizer.row_of_bin.cpu()
         self.register_buffer("row_of_bin", row if self.several else None)
-        self.register_buffer("reciprocal", scale.reciprocal()[row] if self.several else None)
-        self.register_buffer("step", scale[row] if self.several else None)
-        self.register_buffer("shift", (zero_point - CENTRE)[row] if self.shifted else None)
+        self.reciprocal = _Factor(scale.reciprocal()[row], short) if self.several else None
+        self.step = _Factor(scale[row], short) if self.several else None
+        self.register_buffer("shift", (zero_point - self.zero_point)[row] if self.shifted else None)
+        self.register_buffer("zeros", ((zero_point - self.zero_point) * scale)[row] if self.shifted else None)
         levels = [(spec.qmin, spec.qmax) for spec in quantizer.row_specs]
         ends = torch.tensor(levels, dtype=torch.float32) - self.zero_point
         mixed = quantizer.row_bits is not None
@@ -222,29 +240,51 @@ class GraphInput(nn.Module):
 
     clock: StepClock
     row_of_bin: Tensor | None
-    reciprocal: Tensor | None
-    step: Tensor | None
     shift: Tensor | None
+    zeros: Tensor | None
     low: Tensor | None
     high: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x on its grid, divided by `factor`, and moved by z - c if `shifted`."""
+        """x on its grid, divided by the present row's scale if rows have several, and moved by z - c if `shifted`."""
         if self.reciprocal is not None:
-            x = x * self.reciprocal.index_select(0, self.clock.bin)
+            x = self.reciprocal(x, self.clock.bin)
         if self.shift is not None:
-            x = x + self.shift.index_select(0, self.clock.bin)
+            x = x + present(self.shift, self.clock.bin, x)
         if self.limits is not None:
             x = x.clamp(*self.limits)
         if self.low is not None and self.high is not None:
-            low, high = self.low.index_select(0, self.clock.bin), self.high.index_select(0, self.clock.bin)
+            low, high = (present(ends, self.clock.bin, x) for ends in (self.low, self.high))
             x = torch.minimum(torch.maximum(x, low), high)
         quantized: Tensor = _quantize(x, self.scale, self.zero_point, self.signed)
         return quantized
 
-    def factor(self) -> Tensor | None:
-        """The scale of the present row `[1]`, None if it is part of the operators."""
-        return None if self.step is None else self.step.index_select(0, self.clock.bin)
+    def zero(self, y: Tensor) -> Tensor:
+        """What 0 is behind `forward`, times the present row's scale, beside y: for rows whose zero points differ."""
+        assert self.zeros is not None
+        return present(self.zeros, self.clock.bin, y)
+
+    def times_scale(self, y: Tensor) -> Tensor:
+        """y in units of the input's scale, times the present row's; y itself if the scale is part of the operators."""
+        scaled: Tensor = y if self.step is None else self.step(y, self.clock.bin)
+        return scaled
+
+
+class _Factor(nn.Module):
+    """A factor for each timestep bin, `[bins]`; with `short` as the sum of two numbers that bfloat16 (nearly) holds."""
+
+    values: Tensor
+    rest: Tensor | None
+
+    def __init__(self, values: Tensor, short: bool) -> None:
+        super().__init__()
+        rounded = values.bfloat16().float() if short else values
+        self.register_buffer("values", rounded)
+        self.register_buffer("rest", values - rounded if short else None)
+
+    def forward(self, x: Tensor, at: Tensor) -> Tensor:
+        scaled = x * present(self.values, at, x)
+        return scaled if self.rest is None else scaled + x * present(self.rest, at, x)
 
 
 class _GraphTransform(nn.Module):
@@ -271,7 +311,8 @@ class GraphLayer(nn.Module):
 
     levels: int8, `[O, I/groups, *kernel]`, for a linear layer `[I, O]`. scale `[O]`.
     rest `[O]`: (c - z) * s_w where q - z does not fit into int8; None if it fits everywhere.
-    bias `[O]`, or `[rows, O]` where the rows' zero points differ.
+    bias `[O]`, or `[rows, O]` where the rows' zero points differ. taps `[O, *kernel]`: sum(w) over the input channels,
+        where these rows pad with zeros; None otherwise.
     transform, branch: of the input, before its quantizer, and beside the operator, in floating point; None without.
     """
 
@@ -281,8 +322,9 @@ class GraphLayer(nn.Module):
     one: Tensor | None
     rest: Tensor | None
     bias: Tensor | None
+    taps: Tensor | None
 
-    def __init__(self, layer: QuantizedLayer, clock: StepClock, name: str) -> None:
+    def __init__(self, layer: QuantizedLayer, clock: StepClock, name: str, *, short: bool = False) -> None:
         super().__init__()
         quantizer, source = layer.weight_quantizer, layer.input_quantizer
         assert isinstance(quantizer, WeightQuantizer)
@@ -290,7 +332,7 @@ class GraphLayer(nn.Module):
         self.geometry = layer.geometry
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.in_channels, self.out_channels = layer.in_features, layer.out_features
-        self.input = GraphInput(source, clock)
+        self.input = GraphInput(source, clock, short=short)
         self.transform = None if layer.input_transform is None else _GraphTransform(layer.input_transform)
         self.branch = copy.deepcopy(layer.branch)
         weight = layer.weight.detach()
@@ -316,7 +358,9 @@ class GraphLayer(nn.Module):
         self.register_buffer("ones", ones)
         self.register_buffer("one", None if ones is None else torch.ones(ones.shape[1 if self.linear else 0]))
         self.register_buffer("rest", None if rest is None else rest * scale)
-        self.register_buffer("bias", _bias_table(layer.bias, source, exact.sum(1), self.input.shifted))
+        self.register_buffer("bias", _bias_table(layer.bias, source, exact.sum(1), self.input))
+        taps = exact.reshape(weight.shape).sum(1) if self.input.shifted and self._pads_zeros else None
+        self.register_buffer("taps", taps)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.transform is not None:
@@ -326,32 +370,35 @@ class GraphLayer(nn.Module):
 
     def _on_levels(self, x: Tensor) -> Tensor:
         x, padding = self._padded(x)
+        border = None if self.taps is None else self._border(x.shape[2:])
         x = self.input(x)
         y = self._operate(x, _restore(self.levels, self.scale, self._axis), padding)
         if self.rest is not None:
             total = self._operate(x, _restore(self.ones, self.one, self._axis), padding)
             if self.geometry.groups > 1:
                 total = total.repeat_interleave(self.out_features // self.geometry.groups, 1)
-            y = y + total * self._beside(self.rest)
-        factor = self.input.factor()
-        if factor is not None:
-            y = y * factor
+            y = y + total * self._beside(self.rest, total)
+        y = self.input.times_scale(y)
+        if border is not None:
+            y = y + self.input.zero(y) * border
         if self.bias is None:
             return y
         bias = self.bias
         if bias.ndim == 2:
             assert self.input.row_of_bin is not None
             row = self.input.row_of_bin.index_select(0, self.input.clock.bin)
-            bias = bias.index_select(0, row).reshape(-1)
-        return y + self._beside(bias)
+            bias = bias.index_select(0, row)
+        return y + self._beside(bias, y)
 
     @property
     def _axis(self) -> int:
         return 1 if self.linear else 0
 
-    def _beside(self, values: Tensor) -> Tensor:
-        """`[O]` as it broadcasts against the output."""
-        return values.reshape(-1, *[1] * {"linear": 0, "conv1d": 1, "conv2d": 2}[self.geometry.kind])
+    def _beside(self, values: Tensor, output: Tensor) -> Tensor:
+        """`[O]` as it broadcasts against the output, with as many axes."""
+        shape = [1] * output.ndim
+        shape[-1 if self.linear else 1] = -1
+        return values.reshape(shape)
 
     def _operate(self, x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> Tensor:
         if self.linear:
@@ -361,6 +408,30 @@ class GraphLayer(nn.Module):
             x, weight, None, self.geometry.stride, padding, self.geometry.dilation, self.geometry.groups
         )
         return result
+
+    @property
+    def _pads_zeros(self) -> bool:
+        """Whether the operator pads with as many zeros before as after."""
+        at = self.geometry
+        return not self.linear and at.padding_mode == "zeros" and not isinstance(at.padding, str) and any(at.padding)
+
+    def _border(self, shape: Sequence[int]) -> Tensor:
+        """The weights that meet padding, `[1, O, *spatial]` of the output, for an input of this spatial shape."""
+        assert self.taps is not None
+        at = self.geometry
+        assert not isinstance(at.padding, str)
+        # In numpy: what torch computes while it is traced becomes a part of the graph.
+        taps = self.taps.double().numpy()
+        known = []  # by axis, which tap of which output lies inside, [outputs, taps]
+        for size, kernel, stride, padding, dilation in zip(
+            map(int, shape), taps.shape[1:], at.stride, at.padding, at.dilation, strict=True
+        ):
+            count = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            place = np.arange(count)[:, None] * stride + np.arange(kernel) * dilation - padding
+            known.append(((place >= 0) & (place < size)).astype(np.float64))
+        inside, meet = ("ab", "ab,zb->za") if len(known) == 1 else ("ab,cd->abcd", "abcd,zbd->zac")
+        found = np.einsum(meet, 1 - np.einsum(inside, *known), taps)
+        return torch.from_numpy(found.astype(np.float32))[None]
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """x with the padding that the operator cannot do itself, and what is left for the operator."""
@@ -374,7 +445,7 @@ class GraphLayer(nn.Module):
         else:
             sides = [(width, width) for width in geometry.padding]
         symmetric = all(before == after for before, after in sides)
-        if geometry.padding_mode == "zeros" and not self.input.shifted and symmetric:
+        if geometry.padding_mode == "zeros" and symmetric and (not self.input.shifted or self.taps is not None):
             return x, tuple(before for before, _ in sides)
         if geometry.padding_mode == "circular":
             return _wrapped(x, sides), (0,) * len(sides)
@@ -396,24 +467,21 @@ def _wrapped(x: Tensor, sides: list[tuple[int, int]]) -> Tensor:
 class GraphMatmul(nn.Module):
     """A matmul of two quantized operands. Rows whose zero points differ are moved back before the product."""
 
-    def __init__(self, layer: QuantizedMatmul, clock: StepClock) -> None:
+    def __init__(self, layer: QuantizedMatmul, clock: StepClock, *, short: bool = False) -> None:
         super().__init__()
         assert isinstance(layer.input_quantizer, InputQuantizer)
         assert isinstance(layer.second_quantizer, InputQuantizer)
         self.role = layer.role
-        self.left = GraphInput(layer.input_quantizer, clock)
-        self.right = GraphInput(layer.second_quantizer, clock)
+        self.left = GraphInput(layer.input_quantizer, clock, short=short)
+        self.right = GraphInput(layer.second_quantizer, clock, short=short)
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         product = self._operand(self.left, left) @ self._operand(self.right, right)
-        for factor in (self.left.factor(), self.right.factor()):
-            if factor is not None:
-                product = product * factor
-        return product
+        return self.right.times_scale(self.left.times_scale(product))
 
     def _operand(self, quantizer: GraphInput, x: Tensor) -> Tensor:
         x = quantizer(x)
-        return x if quantizer.shift is None else x - quantizer.shift.index_select(0, quantizer.clock.bin)
+        return x if quantizer.shift is None else x - present(quantizer.shift, quantizer.clock.bin, x)
 
 
 def _int8_levels(q: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -426,12 +494,12 @@ def _int8_levels(q: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor | None]:
     return (q - centre[:, None]).to(torch.int8), centre - zero_point
 
 
-def _bias_table(bias: Tensor | None, source: InputQuantizer, sums: Tensor, shifted: bool) -> Tensor | None:
+def _bias_table(bias: Tensor | None, source: InputQuantizer, sums: Tensor, given: GraphInput) -> Tensor | None:
     plain = None if bias is None else bias.detach().cpu().float()
-    if not shifted:
+    if not given.shifted:
         return plain
     scale, zero_point = source.scale.cpu().double(), source.zero_point.cpu().double()
-    table = -((zero_point - CENTRE) * scale)[:, None] * sums
+    table = -((zero_point - given.zero_point) * scale)[:, None] * sums
     return (table if plain is None else table + plain).float()
 
 
@@ -449,10 +517,11 @@ class Lowered:
     refusals: Mapping[str, str]
 
 
-def lower(denoiser: nn.Module, refuses: Any = refusal) -> Lowered:
+def lower(denoiser: nn.Module, refuses: Any = refusal, *, short: bool = False) -> Lowered:
     """Copy a quantized, hardened denoiser into graph form. Weights that become levels are not copied.
 
-    refuses: layer -> sentence or None. Raises EngineError for a denoiser that is not quantized or is packed.
+    refuses: layer -> sentence or None. short: the graph will be in bfloat16, so scales of rows are written as sums of
+    two such numbers. Raises EngineError for a denoiser that is not quantized or is packed.
     """
     clock = clock_of(denoiser)
     layers = quantized_layers(denoiser)
@@ -470,9 +539,9 @@ def lower(denoiser: nn.Module, refuses: Any = refusal) -> Lowered:
         if reason is not None:
             refusals[name] = reason
         elif isinstance(layer, QuantizedLayer):
-            memo[id(layer)] = GraphLayer(layer, own, name)
+            memo[id(layer)] = GraphLayer(layer, own, name, short=short)
         else:
-            memo[id(layer)] = GraphMatmul(layer, own)
+            memo[id(layer)] = GraphMatmul(layer, own, short=short)
     module = copy.deepcopy(denoiser, memo)
     # `nn.Module.to`, not the denoiser's own: diffusers overrides it.
     nn.Module.to(module, device="cpu", dtype=torch.float32)

@@ -131,7 +131,7 @@ def test_candidates_are_kept_no_longer_than_asked() -> None:
 @pytest.mark.parametrize("beta", [20.0, 7.3, 2.0])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_regulariser_and_its_gradient_follow_the_formula(beta: float, layout: torch.memory_format) -> None:
-    soft, weight = clipped_rounding(SPECS[0], layout)
+    soft, _ = clipped_rounding(SPECS[0], layout)
     before = torch.randn_like(soft.alpha)
     soft.alpha.grad = before.clone()
     soft.regularise_(beta, 0.3)
@@ -288,18 +288,18 @@ def test_a_unit_is_fitted_as_by_the_straightforward_implementation(first: Any) -
     plain: dict[str, SoftRounding] = {}
     for name, layer in layers.items():
         plain[name] = layer.weight_quantizer = first.PlainRounding(layer.weight_quantizer.quantizer, weights[name])
-    start = {name: rounding.alpha.detach().clone() for name, rounding in plain.items()}
+    start = {name: one.alpha.detach().clone() for name, one in plain.items()}
     expected = first.fit(twin, UNIT, same, list(plain.values()), 40, 4, 0.02, ("t", 1))
     assert found["before"] == pytest.approx(expected["before"], rel=1e-4)
     assert found["after"] == pytest.approx(expected["after"], rel=1e-3)
     assert expected["after"] != pytest.approx(expected["before"], rel=0.05)
     assert list(soft) == list(plain)
-    for name, rounding in soft.items():
+    for name, one in soft.items():
         expected_alpha = plain[name].alpha.detach()
         moved = float((expected_alpha - start[name]).abs().max())
         assert moved > 0.1
-        torch.testing.assert_close(rounding.alpha.detach(), expected_alpha, rtol=0, atol=moved / 100)
-        assert torch.equal(rounding.rounded(weights[name]), plain[name].rounded(weights[name]))
+        torch.testing.assert_close(one.alpha.detach(), expected_alpha, rtol=0, atol=moved / 100)
+        assert torch.equal(one.rounded(weights[name]), plain[name].rounded(weights[name]))
 
 
 @pytest.mark.parametrize("qdrop", [None, QDrop()])

@@ -340,13 +340,14 @@ def test_a_denoiser_with_freeu_has_no_graph_and_is_not_given_the_plain_one(freed
 
 
 def test_what_decides_a_graph_is_in_its_hash() -> None:
-    def digest(net: Any) -> str | None:
-        return engine_module._digest(net, "")
+    def digest(net: Any, short: bool = False) -> str | None:
+        return engine_module._digest(net, "", short)
 
     net = conditioned_unet()
     known = digest(net)
     assert known is not None
     assert digest(copy.deepcopy(net)) == known
+    assert digest(net, short=True) != known  # scales of rows are written otherwise
 
     def changed(change: Any) -> str | None:
         other = copy.deepcopy(net)
