@@ -57,6 +57,10 @@ BLOCKWISE = ("q_diffusion", "gac", "ptq4dm", "pqd", "eda_dm", "pcr", "tfmq_dm")
 """Methods that round weights block by block: one revision more, because blocks were captured in fours, of which three
 did not see what the rounding before them did. So are variants of others with blocks in their name."""
 
+SCALED = ("q_diffusion", "gac")
+"""Methods that learn activation scales block by block: one revision more, because they learn by differences, where they
+are not told to do so straight through."""
+
 OLDER = 'Of an older revision (CHANGELOG.md, "Numbers changed"): not measured again yet.'
 
 ROWS = Path(__file__).with_suffix(".jsonl")
@@ -112,6 +116,14 @@ BLOCKS: dict[str, Any] = {"blocks": 2 / 3}
 BRANCHED: dict[str, Any] = STATIC | {"low_rank": 8}
 """The same with a branch of low rank beside every weight."""
 
+STRAIGHT = ", straight-through scales"
+
+BY_BLOCKS: dict[str, dict[str, Any]] = {
+    "q_diffusion": {},
+    "q_diffusion, layers first": {"layer_rounding": True},
+    "q_diffusion, layers first, a row per step": {"layer_rounding": True, "rows": "step"},
+}
+
 UNET_METHODS = ("ptq4dm", "pqd", "eda_dm", "pcr", "tfmq_dm", "tdq", "tcaq_dm")
 TRANSFORMER_METHODS = ("svdquant", "ptq4dit", "vidit_q", "mixdq", "lsgquant")
 """Methods around the seeds, by what they are made for; all of them run on both models."""
@@ -126,9 +138,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "layerwise+ptqd": ("layerwise+ptqd", {}),
     "layerwise+d2_dpm": ("layerwise+d2_dpm", {}),
     "layerwise+tac": ("layerwise+tac", {}),
-    "q_diffusion": ("q_diffusion", {}),
-    "q_diffusion, layers first": ("q_diffusion", {"layer_rounding": True}),
-    "q_diffusion, layers first, a row per step": ("q_diffusion", {"layer_rounding": True, "rows": "step"}),
+    **{name: ("q_diffusion", options) for name, options in BY_BLOCKS.items()},
+    **{
+        name + STRAIGHT: ("q_diffusion", options | {"scale_gradient": "straight"})
+        for name, options in BY_BLOCKS.items()
+    },
     **{method: (method, {}) for method in (*UNET_METHODS, *TRANSFORMER_METHODS)},
     **{f"{method}, one row": (method, {"rows": "shared"}) for method in ("ptq4dm", "pqd", "eda_dm", "tcaq_dm")},
     "gac, layers first": ("gac", {"layer_rounding": True}),
@@ -151,6 +165,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "accuquant identity M=5, biases as they are": ("accuquant", ACCUQUANT | {"correct_biases": False}),
     "accuquant identity M=5, unjudged": ("accuquant", ACCUQUANT | {"judged": 0}),
     "accuquant identity M=5, from full precision": ("accuquant", ACCUQUANT | {"free_run": 0.0}),
+    "accuquant identity M=5, scales by differences": ("accuquant", ACCUQUANT | {"scale_gradient": "difference"}),
     "accuquant identity M=5, one row": ("accuquant", ACCUQUANT | {"rows": "shared"}),
     "accuquant identity M=5, rounding too": ("accuquant", ACCUQUANT | KEPT | {"learn_weights": True}),
     "accuquant identity M=5, the paper's": ("accuquant", ACCUQUANT | PAPERS),
@@ -158,6 +173,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "svdquant, rank 8": ("svdquant", {"rank": 8}),
     "combined": ("combined", STATIC),
     **{f"combined M={window}": ("combined", STATIC | {"window": window}) for window in (1, 2, 10)},
+    "combined, scales by differences": ("combined", STATIC | {"scale_gradient": "difference"}),
     f"combined{AS_THEY_ARE}": ("combined", STATIC | KEPT),
     "combined, blocks first": ("combined", STATIC | BLOCKS),
     f"combined, blocks first{AS_THEY_ARE}": ("combined", STATIC | BLOCKS | KEPT),
@@ -447,8 +463,10 @@ def current(path: Path, model: str) -> list[dict[str, Any]]:
 
 def revision_of(bits: str, variant: str) -> int:
     base = variant.removesuffix("+cec")
-    blockwise = "blocks" in base or (base in VARIANTS and VARIANTS[base][0] in BLOCKWISE)
-    return REVISIONS.get(bits, REVISION) + blockwise
+    method, options = VARIANTS.get(base, ("", {}))
+    blockwise = "blocks" in base or method in BLOCKWISE
+    differences = method in SCALED and options.get("scale_gradient") != "straight"
+    return REVISIONS.get(bits, REVISION) + blockwise + differences
 
 
 def conditions(row: Mapping[str, Any]) -> str:

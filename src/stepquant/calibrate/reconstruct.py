@@ -33,11 +33,14 @@ from stepquant.calibrate.prefix import IN_MEMORY, Prefix
 from stepquant.calibrate.qdrop import QDrop, dropping, mixed
 from stepquant.calibrate.ranges import sample_readers
 from stepquant.calibrate.rounding import (
+    ScaleGradient,
     SoftRounding,
     adam,
     annealed_beta,
     candidates_kept,
+    check_scale_gradient,
     cosine,
+    fix_scales_,
     harden_soft_,
     input_scales,
     relative_groups,
@@ -490,6 +493,7 @@ class Fit:
     compute: what the unit's operators compute in while it is fitted; parameters, loss and optimizer stay in float32.
     qdrop: how rounding and activation scales are learnt together; None learns one or the other.
     layer_weight: of the reconstruction losses of the unit's layers in the loss.
+    scale_gradient: how activation scales get theirs (`relative_groups`).
     """
 
     iterations: int
@@ -501,6 +505,7 @@ class Fit:
     compute: Compute = "float32"
     qdrop: QDrop | None = None
     layer_weight: float = 0.0
+    scale_gradient: ScaleGradient = "straight"
 
     @property
     def float_inputs(self) -> bool:
@@ -830,7 +835,8 @@ class ScaleBlocks:
     """Learn every unit's activation scales so that the unit's output stays, inputs from full precision.
 
     lr is relative to the mean over each quantizer's rows (`relative_groups`), with cosine decay to 0. together: as in
-    RoundBlocks; it changes only time and memory here.
+    RoundBlocks; it changes only time and memory here. scale_gradient: "straight" as in the public code, or "difference"
+    (`relative_groups`).
     Source: the activation stage of Q-Diffusion's public code (5000 iterations, p = 2.4).
     """
 
@@ -839,17 +845,19 @@ class ScaleBlocks:
     lr: float = 4e-3
     norm: float = 2.4
     together: int = 4
+    scale_gradient: ScaleGradient = "difference"
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
 
     def __post_init__(self) -> None:
         _check_loop(self.iterations, self.batch, self.together)
+        check_scale_gradient("ScaleBlocks", self.scale_gradient)
 
     @property
     def fit(self) -> Fit:
         """How each unit is fitted."""
-        return Fit(self.iterations, self.batch, self.lr, self.norm)
+        return Fit(self.iterations, self.batch, self.lr, self.norm, scale_gradient=self.scale_gradient)
 
     def evaluations_for(self, samples: int) -> int:
         """Of the network, for so many calibration samples."""
@@ -976,7 +984,8 @@ def fit_unit(
         decay = {"base_lr": fit.lr} if fit.qdrop is not None and fit.qdrop.decay_rounding else {}
         parameters.append({"params": [rounding.alpha for rounding in roundings], "lr": fit.lr, **decay})
     if quantizers:
-        parameters += relative_groups(quantizers, fit.lr if fit.qdrop is None else fit.qdrop.lr_scales)
+        rate = fit.lr if fit.qdrop is None else fit.qdrop.lr_scales
+        parameters += relative_groups(quantizers, rate, fit.scale_gradient)
     optimizer = adam(parameters)
     least = {name: quantizer.scale.detach() / 10 for name, quantizer in quantizers.items()}
     generator = job.run.generator("blocks", *stream)
@@ -1040,9 +1049,7 @@ def fit_unit(
                     rounding.regularise_(beta, fit.round_weight)
             optimizer.step()
             clamp_scales_(quantizers, least)
-    for quantizer in quantizers.values():
-        quantizer.scale.requires_grad_(False)
-        quantizer.scale.grad = None
+    fix_scales_(quantizers)
     with torch.no_grad():
         after = float(loss_of(probe))
     return {"before": before, "after": after}

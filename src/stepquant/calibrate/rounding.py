@@ -13,22 +13,26 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from stepquant.errors import SpecError, nearest
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
 from stepquant.numerics.affine import grouped
 
 __all__ = [
+    "ScaleGradient",
     "SoftRounding",
     "adam",
     "annealed_beta",
     "candidates_kept",
+    "check_scale_gradient",
+    "fix_scales_",
     "input_scales",
     "materialised",
     "relative_groups",
@@ -40,6 +44,11 @@ ZETA, GAMMA = 1.1, -0.1
 
 ENDS = -GAMMA / (ZETA - GAMMA), (1 - GAMMA) / (ZETA - GAMMA)
 """sigmoid(alpha) where h reaches 0 and 1, and its gradient ends."""
+
+ScaleGradient = Literal["difference", "straight"]
+
+DIFFERENCE = 0.01
+"""Share by which a scale is moved up and down for its gradient: a choice of ours. 0.03 was level with it."""
 
 AT_ONCE = 1 << 15
 """Numbers that operators on a processor take at once: what one of them leaves is still in its cache for the next."""
@@ -249,8 +258,13 @@ def input_scales(
     return found
 
 
-def relative_groups(quantizers: Mapping[str, InputQuantizer], lr: float) -> list[dict[str, object]]:
+def relative_groups(
+    quantizers: Mapping[str, InputQuantizer], lr: float, gradient: ScaleGradient
+) -> list[dict[str, object]]:
     """Adam parameter groups in which each quantizer's scale moves by about `lr` of itself per iteration.
+
+    The scales learn from here on, until `fix_scales_`. gradient: how they get theirs, "straight" as in the papers (LSQ)
+    or "difference", of results at scales that are one per cent larger and smaller (`numerics.affine.fake_quantize`).
 
     The rows of a quantizer are one parameter: each moves by about `lr` of their mean, a small row by more of itself
     than a large one, and Adam's moments go on moving rows whose timesteps a mini-batch did not have.
@@ -262,9 +276,27 @@ def relative_groups(quantizers: Mapping[str, InputQuantizer], lr: float) -> list
     groups: list[dict[str, object]] = []
     for quantizer in quantizers.values():
         quantizer.scale.requires_grad_(True)
+        quantizer.difference = DIFFERENCE if gradient == "difference" else 0.0
         size = float(quantizer.scale.detach().abs().mean())
         groups.append({"params": [quantizer.scale], "lr": lr * size, "base_lr": lr * size})
     return groups
+
+
+def fix_scales_(quantizers: Mapping[str, InputQuantizer]) -> None:
+    """Scales that `relative_groups` opened learn no more."""
+    for quantizer in quantizers.values():
+        quantizer.scale.requires_grad_(False)
+        quantizer.scale.grad = None
+        vars(quantizer).pop("difference", None)
+
+
+def check_scale_gradient(name: str, found: str) -> None:
+    """Raise SpecError for a gradient of scales that there is not. name: of the stage."""
+    known = get_args(ScaleGradient)
+    if found not in known:
+        raise SpecError(
+            f"scale_gradient of {name} must be one of {', '.join(known)}, found {found!r}.{nearest(str(found), known)}"
+        )
 
 
 def cosine(progress: float) -> float:

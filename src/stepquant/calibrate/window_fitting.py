@@ -26,10 +26,13 @@ from stepquant.calibrate.reconstruct import (
     soften_all_,
 )
 from stepquant.calibrate.rounding import (
+    ScaleGradient,
     SoftRounding,
     adam,
     annealed_beta,
+    check_scale_gradient,
     cosine,
+    fix_scales_,
     harden_soft_,
     input_scales,
     materialised,
@@ -67,6 +70,8 @@ class FitWindows:
     keep_rounding: where rounding starts, from 0 (the full-precision fraction) to 1 (the present rounding).
     settle: share of the iterations at the end that learns scales only, behind hard weights.
     free_run: share of windows that start from the quantized model's own state.
+    scale_gradient: of activation scales, "straight" as in the public code of others, or "difference"
+        (`relative_groups`).
     judged: recorded images to sample before and after, at least (`Judge.of`). What was learnt is kept if it leaves less
         error in the final samples, half of it (the geometric mean of old and new scales) if that does, and else
         nothing; where rounding learns, all or nothing. 0 keeps it unseen, as the paper does.
@@ -86,6 +91,7 @@ class FitWindows:
     settle: float = 0.2
     free_run: float = 0.0
     judged: int = 0
+    scale_gradient: ScaleGradient = "straight"
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
@@ -114,6 +120,7 @@ class FitWindows:
             )
         if self.round_weight < 0:
             raise SpecError(f"round_weight of FitWindows must be at least 0, found {self.round_weight}.")
+        check_scale_gradient("FitWindows", self.scale_gradient)
         if self.judged < 0:
             raise SpecError(f"judged of FitWindows must be at least 0, found {self.judged}.")
         for name, value in (
@@ -258,7 +265,7 @@ class _Fitting:
         if stage.lr_weight_scales:
             quantized = {n: x for n, x in layers.items() if isinstance(x.weight_quantizer, WeightQuantizer)}
             factors = {name: learnt_scale_(layer) for name, layer in quantized.items()}
-        groups = relative_groups(scales, stage.lr_scales)
+        groups = relative_groups(scales, stage.lr_scales, stage.scale_gradient)
         if factors:
             rate = stage.lr_weight_scales
             groups.append({"params": list(factors.values()), "lr": rate, "base_lr": rate})
@@ -347,9 +354,7 @@ class _Fitting:
         self._harden()
         for name in self.factors:
             closed_scale_(self.layers[name])
-        for quantizer in self.scales.values():
-            quantizer.scale.requires_grad_(False)
-            quantizer.scale.grad = None
+        fix_scales_(self.scales)
 
     def keep_what_helps_(self, judge: Judge) -> float:
         """The share of what was learnt that stays: 1, 0.5 or 0, the first of them that leaves less error than 0."""

@@ -34,6 +34,8 @@ Differs from the paper (which does not publish M per model, learning rates, iter
   and learns weights and scales together.
 - For the last fifth of the iterations (`FitWindows.settle`) weights are rounded for good and only scales go on
   learning, so that scales fit the weights that are saved.
+- Activation scales learn by LSQ's gradient, as in the public code of Q-Diffusion, or with
+  `scale_gradient="difference"` by what results change when a scale moves by one per cent (see there).
 - Scales learn at a rate relative to their size, with cosine decay. With several rows it is relative to the mean over a
   quantizer's rows, and Adam's moments also move rows whose steps the mini-batch did not have.
 - Windows may have different lengths (`windows`), the one near the image is best kept short: there the remaining steps
@@ -56,6 +58,7 @@ from typing import Literal
 
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
+from stepquant.calibrate.rounding import ScaleGradient
 from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.calibrate.window_fitting import FitWindows
 from stepquant.calibrate.windows import GradientMode
@@ -129,6 +132,7 @@ def accuquant(
     lr_scales: float = 4e-3,
     learn_weights: bool = True,
     lr_weight_scales: float = 0.0,
+    scale_gradient: ScaleGradient = "straight",
     free_run: float = 0.0,
     judged: int = 0,
     layer_rounding: bool = False,
@@ -157,7 +161,9 @@ def accuquant(
             RoundBlocks(iterations=block_iterations, batch=batch, lr=block_lr, together=together, keep_rounding=keep),
         )
     biases = corrected_biases(correct_biases, batch=batch)
-    scales = (ScaleBlocks(iterations=scale_iterations, batch=batch),) if scale_iterations else ()
+    scales: tuple[ScaleBlocks, ...] = ()
+    if scale_iterations:
+        scales = (ScaleBlocks(iterations=scale_iterations, batch=batch, scale_gradient=scale_gradient),)
     ranges_of_inputs = FitInputRanges(ranges, windows=rows_over_time(rows, lengths, ROWS))
     fit: tuple[FitWindows, ...] = ()
     if activations is not None or ((learn_weights or lr_weight_scales) and weights is not None):
@@ -171,6 +177,7 @@ def accuquant(
                 lr_scales=lr_scales,
                 learn_weights=learn_weights,
                 lr_weight_scales=lr_weight_scales,
+                scale_gradient=scale_gradient,
                 free_run=free_run,
                 judged=judged,
             ),

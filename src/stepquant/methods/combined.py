@@ -37,6 +37,7 @@ from stepquant.calibrate.group_search import SearchGroups
 from stepquant.calibrate.low_rank import AddLowRank
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
+from stepquant.calibrate.rounding import ScaleGradient
 from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.calibrate.weighting import SampleWeighting
 from stepquant.calibrate.window_fitting import FitWindows
@@ -125,6 +126,7 @@ def combined(
     judged: int = 0,
     learn_weights: bool = True,
     lr_weight_scales: float = 0.0,
+    scale_gradient: ScaleGradient = "straight",
     lr_weights: float = 1e-3,
     lr_scales: float = 4e-3,
     compensation: bool = True,
@@ -178,7 +180,7 @@ def combined(
         stages.append(search)
     stages += corrected_biases(correct_biases, batch=batch)
     if scale_iterations and activations is not None:
-        stages.append(ScaleBlocks(iterations=scale_iterations, batch=batch, lr=scale_lr))
+        stages.append(ScaleBlocks(iterations=scale_iterations, batch=batch, lr=scale_lr, scale_gradient=scale_gradient))
     learnt = learn_weights or lr_weight_scales > 0
     if window_iterations and (activations is not None or (learnt and weights is not None)):
         stages.append(
@@ -192,6 +194,7 @@ def combined(
                 lr_scales=lr_scales,
                 learn_weights=learn_weights,
                 lr_weight_scales=lr_weight_scales,
+                scale_gradient=scale_gradient,
             )
         )
     if compensation:

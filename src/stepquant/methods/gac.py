@@ -39,7 +39,7 @@ of outer iterations, the validation batch, or its Algorithm 2):
 - Activations have one row of parameters for all timesteps, by range search over all of them. The paper follows TFMQ-DM:
   a running mean of minimum and maximum at every timestep. `activations_over_time` gives each window of steps a row,
   `rows="step"` each step, as the presets quick and standard do.
-- Activation scales are then learnt block by block as in Q-Diffusion, on unweighted samples; the paper learns none.
+- Activation scales are then learnt block by block as in our Q-Diffusion, on unweighted samples; the paper learns none.
   `iterations_activations=0` leaves that out.
 - TFMQ-DM's reconstruction of the time embedding as one unit with all its projections is not included, and no layer but
   the first and last is kept from the nominal bits.

@@ -18,7 +18,10 @@ Letters of the paper and our names: S is `calibration_steps`, n `samples_per_ste
 `SoftRounding.alpha`, s is `InputQuantizer.scale`, W~ the soft weight.
 
 Differs from the paper:
-- Activation scales learn at a rate relative to their size (`relative_groups`) instead of 4e-4 for all.
+- Activation scales learn at a rate relative to their size (`relative_groups`) instead of 4e-4 for all, and by what the
+  result changes when a scale moves by one per cent, instead of LSQ's gradient (`scale_gradient="straight"`). That takes
+  values as evenly spread between levels, while much of what SiLU gives lies at its least value: at 8 and 6 bits, with
+  one range for all steps, LSQ's gradient ended above rounding to nearest (docs/results.md).
 - First and last layer are at 8 bits unless `ends="same"`; the paper quantizes every layer at the nominal bits.
 - `layer_rounding` (off by default) first rounds every layer for its own output from the Gram matrix of its inputs
   (`RoundLayers`), and blocks start from there instead of the full-precision fraction. The presets quick and standard
@@ -45,6 +48,7 @@ from typing import Literal
 
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
+from stepquant.calibrate.rounding import ScaleGradient
 from stepquant.calibrate.split_shortcuts import SplitShortcuts
 from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
 from stepquant.methods.baseline import BLOCKS, layers_first, rows_over_time, start
@@ -81,6 +85,7 @@ def q_diffusion(
     iterations_activations: int = 5_000,
     lr_weights: float = 1e-3,
     lr_activations: float = 4e-3,
+    scale_gradient: ScaleGradient = "difference",
     quantized_prefix: bool = True,
     split_shortcuts: bool = False,
     layer_rounding: bool = False,
@@ -109,5 +114,9 @@ def q_diffusion(
     inputs = FitInputRanges(ranges, windows=rows_over_time(rows))
     scales: tuple[ScaleBlocks, ...] = ()
     if iterations_activations:
-        scales = (ScaleBlocks(iterations=iterations_activations, batch=batch, lr=lr_activations),)
+        scales = (
+            ScaleBlocks(
+                iterations=iterations_activations, batch=batch, lr=lr_activations, scale_gradient=scale_gradient
+            ),
+        )
     return Recipe("q_diffusion", (*beginning, *layers, blocks, inputs, *scales))

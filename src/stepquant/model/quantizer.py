@@ -200,8 +200,12 @@ class InputQuantizer(_TimestepTable):
         """Lowest and highest level at the clock's present bin(s): the spec, unless rows have bits of their own."""
         return self.spec if self.row_bits is None else Levels(*self._now(x, self.qmin, self.qmax))
 
+    difference: float = 0.0
+    """Share by which the scale moves up and down for its gradient (`fake_quantize`); 0: straight through. Set while the
+    scale learns, and no part of the state."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.current(x), self.levels(x))
+        return fake_quantize(x, self.current(x), self.levels(x), difference=self.difference)
 
 
 class LogQuantizer(_TimestepTable):

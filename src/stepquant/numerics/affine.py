@@ -115,18 +115,25 @@ def dequantize(levels: Tensor, params: QParams) -> Tensor:
     return (levels - params.zero_point) * params.scale
 
 
-def fake_quantize(x: Tensor, params: QParams, spec: QuantSpec | Levels) -> Tensor:
-    """Quantize and dequantize, with straight-through gradients to x and scale; the zero point gets none.
+def fake_quantize(x: Tensor, params: QParams, spec: QuantSpec | Levels, *, difference: float = 0.0) -> Tensor:
+    """Quantize and dequantize, with gradients to x and scale; the zero point gets none.
 
         dx_hat/dx     = 1 inside the range, 0 outside
         dx_hat/dscale = (q - zero_point) - x / scale inside the range, (q - zero_point) outside
 
     Source: the LSQ gradient without its rescaling (Esser et al. 2020, eq. 3), as in the public code of Q-Diffusion.
+
+    It holds on average over values that are spread evenly between levels. Where many lie together, as at the least
+    value of SiLU or GELU, they all gain or lose by the same level's move, and the LSQ gradient does not see that.
+    With `difference` d above 0 the gradient is what the result changes by:
+
+        dx_hat/dscale = (x_hat(scale (1 + d)) - x_hat(scale (1 - d))) / (2 d scale)
+
     The result has x's dtype.
     """
     if torch.is_grad_enabled() and (x.requires_grad or params.scale.requires_grad):
         apply: Any = _FakeQuantize.apply
-        result: Tensor = apply(x, params.scale, params.zero_point, spec)
+        result: Tensor = apply(x, params.scale, params.zero_point, spec, difference)
         return result
     return quantize(x, params, spec).sub_(params.zero_point).mul_(params.scale).to(x.dtype)
 
@@ -139,24 +146,33 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec | Levels) -> Tensor:
-        ctx.ends = spec.qmin, spec.qmax
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec | Levels, difference: float
+    ) -> Tensor:
+        ctx.ends, ctx.difference = (spec.qmin, spec.qmax), difference
         y: Tensor = _shifted(x, scale, zero_point).clamp_(*ctx.ends).sub_(zero_point).mul_(scale)
         ctx.save_for_backward(x, scale, zero_point, y)
         return y.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, scale, zero_point, y = ctx.saved_tensors
         shifted = _shifted(x, scale, zero_point)
         wide = grad.to(shifted.dtype)
         grad_x = _inside(wide, shifted, *ctx.ends)
         grad_scale = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] and ctx.difference:
+            above, below = (
+                _shifted(x, at, zero_point).clamp_(*ctx.ends).sub_(zero_point).mul_(at)
+                for at in (scale * (1 + ctx.difference), scale * (1 - ctx.difference))
+            )
+            terms = above.sub_(below).mul_(wide)
+            grad_scale = terms.sum_to_size(scale.shape).div_(2 * ctx.difference * scale).to(scale.dtype)
+        elif ctx.needs_input_grad[1]:
             # (q - z) is y / scale everywhere, and x / scale only counts inside the range.
             terms = (wide * y).addcmul_(grad_x, x.to(wide.dtype), value=-1)
             grad_scale = terms.sum_to_size(scale.shape).div_(scale).to(scale.dtype)
-        return (grad_x.to(x.dtype) if ctx.needs_input_grad[0] else None), grad_scale, None, None
+        return (grad_x.to(x.dtype) if ctx.needs_input_grad[0] else None), grad_scale, None, None, None
 
 
 def _inside(grad: Tensor, levels: Tensor, qmin: int | Tensor, qmax: int | Tensor) -> Tensor:

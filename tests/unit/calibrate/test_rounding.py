@@ -163,7 +163,7 @@ def test_scales_learn_relative_to_their_size() -> None:
         layers[name] = layer
     scales = input_scales(layers)
     assert list(scales) == ["small.input_quantizer", "large.input_quantizer"]
-    groups = relative_groups(scales, 0.01)
+    groups = relative_groups(scales, 0.01, "straight")
     assert [group["lr"] for group in groups] == pytest.approx([1e-5, 0.1])
     optimizer = torch.optim.Adam(groups)
     for quantizer in scales.values():
