@@ -18,6 +18,8 @@ graph reports. `--steps N` also times a whole sampling of N steps, in ratio to N
 `--keep ROWS` appends what was measured of each network and batch to a file, as soon as it is; a line that is there
 already is not measured again. `--table PAGE` measures nothing and puts those rows into a page.
 
+`int8-bf16-inside` is `int8-bf16` with the zero points of activations left inside its operators.
+
 `--peers` adds other packages' candidates: nncf (post-training int8 in OpenVINO), ort-f32, ort-int8 (ONNX Runtime
 and its own static quantization), torchao (dynamic int8), quanto (int8 weights and activations). Each needs its package.
 """
@@ -38,6 +40,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +48,7 @@ from torch import Tensor, nn
 CANDIDATES = (
     "torch-f32", "torch-bf16", "simulated", "openvino-f32", "openvino-bf16", "int8-f32", "int8-bf16", "onednn"
 )  # fmt: skip
-"""Another one is torch-compile-bf16, which needs a C++ compiler."""
+"""Others are torch-compile-bf16, which needs a C++ compiler, and int8-bf16-inside."""
 
 PEERS = {
     "nncf": "nncf",
@@ -117,7 +120,7 @@ def kept(path: Path | None) -> list[dict[str, Any]]:
 
 ENTRIES = (
     "torch-f32", "torch-bf16", "torch-compile-bf16", "openvino-f32", "openvino-bf16", "nncf", "ort-f32", "ort-int8",
-    "torchao", "quanto", "simulated", "onednn", "int8-f32", "int8-bf16",
+    "torchao", "quanto", "simulated", "onednn", "int8-bf16-inside", "int8-f32", "int8-bf16",
 )  # fmt: skip
 """Columns of the table, ours last."""
 
@@ -151,7 +154,7 @@ def write_table(rows: Path | None, page: Path) -> None:
     put(page, "\n".join(lines).rstrip(), "<!-- table engines -->", "<!-- /table engines -->")
 
 
-LOSSY = ("nncf", "ort-int8", "torchao", "quanto", "simulated", "int8-f32", "int8-bf16")
+LOSSY = ("nncf", "ort-int8", "torchao", "quanto", "simulated", "int8-bf16-inside", "int8-f32", "int8-bf16")
 
 
 def _line(row: dict[str, Any], names: list[str], cell: Callable[[dict[str, Any], str], str]) -> str:
@@ -349,6 +352,8 @@ def candidates(net: nn.Module, simulated: nn.Module, call: dict[str, Tensor], na
             found[name] = _openvino_request(_converted(net, call), call, name.removeprefix("openvino-"))
         elif name in PEERS:
             found[name] = _peer(name, net, call)
+        elif name == "int8-bf16-inside":
+            found[name] = _zero_points_inside(OpenVINOEngine("bf16").compile(simulated))
         elif name.startswith("int8-"):
             found[name] = OpenVINOEngine("bf16" if name == "int8-bf16" else "f32").compile(simulated)
         elif name in engines():
@@ -357,6 +362,17 @@ def candidates(net: nn.Module, simulated: nn.Module, call: dict[str, Tensor], na
         else:
             raise SystemExit(f"There is no candidate {name!r}.")
     return found
+
+
+def _zero_points_inside(module: nn.Module) -> Callable[..., Any]:
+    """The graph as it was before zero points were taken out of its operators."""
+    from stepquant.engines import openvino
+
+    def run(**call: Tensor) -> Any:
+        with mock.patch.object(openvino, "take_zero_points_", lambda _: {}):
+            return module(**call)
+
+    return run
 
 
 class _Plain(nn.Module):

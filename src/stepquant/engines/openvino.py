@@ -33,6 +33,7 @@ from stepquant.engines.graph import BIN, Lowered, Outputs, export, lower, tensor
 from stepquant.engines.row_tables import join_row_tables_
 from stepquant.engines.stand_in import changes, no_change
 from stepquant.engines.waves import WAVE, take_waves_
+from stepquant.engines.zero_points import take_zero_points_
 from stepquant.errors import EngineError, SpecError
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.surgery import quantized_layers
@@ -260,6 +261,7 @@ class _Compiled:
     """request: of OpenVINO. inputs: the names that the graph takes.
 
     waves: the request that computes its inputs `WAVE + i` from the same inputs; None if it has none.
+    constants: inputs of the graph that never change, by name.
     """
 
     model: Any
@@ -267,6 +269,7 @@ class _Compiled:
     waves: Any | None
     inputs: tuple[str, ...]
     outputs: Outputs
+    constants: Mapping[str, Any]
 
 
 class GraphDenoiser(nn.Module):
@@ -468,6 +471,7 @@ class GraphDenoiser(nn.Module):
         inputs = tuple(_name_of(port, {*shapes, BIN}) for port in model.inputs)
         apart = take_waves_(model) if self.precision == "bf16" else None
         join_row_tables_(model, BIN)
+        constants = take_zero_points_(model)
         compiled, request = self._compile(model, threads, self.precision)
         waves = None if apart is None else self._compile(apart, threads, "f32")[1]
         if self._use is not None:
@@ -475,7 +479,7 @@ class GraphDenoiser(nn.Module):
             limit = cache_limit()
             with contextlib.suppress(OSError):
                 prune(self._folder().parent, limit)
-        self._compiled[key] = _Compiled(compiled, request, waves, inputs, outputs)
+        self._compiled[key] = _Compiled(compiled, request, waves, inputs, outputs, constants)
         while len(self._compiled) > KEPT_SHAPES:
             self._compiled.popitem(last=False)
         return self._compiled[key]
@@ -666,7 +670,7 @@ def _infer(compiled: _Compiled, tensors: Mapping[str, Tensor], number: int) -> t
         if compiled.waves is not None:
             found = compiled.waves.infer(values, share_inputs=True)
             values |= {f"{WAVE}{place}": value for place, value in enumerate(found.to_tuple())}
-        found = compiled.request.infer(values, share_inputs=True)
+        found = compiled.request.infer({**values, **compiled.constants}, share_inputs=True)
     except (RuntimeError, MemoryError) as error:
         raise EngineError(f"OpenVINO could not run the denoiser: {_brief(error)}") from error
     return tuple(torch.from_numpy(found[port].copy()) for port in compiled.model.outputs)
