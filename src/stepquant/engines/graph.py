@@ -9,15 +9,15 @@ run by torch it computes what the layer computes. With one parameter set they ca
 Graph engines keep integer kernels for constant scales only. With several parameter sets the scale is therefore taken
 out of the operators ("norm form"): g is the row of the present timestep bin, s_g is gathered from a table in the graph.
 
-    y = s_g * conv(DQ(Q(x / s_g; 1, z)), w) + b                    rows with one zero point
-    y = s_g * conv(DQ(Q(x / s_g + (z_g - c); 1, c)), w) + b_g      rows with several
-    b_g = b - (z_g - c) * s_g * sum(w)                             c: the median of the z_g
+    y = s_g * conv(DQ(Q(x / s_g; 1, z)), w) + b                                rows with one zero point
+    y = s_g * (conv(Q(x / s_g + z_g - c; 1, c), w) - c sum(w) + z_g w_p) + b_g rows with several
+    b_g = b - (z_g - c) s_g sum(w)                                             c: the median of the z_g
 
-In the last form z_g - c stands for 0, and so it is what should pad a convolution. That pads with 0, and where it does,
-(z_g - c) s_g times the weights that met the padding is added: a pass over the input less. The operator's result holds
-(z_g - c) s_g sum(w) until b_g takes it out again, so c lies among the zero points: with floating point of few bits
-between operators what is left would drown in it. Graphs multiply by 1 / s_g where the simulation divides by s_g: an
-input within float32 rounding of the border between two levels may come out on its other side.
+In the last form z_g stands for 0, and so it is what should pad a convolution. That pads with 0, and so z_g times the
+weights that meet padding, w_p, is added: a pass over the input less. The operator itself takes c sum(w) off, a number
+for each channel; what is left of the zero points is small beside the result, which floating point of few bits between
+operators needs. Graphs multiply by 1 / s_g where the simulation divides by s_g: an input within float32 rounding of the
+border between two levels may come out on its other side.
 
 Graphs in bfloat16 round s_g and 1 / s_g, too, by up to 0.4 %, the same for all values of a layer. There x s_g is
 written x h + x r with h = bfloat16(s_g) and r = s_g - h, which leaves an error of 2^-17.
@@ -47,6 +47,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepquant.engines.borders import MOST_PATTERNS, Border, border_of
 from stepquant.errors import EngineError
 from stepquant.model.clock import StepClock, clock_of
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
@@ -75,9 +76,11 @@ BIN = "stepquant_bin"
 """Name of the graph's input for the timestep bin, where the bin is not computed inside."""
 
 
-def _quantized(x: Tensor, scale: float, zero_point: int, signed: bool) -> Tensor:
+def _quantized(x: Tensor, scale: float, zero_point: int, signed: bool, raised: bool) -> Tensor:
+    """raised: the zero point stays in the result."""
     low, high = (-128, 127) if signed else (0, 255)
-    return torch.div(x, scale).round_().add_(zero_point).clamp_(low, high).sub_(zero_point).mul_(scale)
+    levels = torch.div(x, scale).round_().add_(zero_point).clamp_(low, high)
+    return levels.sub_(0 if raised else zero_point).mul_(scale)
 
 
 def _dequantized(levels: Tensor, scale: Tensor, axis: int) -> Tensor:
@@ -89,7 +92,7 @@ def _dequantized(levels: Tensor, scale: Tensor, axis: int) -> Tensor:
 # Operators of our own, so that the exporter sees one node where it would see round, clamp and the rest.
 _library: Any = torch.library.Library
 _LIBRARY = _library("stepquant", "DEF")
-_LIBRARY.define("quantized(Tensor x, float scale, int zero_point, bool signed) -> Tensor")
+_LIBRARY.define("quantized(Tensor x, float scale, int zero_point, bool signed, bool raised) -> Tensor")
 _LIBRARY.define("dequantized(Tensor levels, Tensor scale, int axis) -> Tensor")
 _LIBRARY.impl("quantized", _quantized, "CompositeExplicitAutograd")
 _LIBRARY.impl("dequantized", _dequantized, "CompositeExplicitAutograd")
@@ -104,11 +107,14 @@ def _register_symbols() -> None:
     exporter: Any = torch.onnx
     constant: Any = symbolic_helper._get_const
 
-    def quantized(g: Any, x: Any, scale: Any, zero_point: Any, signed: Any) -> Any:
+    def quantized(g: Any, x: Any, scale: Any, zero_point: Any, signed: Any, raised: Any) -> Any:
         kind = torch.int8 if constant(signed, "b", "signed") else torch.uint8
         s = g.op("Constant", value_t=torch.tensor(constant(scale, "f", "scale"), dtype=torch.float32))
         z = g.op("Constant", value_t=torch.tensor(constant(zero_point, "i", "zero_point"), dtype=kind))
-        return g.op("DequantizeLinear", g.op("QuantizeLinear", x, s, z), s, z).setType(x.type())
+        levels = g.op("QuantizeLinear", x, s, z)
+        if constant(raised, "b", "raised"):
+            z = g.op("Constant", value_t=torch.tensor(0, dtype=kind))
+        return g.op("DequantizeLinear", levels, s, z).setType(x.type())
 
     def dequantized(g: Any, levels: Any, scale: Any, axis: Any) -> Any:
         restored = g.op("DequantizeLinear", levels, scale, axis_i=constant(axis, "i", "axis"))
@@ -208,7 +214,8 @@ class GraphInput(nn.Module):
     """A static quantizer, per tensor, as a graph has it.
 
     reciprocal, step: `_Factor`s 1 / s and s of the row that each timestep bin uses; None for constants.
-    shift, zeros `[bins]`: z - c of that row, and s times it; None where all are alike.
+    zero_point: c, where the rows' z differ. There, zeros `[rows]`: z; shift `[bins]`: z - c of the row that each bin
+        uses. None where all are alike.
     low, high `[bins]`: ends of the row's levels in units of `factor`, where rows have different bits.
     limits: the same where they all have the same, fewer than 8. shifted: whether the rows' zero points differ.
     """
@@ -221,7 +228,7 @@ class GraphInput(nn.Module):
         self.signed = spec.symmetric
         self.several = len(scale) > 1
         self.shifted = bool((zero_point != zero_point[0]).any())
-        self.zero_point = int(zero_point.median() if self.shifted else zero_point[0])
+        self.zero_point = int(zero_point.median())
         self.scale = 1.0 if self.several else float(scale[0])
         self.limits = None
         if quantizer.row_bits is None and spec.bits < 8:
@@ -231,7 +238,7 @@ class GraphInput(nn.Module):
         self.reciprocal = _Factor(scale.reciprocal()[row], short) if self.several else None
         self.step = _Factor(scale[row], short) if self.several else None
         self.register_buffer("shift", (zero_point - self.zero_point)[row] if self.shifted else None)
-        self.register_buffer("zeros", ((zero_point - self.zero_point) * scale)[row] if self.shifted else None)
+        self.register_buffer("zeros", zero_point if self.shifted else None)
         levels = [(spec.qmin, spec.qmax) for spec in quantizer.row_specs]
         ends = torch.tensor(levels, dtype=torch.float32) - self.zero_point
         mixed = quantizer.row_bits is not None
@@ -246,7 +253,7 @@ class GraphInput(nn.Module):
     high: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x on its grid, divided by the present row's scale if rows have several, and moved by z - c if `shifted`."""
+        """x on its grid, divided by the present row's scale if rows have several; its levels, from 0, if `shifted`."""
         if self.reciprocal is not None:
             x = self.reciprocal(x, self.clock.bin)
         if self.shift is not None:
@@ -256,13 +263,20 @@ class GraphInput(nn.Module):
         if self.low is not None and self.high is not None:
             low, high = (present(ends, self.clock.bin, x) for ends in (self.low, self.high))
             x = torch.minimum(torch.maximum(x, low), high)
-        quantized: Tensor = _quantize(x, self.scale, self.zero_point, self.signed)
+        quantized: Tensor = _quantize(x, self.scale, self.zero_point, self.signed, self.shifted)
         return quantized
 
     def zero(self, y: Tensor) -> Tensor:
-        """What 0 is behind `forward`, times the present row's scale, beside y: for rows whose zero points differ."""
+        """The present row's zero point, beside y; for `shifted` rows."""
+        assert self.shift is not None
+        return present(self.shift, self.clock.bin, y) + self.zero_point
+
+    def times_zero(self, values: Tensor, y: Tensor) -> Tensor:
+        """The present row's zero point times values along y's last axis, with as many axes as y; for `shifted` rows."""
         assert self.zeros is not None
-        return present(self.zeros, self.clock.bin, y)
+        assert self.row_of_bin is not None
+        row = self.row_of_bin.index_select(0, self.clock.bin)
+        return (self.zeros[:, None] * values).index_select(0, row).reshape(*(1,) * (y.ndim - 1), -1)
 
     def times_scale(self, y: Tensor) -> Tensor:
         """y in units of the input's scale, times the present row's; y itself if the scale is part of the operators."""
@@ -311,8 +325,9 @@ class GraphLayer(nn.Module):
 
     levels: int8, `[O, I/groups, *kernel]`, for a linear layer `[I, O]`. scale `[O]`.
     rest `[O]`: (c - z) * s_w where q - z does not fit into int8; None if it fits everywhere.
-    bias `[O]`, or `[rows, O]` where the rows' zero points differ. taps `[O, *kernel]`: sum(w) over the input channels,
-        where these rows pad with zeros; None otherwise.
+    bias `[O]`, or `[rows, O]` where the rows' zero points differ. There, total `[O]`: c times the sum of the operator's
+        weights; and taps `[O, *kernel]`: their sum over input channels, where it pads with zeros. total_of_ones and
+        taps_of_ones: of the second operator. None otherwise.
     transform, branch: of the input, before its quantizer, and beside the operator, in floating point; None without.
     """
 
@@ -322,7 +337,10 @@ class GraphLayer(nn.Module):
     one: Tensor | None
     rest: Tensor | None
     bias: Tensor | None
+    total: Tensor | None
     taps: Tensor | None
+    total_of_ones: Tensor | None
+    taps_of_ones: Tensor | None
 
     def __init__(self, layer: QuantizedLayer, clock: StepClock, name: str, *, short: bool = False) -> None:
         super().__init__()
@@ -358,9 +376,22 @@ class GraphLayer(nn.Module):
         self.register_buffer("ones", ones)
         self.register_buffer("one", None if ones is None else torch.ones(ones.shape[1 if self.linear else 0]))
         self.register_buffer("rest", None if rest is None else rest * scale)
+        own = self._by_output(levels) * scale.double().reshape(-1, *[1] * (levels.ndim - 1))
+        self._keep_sums("", own)
+        self._keep_sums("_of_ones", None if ones is None else self._by_output(ones))
         self.register_buffer("bias", _bias_table(layer.bias, source, exact.sum(1), self.input))
-        taps = exact.reshape(weight.shape).sum(1) if self.input.shifted and self._pads_zeros else None
-        self.register_buffer("taps", taps)
+
+    def _by_output(self, weights: Tensor) -> Tensor:
+        return weights.T.double() if self.linear else weights.double()
+
+    def _keep_sums(self, name: str, weights: Tensor | None) -> None:
+        """What `_centred` needs of an operator, from its weights `[O, I, *kernel]`, where rows' zero points differ."""
+        total = taps = None
+        if self.input.shifted and weights is not None:
+            total = self.input.zero_point * weights.flatten(1).sum(1)
+            taps = weights.sum(1) if self._pads_zeros else None
+        self.register_buffer(f"total{name}", total)
+        self.register_buffer(f"taps{name}", taps)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.transform is not None:
@@ -370,17 +401,16 @@ class GraphLayer(nn.Module):
 
     def _on_levels(self, x: Tensor) -> Tensor:
         x, padding = self._padded(x)
-        border = None if self.taps is None else self._border(x.shape[2:])
-        x = self.input(x)
+        shape, x = x.shape[2:], self.input(x)
         y = self._operate(x, _restore(self.levels, self.scale, self._axis), padding)
+        y = self._centred(y, self.total, self.taps, shape)
         if self.rest is not None:
-            total = self._operate(x, _restore(self.ones, self.one, self._axis), padding)
+            ones = self._operate(x, _restore(self.ones, self.one, self._axis), padding)
+            ones = self._centred(ones, self.total_of_ones, self.taps_of_ones, shape)
             if self.geometry.groups > 1:
-                total = total.repeat_interleave(self.out_features // self.geometry.groups, 1)
-            y = y + total * self._beside(self.rest, total)
+                ones = ones.repeat_interleave(self.out_features // self.geometry.groups, 1)
+            y = y + ones * self._beside(self.rest, ones)
         y = self.input.times_scale(y)
-        if border is not None:
-            y = y + self.input.zero(y) * border
         if self.bias is None:
             return y
         bias = self.bias
@@ -415,23 +445,39 @@ class GraphLayer(nn.Module):
         at = self.geometry
         return not self.linear and at.padding_mode == "zeros" and not isinstance(at.padding, str) and any(at.padding)
 
-    def _border(self, shape: Sequence[int]) -> Tensor:
-        """The weights that meet padding, `[1, O, *spatial]` of the output, for an input of this spatial shape."""
-        assert self.taps is not None
+    def _border(self, taps: Tensor, shape: Sequence[int]) -> Border:
+        """The weights that meet padding, for an input of this spatial shape."""
         at = self.geometry
         assert not isinstance(at.padding, str)
-        # In numpy: what torch computes while it is traced becomes a part of the graph.
-        taps = self.taps.double().numpy()
-        known = []  # by axis, which tap of which output lies inside, [outputs, taps]
-        for size, kernel, stride, padding, dilation in zip(
-            map(int, shape), taps.shape[1:], at.stride, at.padding, at.dilation, strict=True
-        ):
-            count = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            place = np.arange(count)[:, None] * stride + np.arange(kernel) * dilation - padding
-            known.append(((place >= 0) & (place < size)).astype(np.float64))
-        inside, meet = ("ab", "ab,zb->za") if len(known) == 1 else ("ab,cd->abcd", "abcd,zbd->zac")
-        found = np.einsum(meet, 1 - np.einsum(inside, *known), taps)
-        return torch.from_numpy(found.astype(np.float32))[None]
+        sizes = list(map(int, shape))
+        counts = [
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in zip(
+                sizes, taps.shape[1:], at.stride, at.padding, at.dilation, strict=True
+            )
+        ]
+        return border_of(
+            taps.double().numpy(), sizes, counts, stride=at.stride, padding=at.padding, dilation=at.dilation
+        )
+
+    def _centred(self, y: Tensor, total: Tensor | None, taps: Tensor | None, shape: Sequence[int]) -> Tensor:
+        """What an operator gives for levels from 0, without most of what their zero point adds: `y - c sum + z border`.
+
+        The border times a number for each place of the last axis, which rows have tables of: a graph would multiply
+        constants out, and read one of the output's size in every call.
+        """
+        if total is not None:
+            y = y - self._beside(total, y)
+        if taps is None:
+            return y
+        border = self._border(taps, shape)
+        base, *others = border.table
+        if len(others) >= MOST_PATTERNS:
+            return y + self.input.zero(y) * _constant(border.whole())
+        for pattern, values in enumerate(others, start=1):
+            there = torch.from_numpy((border.where == pattern).astype(np.float32))
+            y = y + self.input.times_zero(there, y) * _constant((values - base)[..., None])
+        return y + self.input.zero(y) * _constant(base[..., None]) if base.any() else y
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """x with the padding that the operator cannot do itself, and what is left for the operator."""
@@ -453,6 +499,12 @@ class GraphLayer(nn.Module):
         if any(pads):
             x = F.pad(x, pads, mode="constant" if geometry.padding_mode == "zeros" else geometry.padding_mode)
         return x, (0,) * len(sides)
+
+
+def _constant(values: np.ndarray[Any, Any]) -> Tensor:
+    """`[O, ...]` as what goes beside an output."""
+    # From numpy: what torch computes while it is traced becomes a part of the graph.
+    return torch.from_numpy(values.astype(np.float32))[None]
 
 
 def _wrapped(x: Tensor, sides: list[tuple[int, int]]) -> Tensor:
@@ -481,7 +533,7 @@ class GraphMatmul(nn.Module):
 
     def _operand(self, quantizer: GraphInput, x: Tensor) -> Tensor:
         x = quantizer(x)
-        return x if quantizer.shift is None else x - present(quantizer.shift, quantizer.clock.bin, x)
+        return x if quantizer.shift is None else x - quantizer.zero(x)
 
 
 def _int8_levels(q: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,7 +1,7 @@
 """Zero points taken out of a graph's integer operators.
 
-Activations are uint8 with a zero point z. oneDNN, below OpenVINO, can subtract it inside an operator, which costs: whole
-networks are 5 to 14 % faster without (docs/performance.md). All that z does is known before, and is added behind:
+Activations are uint8 with a zero point z. oneDNN, below OpenVINO, can subtract it inside an operator, and that costs:
+whole networks are faster without (docs/performance.md). All that z does is known before, and is added behind:
 
     conv(s (q - z), w) = conv(s q, w) - s z sum(w) + s z sum(the weights that meet padding)
 
@@ -12,20 +12,18 @@ half a unit in the last place of a somewhat larger number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stepquant.engines.borders import MOST_PATTERNS, Border, border_of
+
 __all__ = ["EDGE", "take_zero_points_"]
 
 EDGE = "stepquant_edge_"
 """How the names of the inputs begin that the graph gets for the places of outputs."""
-
-MOST_PATTERNS = 7
-"""Ways in which kernels may meet the padding along the last axis: a kernel of 7 has as many. More stay as they are."""
 
 Array = NDArray[Any]
 
@@ -71,17 +69,6 @@ class _Edges:
 
 
 @dataclass(frozen=True)
-class _Border:
-    """What kernels meet of padding: where the last axis of the output is pattern p, `table[p]`.
-
-    table `[patterns, O, ...]`, the last axis left out, the most frequent pattern first. where: int `[outputs]`.
-    """
-
-    table: Array
-    where: Array
-
-
-@dataclass(frozen=True)
 class _Product:
     """A convolution, or a product with a constant, whose input has a zero point.
 
@@ -92,7 +79,7 @@ class _Product:
     levels: Any
     scale: float
     total: Array
-    border: _Border | None
+    border: Border | None
 
 
 def _product(node: Any) -> _Product | None:
@@ -112,6 +99,8 @@ def _product(node: Any) -> _Product | None:
         return None
     s = float(scale.reshape(-1)[0])
     factor = s * float(zero_point.reshape(-1)[0])
+    if factor == 0:
+        return None
     at = node.get_attributes()
     if kind == "MatMul":
         if weight.ndim != 2 or at["transpose_a"] or at["transpose_b"]:
@@ -127,7 +116,9 @@ def _product(node: Any) -> _Product | None:
         if taps.ndim > 3:
             return None
         before, after = (tuple(shape.to_shape())[2:] for shape in shapes)
-        border = _border(taps, before, after, at)
+        border = border_of(
+            taps, before, after, stride=at["strides"], padding=at["pads_begin"], dilation=at["dilations"]
+        )
         if len(border.table) > MOST_PATTERNS:
             return None
     return _Product(moved.input_value(0), s, taps.reshape(len(taps), -1).sum(1), border)
@@ -152,22 +143,6 @@ def _constant(value: Any) -> Array | None:
         left, right = map(_constant, node.input_values())
         return None if left is None or right is None else left * right
     return None
-
-
-def _border(taps: Array, inputs: tuple[int, ...], outputs: tuple[int, ...], at: Mapping[str, Any]) -> _Border:
-    """Of taps `[O, *kernel]`: the weights, summed over input channels and times s z."""
-    inside = []  # by axis, which tap of which output lies inside, [outputs, taps]
-    for axis, (count, size) in enumerate(zip(outputs, inputs, strict=True)):
-        steps = np.arange(taps.shape[axis + 1]) * at["dilations"][axis] - at["pads_begin"][axis]
-        place = np.arange(count)[:, None] * at["strides"][axis] + steps
-        inside.append(((place >= 0) & (place < size)).astype(np.float64))
-    patterns, where, counts = np.unique(inside.pop(), axis=0, return_inverse=True, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    patterns, where = patterns[order], np.argsort(order)[where.reshape(-1)]
-    if inside:
-        both = np.einsum("ab,pd->pabd", inside[0], patterns)
-        return _Border(np.einsum("pabd,zbd->pza", 1 - both, taps), where)
-    return _Border(np.einsum("pd,zd->pz", 1 - patterns, taps), where)
 
 
 def _take(node: Any, product: _Product, edges: _Edges) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import tiny
 from stepquant.engines import openvino as engine_module
+from stepquant.engines.borders import MOST_PATTERNS
 from stepquant.engines.graph import GraphLayer, lower
 from stepquant.engines.openvino import OpenVINOEngine
 from stepquant.model.clock import StepClock, attach_clock
@@ -132,8 +133,11 @@ def test_the_border_is_what_padding_leaves_out(name: str) -> None:
     weight = (low.levels * low.scale.reshape(-1, *[1] * (low.levels.ndim - 1))).double()
     inside = low.geometry.apply(torch.ones(1, 4, *spatial).double(), weight, None)
     expected = weight.flatten(1).sum(1).reshape(1, -1, *[1] * len(spatial)) - inside
-    found = low._border(torch.Size(spatial))
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    assert low.taps is not None
+    border = low._border(low.taps, spatial)
+    assert len(border.table) <= MOST_PATTERNS
+    found = torch.from_numpy(border.whole())[None]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     middle = found[(..., *(size // 2 for size in found.shape[2:]))]
     assert torch.equal(middle, torch.zeros_like(middle))
     assert float(found.abs().max()) > 0.01
@@ -146,4 +150,5 @@ def test_rows_with_one_zero_point_have_no_border() -> None:
     net.layer.input_quantizer = InputQuantizer(source.spec, source.clock, alike, source.row_of_bin)
     low: Any = lower(net).module.layer
     assert low.taps is None
+    assert low.total is None
     assert low.input.zero_point == 15
