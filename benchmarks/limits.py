@@ -25,14 +25,12 @@ import datetime
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from engines import machine, network, quantized
@@ -46,6 +44,7 @@ MEGABYTES = 256
 KINDS = {
     "Convolution": "layers",
     "FullyConnected": "layers",
+    "FullyConnectedQuantizedLegacy": "layers",
     "Subgraph": "attention and fused elementwise operators",
     "MatMul": "attention and fused elementwise operators",
     "Softmax": "attention and fused elementwise operators",
@@ -187,12 +186,12 @@ def measure(
     net, call = network(name, batch)
     simulated = quantized(net, call, arguments.weights, 1, asymmetric=arguments.asymmetric)
     counted = work(net, call, arguments.precision)
-    request = _compiled(simulated, call, arguments)
+    run, request = _compiled(simulated, call, arguments.precision)
     fractions, times, floors, shares = [], [], [], []
     for number in range(arguments.rounds + 1):
         rates = peaks.measure()
         began = clock()
-        request.infer(share_inputs=True)
+        run()
         taken = clock() - began
         if number == 0:
             continue
@@ -220,35 +219,20 @@ def measure(
     }
 
 
-def _compiled(simulated: nn.Module, call: dict[str, Tensor], arguments: argparse.Namespace) -> Any:
-    """A request of the exported graph at this shape, with OpenVINO's clocks on and its inputs set."""
-    import openvino
+def _compiled(simulated: nn.Module, call: dict[str, Tensor], precision: Any) -> tuple[Callable[[], None], Any]:
+    """The engine's graph at this shape, as something to run, and its request, with OpenVINO's clocks on."""
+    from stepquant.engines import openvino as engine
 
-    from stepquant.integrations.graphs import export_openvino
+    engine._core().set_property("CPU", {"PERF_COUNT": True})
+    denoiser = engine.OpenVINOEngine(precision).compile(simulated)
 
-    core = openvino.Core()
-    with tempfile.TemporaryDirectory(prefix="stepquant-") as folder:
-        written = export_openvino(simulated, Path(folder) / "graph.xml", inputs=call)
-        model = core.read_model(str(written.path))
-        shapes = {port: list(call[_name(port, call)].shape) for port in model.inputs}
-        model.reshape(shapes)
-        settings = {
-            "INFERENCE_PRECISION_HINT": arguments.precision,
-            "INFERENCE_NUM_THREADS": arguments.threads,
-            "NUM_STREAMS": 1,
-            "ENABLE_CPU_PINNING": False,
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-            "PERF_COUNT": True,
-        }
-        request = core.compile_model(model, "CPU", settings).create_infer_request()
-    for port in request.model_inputs:
-        value = np.ascontiguousarray(call[_name(port, call)].numpy())
-        request.set_tensor(port, openvino.Tensor(value))
-    return request
+    def run() -> None:
+        with torch.no_grad():
+            denoiser(**call)
 
-
-def _name(port: Any, call: dict[str, Tensor]) -> str:
-    return next(name for name in call if name in port.names)
+    run()
+    (graph,) = denoiser._compiled.values()
+    return run, graph.request
 
 
 def _gap(request: Any, layers_floor: float, taken: float) -> dict[str, float]:
