@@ -35,8 +35,8 @@ Engine = Annotated[
     typer.Option(
         help="What computes the quantized layers. simulated: the arithmetic of the calibration, bit for bit; openvino: "
         "the whole denoiser as one int8 graph, for CPUs; openvino-bf16: the same with its float parts in bfloat16, on "
-        "processors that have it; onednn: int8 layers; auto: openvino where processor and checkpoint fit it, else "
-        "simulated. `stepquant inspect` says which."
+        "processors that have it; onednn: int8 layers; auto: openvino-bf16 or openvino where processor and checkpoint "
+        "fit it, else simulated. `stepquant inspect` says which."
     ),
 ]
 MeasuredEngine = Annotated[

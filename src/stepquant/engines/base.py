@@ -20,7 +20,7 @@ from stepquant.engines.automatic import AutomaticDenoiser
 from stepquant.engines.graph import refused_for_hooks
 from stepquant.engines.int_mm import IntMmEngine
 from stepquant.engines.onednn import OneDnnEngine
-from stepquant.engines.openvino import OpenVINOEngine, usable
+from stepquant.engines.openvino import OpenVINOEngine, has_bf16, usable
 from stepquant.engines.reference import ReferenceEngine
 from stepquant.engines.weight_only import WeightOnlyEngine
 from stepquant.errors import EngineError, UnknownEngine, nearest
@@ -134,6 +134,9 @@ def automatic(layers: Mapping[str, Layer]) -> tuple[str, str]:
     floating-point weight or input, and the matmuls of attention, are not asked about: they run in floating point in
     both. The other engines are used by name only: `reference` trades time for memory, `onednn` is for denoisers that
     have no graph, and `int_mm` and `weight_only` have not been run on a GPU.
+
+    What the graph computes in floating point is in bfloat16 on processors that multiply it (`has_bf16`), as OpenVINO
+    does by default, and in float32 on others. By name, "openvino" is in float32 and "openvino-bf16" in bfloat16.
     """
     engine = OpenVINOEngine()
     wanted = _quantized_throughout(layers)
@@ -228,7 +231,9 @@ def place(denoiser: nn.Module, engine: str | GraphEngine = "auto") -> tuple[nn.M
 def _placed_automatically(denoiser: nn.Module) -> tuple[nn.Module, dict[str, Placement]]:
     layers = quantized_layers(denoiser)
     chosen, reason = automatic(layers)
-    logger.info("Engine %r: %s.", chosen, reason.removesuffix("."))
+    engine = OpenVINOEngine(precision="bf16" if chosen != "simulated" and has_bf16() else "f32")
+    name = _SHORT if engine.precision == "bf16" else chosen
+    logger.info("Engine %r: %s.", name, reason.removesuffix("."))
     placed = _placements(denoiser, chosen)
     wanted = _quantized_throughout(layers).values()
     # Where the machine is the reason, that is the same for all checkpoints, and nothing to warn of.
@@ -238,7 +243,7 @@ def _placed_automatically(denoiser: nn.Module) -> tuple[nn.Module, dict[str, Pla
             "their inputs besides. %s",
             reason,
         )
-    return denoiser if chosen == "simulated" else AutomaticDenoiser(denoiser, OpenVINOEngine()), placed
+    return denoiser if chosen == "simulated" else AutomaticDenoiser(denoiser, engine), placed
 
 
 def _quantized_throughout(layers: Mapping[str, Layer]) -> dict[str, QuantizedLayer]:

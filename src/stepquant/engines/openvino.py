@@ -149,6 +149,12 @@ def has_vnni() -> bool:
     return info.is_file() and "avx_vnni" in info.read_text(encoding="utf-8", errors="replace").split()
 
 
+def has_bf16() -> bool:
+    """Whether OpenVINO has bfloat16 and the processor multiplies it: others imitate it, and take longer."""
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # of all processors with AMX, too
+    return known is not None and known() and "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def _simulated_layer(layer: QuantizedLayer | QuantizedMatmul) -> str | None:
     return NO_VNNI if isinstance(layer, QuantizedLayer) else graph.refusal(layer)
 

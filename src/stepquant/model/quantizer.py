@@ -134,6 +134,10 @@ class InputQuantizer(_TimestepTable):
     qmin: Tensor
     qmax: Tensor
 
+    difference: float = 0.0
+    """Share by which the scale moves up and down for its gradient (`fake_quantize`); 0: straight through. Set while the
+    scale learns, and no part of the state."""
+
     def __init__(
         self,
         spec: QuantSpec,
@@ -199,10 +203,6 @@ class InputQuantizer(_TimestepTable):
     def levels(self, x: Tensor) -> QuantSpec | Levels:
         """Lowest and highest level at the clock's present bin(s): the spec, unless rows have bits of their own."""
         return self.spec if self.row_bits is None else Levels(*self._now(x, self.qmin, self.qmax))
-
-    difference: float = 0.0
-    """Share by which the scale moves up and down for its gradient (`fake_quantize`); 0: straight through. Set while the
-    scale learns, and no part of the state."""
 
     def forward(self, x: Tensor) -> Tensor:
         return fake_quantize(x, self.current(x), self.levels(x), difference=self.difference)

@@ -23,7 +23,6 @@ from stepquant.cli.main import main
 from stepquant.engines import openvino as engine_module
 from stepquant.engines.automatic import AutomaticDenoiser
 from stepquant.engines.base import automatic, place
-from stepquant.engines.openvino import OpenVINOEngine
 from stepquant.errors import EngineError, ModelError
 from stepquant.inspection import inspect_checkpoint
 from stepquant.model.layer import QuantizedLayer
@@ -34,6 +33,10 @@ from tiny import TinyNet, quantize_, sampled, small_unet, tiny_pipe
 needs_vnni = pytest.mark.skipif(not engine_module.has_vnni(), reason="elsewhere auto is simulated")
 
 SAMPLE = (2, 2, 4, 4)
+
+SHORT = engine_module.has_vnni() and engine_module.has_bf16()
+NAME = "openvino-bf16" if SHORT else "openvino"
+"""The engine by name that `auto` is on this processor."""
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +65,23 @@ def automatic_of(simulated: nn.Module) -> AutomaticDenoiser:
 
 
 @needs_vnni
-def test_a_supported_denoiser_becomes_the_graph_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    simulated = net()
-    by_name = OpenVINOEngine().compile(copy.deepcopy(simulated))
+@pytest.mark.parametrize(
+    "short", [pytest.param(True, marks=pytest.mark.skipif(not SHORT, reason="no bfloat16")), False]
+)
+def test_a_supported_denoiser_becomes_the_graph_and_the_log_says_so(
+    short: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stepquant.engines.base.has_bf16", lambda: short)
+    simulated, name = net(), "openvino-bf16" if short else "openvino"
+    by_name: Any = place(copy.deepcopy(simulated), name)[0]
+    assert by_name.precision == ("bf16" if short else "f32")
     gone = weakref.ref(simulated)
     placed: Any
     ran: Any
     ran, placed = place(simulated)
     del simulated
     assert {placement.engine for placement in placed.values()} == {"openvino"}
-    assert "Engine 'openvino': it runs all 2 layers with quantized weights and inputs on integers." in caplog.text
+    assert f"Engine {name!r}: it runs all 2 layers with quantized weights and inputs on integers." in caplog.text
     assert gone() is not None
     x = torch.randn(SAMPLE)
     with torch.no_grad():
@@ -315,12 +325,12 @@ def quiet(pipe: Any) -> Any:
 @needs_vnni
 def test_load_takes_it_and_simulated_gives_the_bits_of_before(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipe, _ = small_pipe()
-    found = {engine: quiet(load(folder, engine=engine)) for engine in ("simulated", "openvino", "auto")}
+    found = {engine: quiet(load(folder, engine=engine)) for engine in ("simulated", NAME, "auto")}
     assert isinstance(found["auto"].unet, AutomaticDenoiser)
-    assert "Engine 'openvino': it runs all" in caplog.text
+    assert f"Engine {NAME!r}: it runs all" in caplog.text
     images = {engine: sampled(loaded) for engine, loaded in found.items()}
     assert (images["simulated"] == sampled(pipe)).all()
-    assert (images["auto"] == images["openvino"]).all()
+    assert (images["auto"] == images[NAME]).all()
     assert images["auto"].shape == images["simulated"].shape
     unet = found["auto"].unet
     assert (unet.config.sample_size, unet.dtype, unet.device) == (8, torch.float32, torch.device("cpu"))
@@ -439,7 +449,7 @@ def test_without_the_package_inspect_and_auto_say_what_to_install(
 def test_the_command_sample_takes_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepquant.cli.work.tune_allocator", lambda: True)
     log = tmp_path / "log.jsonl"
-    for options, told in ((("--engine", "simulated"), []), ((), ["Engine 'openvino'"])):
+    for options, told in ((("--engine", "simulated"), []), ((), [f"Engine {NAME!r}"])):
         log.unlink(missing_ok=True)
         words = ["sample", folder, "-o", tmp_path / "images", "--seeds", "1", "--steps", "1", "-q", "--overwrite"]
         with pytest.raises(SystemExit) as stop:

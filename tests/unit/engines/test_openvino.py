@@ -415,7 +415,8 @@ def test_what_pipelines_read_and_call_of_a_graph_is_there(freed: Any) -> None:
 def test_two_threads_get_their_own_images(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     net = quantize_(Net(), ends="same")
-    alone, shared = OpenVINOEngine().compile(copy.deepcopy(net)), place(net, kind)[0]
+    shared: Any = place(net, kind)[0]
+    alone = OpenVINOEngine(precision=shared.precision).compile(copy.deepcopy(net))
     # Two shapes, so that threads meet in the cache of compiled graphs and in one request.
     samples = [torch.randn(1 + number // 2, 2, 4, 4) for number in range(4)]
     with torch.no_grad():
