@@ -325,7 +325,7 @@ def quantize(
     refuse_offload(recipe, run)
     with _still(full_precision), offloaded(pipe, full_precision, run.offload):
         quantizing = copy.deepcopy(full_precision).requires_grad_(False)
-        job = Job(pipe, full_precision, quantizing, run, steps, dict(arguments or {}))
+        job = Job(pipe, full_precision, quantizing, run, steps, dict(arguments or {}), stages=recipe.stages)
         _check_stages(job, recipe)
         identity = {}
         if run.work is not None or run.processes.count > 1:
@@ -428,7 +428,7 @@ def estimate(
     run = run or Run()
     refuse_offload(recipe, run)
     with _still(full_precision), offloaded(pipe, full_precision, run.offload):
-        job = Job(pipe, full_precision, full_precision, run, steps, dict(arguments or {}))
+        job = Job(pipe, full_precision, full_precision, run, steps, dict(arguments or {}), stages=recipe.stages)
         _check_stages(job, recipe)
         return estimated(job, recipe)
 

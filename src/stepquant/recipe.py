@@ -44,6 +44,7 @@ class Job:
     keeper: where long stages keep their state; None keeps nothing.
     spill: where trajectories and large caches lie on disk; None keeps them in memory.
     handed: nouns of the stages' `gives` -> values ("trajectories", "calibration", "order", ...).
+    stages: of the recipe, for checks before the first of them runs; empty where there is no recipe.
     """
 
     pipe: Any
@@ -55,6 +56,7 @@ class Job:
     handed: dict[str, Any] = field(default_factory=dict)
     keeper: Keeper | None = None
     spill: Spill | None = None
+    stages: tuple[Stage, ...] = ()
 
 
 @runtime_checkable

@@ -295,6 +295,14 @@ def test_evaluate_then_report(folder: Path, resumed: Resumed, capsys: pytest.Cap
     assert results["command"] in page
     assert f"{metrics['psnr']['value']:.4g}" in page
     assert json.loads((folder / "out.evaluation.json").read_text()) == results, "a report repeats no evaluation"
+    assert "Speed was not measured" in page
+
+    status, out, err = command(folder, "report", "out", "-o", "report.html", "--speed", "--overwrite")
+    assert (status, err) == (0, "")
+    speed = json.loads((folder / "out.speed.json").read_text())["engines"]
+    assert speed["simulated"]["ratio"] > 0
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"{speed['simulated']['ratio']:.2f} times" in page
 
 
 def test_failures_and_wrong_usage(folder: Path) -> None:

@@ -15,7 +15,9 @@ from PIL import Image
 import tiny
 from stepquant.api import quantize, sample
 from stepquant.cli.main import main
+from stepquant.errors import EvaluationError
 from stepquant.evaluate.images import save_png
+from stepquant.evaluate.source import ImageFolder, PipelineSource
 from stepquant.methods import METHODS
 
 STEPS = 2
@@ -109,7 +111,7 @@ def test_two_pipelines_have_drift(stepquant: Stepquant, here: Path) -> None:
     [
         (["psnr<1", "mae>0.9"], 0, []),
         (["psnr<1", "psnr>=2", "mae>0"], 3, ["psnr>=2 (it is ", "mae>0 (it is "]),
-        (["lpips>0.1"], 3, ["lpips>0.1 (it was not measured)"]),
+        (["ssim<0.1"], 3, ["ssim<0.1 (it was not measured)"]),
     ],
 )
 def test_gates(stepquant: Stepquant, here: Path, gates: list[str], status: int, complaints: list[str]) -> None:
@@ -210,7 +212,9 @@ def test_nothing_is_left_of_a_shipped_model_that_was_evaluated(stepquant: Stepqu
         assert written(here) == []
 
 
-def test_bad_images_are_named_and_nothing_is_left(stepquant: Stepquant, here: Path, models: Path) -> None:
+def test_bad_images_are_named_and_nothing_is_left(
+    stepquant: Stepquant, here: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def folder(name: str) -> Path:
         copied = here / name
         copied.mkdir()
@@ -232,7 +236,11 @@ def test_bad_images_are_named_and_nothing_is_left(stepquant: Stepquant, here: Pa
     coloured.mkdir()
     for seed in range(5, 9):
         (here / f"coloured-{seed}.png").rename(coloured / f"{seed}.png")
+    (here / "large").mkdir()
+    for seed in range(5, 9):
+        Image.new("L", (9, 9)).save(here / "large" / f"{seed}.png")
     before = written(here)
+    monkeypatch.setattr(ImageFolder, "images", lambda *_, **__: pytest.fail("images were read"))
     for name, words in (
         ("cut", "000007.png cannot be read as a PNG image"),
         ("wide", "000006.png is (1, 8, 9), but 000005.png is (1, 8, 8)"),
@@ -241,7 +249,12 @@ def test_bad_images_are_named_and_nothing_is_left(stepquant: Stepquant, here: Pa
         ("nothing", "000008.png cannot be read as a PNG image"),
         ("fewer", "fewer has no images of 1 of the 4 seeds, the first of them 8"),
         ("stray", "holiday.png is not named by its seed"),
-        ("coloured", "images and coloured give images of different shapes: [1, 8, 8] and [3, 8, 8]"),
+        (
+            "coloured",
+            "images (000005.png) and coloured (5.png) give images of different shapes: [1, 8, 8] and [3, 8, 8] "
+            "[C, H, W]. Convert the files of one folder (Pillow: convert('RGB') or convert('L'))",
+        ),
+        ("large", "images (000005.png) and large (5.png) give images of different shapes: [1, 8, 8] and [1, 9, 9]"),
     ):
         status, out, err = stepquant("images", "--against", name, "--batch-size", 1, "--json", "results.json")
         assert (status, out) == (1, "")
@@ -264,15 +277,122 @@ def test_calibration_seeds_are_refused(stepquant: Stepquant, here: Path) -> None
 def test_missing_weights_cost_only_their_own_figures(stepquant: Stepquant, here: Path) -> None:
     command = ["images", "--against", "images", "--features", "inception=no.pth", "--lpips", "alexnet.pth", "--json"]
     status, out, err = stepquant(*command)
-    assert (status, err) == (0, "")
+    assert status == 0
     results = json.loads(out)
     assert set(results["metrics"]) == {"psnr", "mae"}
-    notes = " ".join(results["notes"])
-    assert "No distances of distributions (FID and the like): no.pth is not there. Download https://" in notes
-    assert "No LPIPS: alexnet.pth is not there. Download https://" in notes
+    distances, lpips = (line.removeprefix("Note: ") for line in err.splitlines())
+    for line, words in (
+        (
+            distances,
+            "No distances of distributions (FID and the like): no.pth is not there. Download weights-inception",
+        ),
+        (lpips, "No LPIPS: alexnet.pth is not there. Download https://"),
+    ):
+        assert line.startswith(words)
+        note = line.removesuffix(" All other figures are computed.")
+        assert note != line
+        assert note in results["notes"]
     status, _, err = stepquant("images", "--against", "images", "--features", "incepton=no.pth")
     assert status == 2
     assert "Did you mean 'inception'?" in err
+
+
+def test_missing_weights_are_told_before_anything_is_opened(
+    stepquant: Stepquant, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise EvaluationError("far enough")
+
+    monkeypatch.setattr("stepquant.cli.evaluate.open_source", stop)
+    _, out, err = stepquant("checkpoint", "--against", "images", "--lpips", "alxnet.pth")
+    assert out == ""
+    assert err.index("Note: No LPIPS: alxnet.pth is not there.") < err.index("far enough")
+
+
+@pytest.mark.parametrize(
+    ("options", "gate", "words"),
+    [
+        (["--lpips", "alxnet.pth"], "lpips>0.1", "alxnet.pth is not there. Download https://"),
+        ([], "lpips>0.1", "LPIPS needs --lpips FILE. Download https://"),
+        (
+            ["--features", "inception=no.pth"],
+            "kid_to_fp>1",
+            "no.pth is not there. Download weights-inception-2015-12-05",
+        ),
+        (["--features", "none"], "frechet_to_fp>2", "--features none leaves out the distances of distributions."),
+        (["--clip", "no/clip"], "clip_score<20", "no/clip is no folder and not in the local cache. Get one with"),
+        ([], "clip_score<20", "The CLIP score needs --clip MODEL and prompts."),
+    ],
+)
+def test_a_gate_on_a_figure_without_its_network_is_refused_before_any_work(
+    stepquant: Stepquant, here: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], gate: str, words: str
+) -> None:
+    monkeypatch.setattr("stepquant.cli.evaluate.open_source", lambda *_, **__: pytest.fail("something was opened"))
+    status, out, err = stepquant(
+        "checkpoint", "--against", "images", *options, "--fail-if", "psnr<1", "--fail-if", gate
+    )
+    assert (status, out) == (2, "")
+    assert f"--fail-if {gate}: this figure cannot be measured. {words}" in err
+    assert "psnr" not in err
+    assert written(here) == []
+
+
+def test_hub_ids(stepquant: Stepquant, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sampled is the folder that the hub's name stands for, on either side."""
+    opened: list[str] = []
+
+    def downloaded(model: str) -> DDIMPipeline:
+        opened.append(model)
+        return DDIMPipeline.from_pretrained({"them/model": here / "model"}[model])
+
+    monkeypatch.setattr("stepquant.api._from_hub", downloaded)
+    status, out, err = stepquant("them/model", "--against", "images", "--steps", STEPS, "--json")
+    assert status == 0, err
+    results = json.loads(out)
+    assert (results["candidate"], results["against"], results["engine"]) == ("them/model", "images", None)
+    assert (results["metrics"]["psnr"]["identical"], results["seeds"]) == (4, [5, 8])
+    assert written(here) == []
+
+    status, out, err = stepquant("checkpoint", "--against", "them/model", "--seeds", "0-2", "--json")
+    assert status == 0, err
+    by_name = json.loads(out)
+    assert (by_name["against"], by_name["reference_kind"]) == ("them/model", "model")
+    assert opened == ["them/model"] * 2
+    status, out, err = stepquant("checkpoint", "--against", "model", "--seeds", "0-2", "--json")
+    assert status == 0, err
+    assert by_name["metrics"] == json.loads(out)["metrics"]
+    assert by_name["metrics"]["drift_final"]["value"] > 0
+
+
+def test_a_folder_beside_a_pipeline_of_another_size_or_of_colours(
+    stepquant: Stepquant, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found at the first mini-batch, with a file."""
+    sampled: list[int] = []
+    original = PipelineSource.images
+
+    def counted(self: PipelineSource, seeds: Any, **options: Any) -> Any:
+        sampled.extend(seeds)
+        return original(self, seeds, **options)
+
+    monkeypatch.setattr(PipelineSource, "images", counted)
+    for name, mode, side in (("large", "L", 9), ("coloured", "RGB", 8)):
+        (here / name).mkdir()
+        for seed in range(5, 9):
+            Image.new(mode, (side, side)).save(here / name / f"sample-{seed}.png")
+    before = written(here)
+    for name, shape in (("large", "[1, 9, 9]"), ("coloured", "[3, 8, 8]")):
+        for pair in (("model", name), (name, "model")):
+            sampled.clear()
+            status, out, err = stepquant(
+                pair[0], "--against", pair[1], "--steps", STEPS, "--seeds", "6-8", "--batch-size", 2
+            )
+            assert (status, out) == (1, "")
+            shapes = ("[1, 8, 8]", shape) if pair[0] == "model" else (shape, "[1, 8, 8]")
+            sides = " and ".join(f"{one} (sample-6.png)" if one == name else one for one in pair)
+            assert f"{sides} give images of different shapes: {shapes[0]} and {shapes[1]} [C, H, W]." in err
+            assert sampled == [6, 7]
+            assert written(here) == before
 
 
 def test_other_schedules_are_refused(stepquant: Stepquant, here: Path) -> None:

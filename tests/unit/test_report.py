@@ -120,13 +120,16 @@ def an_origin() -> dict[str, Any]:
         {"stage": "Round", "seconds": 2.0, "losses": {f"layer{n}": {"before": 1.0, "after": 0.5} for n in range(5)}},
         {"stage": "Fit", "windows": [[0, 5], [5, 10]], "losses": [[0, 1.0], [1, 2.0], [0, 0.5], [1, 0.0]]},
     ]
-    fast = {"milliseconds": 1.5, "times_torch_f32": 2.25}
+    times = {"milliseconds": 1.5, "reference_milliseconds": 3.375, "ratio": 2.25, "low": 2.125, "high": 2.5}
     speed = {
-        "command": "python benchmarks/engines.py",
+        "schema": 1,
         "date": "2026-01-02",
         "machine": "a machine",
+        "device": "cpu",
         "threads": 1,
-        "results": [{"network": "digits-unet", "batch": 16, "candidates": {"int8-f32": fast}}],
+        "torch": "2.13.0",
+        "rounds": 9,
+        "engines": {"openvino": times, "openvino-bf16": times | {"ratio": 4.5}, "onednn": {"failed": "No memory."}},
     }
     return {"figures": stages, "settings": "model: <m>\n", "settings_file": "runs/a.run.yaml", "speed": speed}
 
@@ -227,12 +230,37 @@ def test_every_part_has_its_place_in_order() -> None:
     for wanted in (
         "runs/a.run.yaml",
         "model: &lt;m&gt;",
-        "2.25",
         "stepquant report a b",
         "Something could not be shown",
     ):
         assert wanted in page, wanted
-    assert page.count("Measured speed") == 1  # the same file beside both
+
+
+def test_speed_stands_with_its_engine() -> None:
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", a_whole_page("a", "b")))
+    assert text.count("2.25 times 2.12 to 2.50, 1.5 ms instead of 3.38") == 2
+    assert "openvino-bf16 4.50 times" in text
+    assert "no figure: No memory." in text
+    assert "Speed of b: medians over 9 rounds of one call each, wall clock; cpu, a machine, 1 thread, torch" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "marked"),
+    [
+        ("inception_score", (9.5, 12.0), "9.5"),  # full precision has 10
+        ("inception_score", (9.5, 10.25), "10.25"),
+        ("clip_score", (9.0, 11.0), None),  # as far from full precision
+        ("kid_to_fp", (0.5, 0.25), "0.25"),
+        ("precision", (0.5, 0.75), "0.75"),
+    ],
+)
+def test_the_best_value_is_marked(key: str, values: tuple[float, float], marked: str | None) -> None:
+    results = [a_result(name) for name in ("a", "b")]
+    for result, value in zip(results, values, strict=True):
+        result["metrics"] = {key: {"value": value, "reference_value": 10.0}}
+    page = render_report(results, some_images(2), [an_inspection()] * 2)
+    found = re.findall(r'<span class="best">([0-9.]+)', page)
+    assert found == ([] if marked is None else [marked])
 
 
 def test_what_is_not_there_leaves_no_empty_part() -> None:
@@ -241,7 +269,7 @@ def test_what_is_not_there_leaves_no_empty_part() -> None:
         assert f'id="{part}"' not in page
         assert f'href="#{part}"' not in page
     assert "No losses" in page
-    assert "Speed was not measured." in page
+    assert "Speed was not measured: <code>stepquant report --speed</code> does." in page
 
 
 def test_without_a_script_every_image_stands_in_a_row_of_its_own() -> None:

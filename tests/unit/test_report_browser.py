@@ -138,3 +138,11 @@ def test_dark_and_light_pictures_differ(page: Path, tmp_path: Path) -> None:
         means.append(float(np.asarray(Image.open(path).convert("L")).mean()))
     assert means[0] < 80
     assert means[1] > 160
+
+
+def test_the_page_prints(page: Path, tmp_path: Path) -> None:
+    """On a few pages, with what folds open: a printed page has no pointer."""
+    path = tmp_path / "page.pdf"
+    chromium(f"--print-to-pdf={path}", "--no-pdf-header-footer", page.as_uri())
+    pages = len(re.findall(rb"/Type\s*/Page\b", path.read_bytes()))
+    assert 3 < pages < 30

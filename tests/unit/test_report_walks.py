@@ -95,13 +95,16 @@ def test_figures_of_the_stages_come_back(tmp_path: Path) -> None:
     figures: list[dict[str, Any]] = [{"stage": "Fit", "losses": [[0, 1.5]], "seconds": 0.25}, {"stage": "Ünd\n"}]
     write_figures(figures, tmp_path / "out")
     (tmp_path / "out.run.yaml").write_text("model: digits-unet\n")
-    (tmp_path / "out.speed.json").write_text('{"threads": 1}')
+    (tmp_path / "out.speed.json").write_text('{"schema": 1}')
     assert read_origin(tmp_path / "out") == {
         "figures": figures,
         "settings": "model: digits-unet\n",
         "settings_file": str(tmp_path / "out.run.yaml"),
-        "speed": {"threads": 1},
+        "speed": {"schema": 1},
     }
+    (tmp_path / "out.speed.json").write_text('{"results": []}')
+    with pytest.raises(EvaluationError, match=r"out\.speed\.json is damaged \(it has no schema 1\)"):
+        read_origin(tmp_path / "out")
     (tmp_path / "out.figures.jsonl").write_text("{\n")
     with pytest.raises(EvaluationError, match=r"out\.figures\.jsonl is damaged"):
         read_origin(tmp_path / "out")

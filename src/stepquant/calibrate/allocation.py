@@ -57,7 +57,7 @@ from stepquant.calibrate.sensitivity import (
     final_scores,
     output_scores,
 )
-from stepquant.calibrate.stages import FitWeightRanges, LayerRule, Place
+from stepquant.calibrate.stages import FitWeightRanges, LayerRule, Place, Record
 from stepquant.calibrate.step_groups import BitsUntil, Timeline
 from stepquant.calibrate.trajectory import Trajectory
 from stepquant.errors import CalibrationError, SpecError, nearest
@@ -184,7 +184,12 @@ class Allocate:
         return self.step_groups > 1 or self.place.plans_row_bits
 
     def check(self, job: Job) -> None:
-        """Budgets that no choice of weights can keep, and all that `Place` checks, before anything is recorded."""
+        """What is bound to fail, before anything is recorded: too few mini-batches, budgets that no choice of weights
+        can keep, and all that `Place` checks.
+        """
+        for stage in job.stages:
+            if isinstance(stage, Record):
+                self._check_mini_batches(stage.mini_batches)
         self.place.check(job)
         denoiser, problem = self._unrun_problem(job)
         costs = costs_of(problem, denoiser, {})
@@ -238,11 +243,7 @@ class Allocate:
         """The problem, the network to probe, trajectories for sensitivities and to measure on, and evaluations."""
         trajectories: list[Trajectory] = job.handed["trajectories"]
         used, held = _split(trajectories, self.samples, self.held_out)
-        if not held and (self.refine or self.max_drift is not None):
-            raise SpecError(
-                f"Measuring allocations takes recorded images that the sensitivities have not seen, but there are only "
-                f"{len(trajectories)} mini-batches: record more samples, use a smaller batch, or give refine=0."
-            )
+        self._check_mini_batches(len(trajectories))
         # Placing everything on a copy that is thrown away says which layers run, in which order, with which specs.
         plans = []
         for place in (self.place, replace(self.place, **_EVERYTHING)):
@@ -307,6 +308,16 @@ class Allocate:
                 f"with {self.bits[0]} bits in every layer that is free to choose, and about "
                 f"{costs.total_bytes(least) + costs.beside_bytes} for the denoiser's part of the checkpoint."
             )
+
+    def _check_mini_batches(self, count: int) -> None:
+        """Raise SpecError if `_split` would leave none to measure on."""
+        if count > 1 or not (self.refine or self.max_drift is not None):
+            return
+        without = "" if self.max_drift is not None else ", or give refine=0 (--set allocation.refine=0)"
+        raise SpecError(
+            "Measuring allocations takes recorded images that the sensitivities have not seen, but there is only 1 "
+            f"mini-batch: record more samples than one batch holds, use a smaller batch{without}."
+        )
 
     def _scores(self, job: Job, probe: Probe, used: list[Trajectory], problem: Problem) -> tuple[Scores, int]:
         if self.score in ("final", "incoherent"):

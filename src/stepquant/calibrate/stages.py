@@ -74,6 +74,11 @@ class Record:
         if self.samples < 1 or self.batch < 1:
             raise SpecError(f"Record needs samples and batch of at least 1, found {self.samples} and {self.batch}.")
 
+    @property
+    def mini_batches(self) -> int:
+        """How many it records; the last may be smaller."""
+        return -(-self.samples // self.batch)
+
     def run(self, job: Job) -> Figures:
         seeds = calibration_seeds(job.run.seed, self.samples)
         job.handed["trajectories"] = recorded(job, seeds, batch_size=min(self.batch, self.samples))

@@ -377,7 +377,9 @@ def evaluate(
     ctx: typer.Context,
     candidate: Annotated[
         str,
-        typer.Argument(help="A checkpoint, a diffusers folder, a hub id, or a folder of images named by their seeds."),
+        typer.Argument(
+            help="A checkpoint, a diffusers folder, a hub id, or a folder of PNG images named by their seeds."
+        ),
     ],
     against: Annotated[
         str | None,
@@ -396,7 +398,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAME[=FILE]",
-            help="For FID and the like: digits, inception=FILE, mobilenetv2=FILE, none.  "
+            help="For FID and the like: digits, inception[=FILE], mobilenetv2=FILE, none.  "
             "[default: digits where they fit]",
         ),
     ] = None,
@@ -553,18 +555,34 @@ def report(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The page to write.")] = Path("report.html"),
     seeds: Annotated[str, typer.Option(help="Evaluated where a checkpoint has no evaluation yet.")] = "1000-1063",
+    speed: Annotated[
+        bool,
+        typer.Option(
+            "--speed",
+            help="Time one call of the denoiser by every engine that takes a layer of it, beside full precision. Later "
+            "reports show it again.",
+        ),
+    ] = False,
     device: Device = "auto",
     batch_size: Batch = 16,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write one HTML page about one or several checkpoints: figures, drift curves, images, layers.
+    """Write one HTML page about one or several checkpoints: figures, drift curves, images, layers, engines.
 
     Uses the evaluations that `stepquant evaluate` kept; a checkpoint without one is evaluated first, in simulated
     arithmetic, which also makes the images of the page. Measure another engine with `stepquant evaluate --engine`.
     """
     from stepquant.cli import report as page
 
-    page.report(checkpoints, out, parse_seeds(seeds), _settings(ctx), (device, batch_size), overwrite=overwrite)
+    page.report(
+        checkpoints,
+        out,
+        parse_seeds(seeds),
+        _settings(ctx),
+        (device, batch_size),
+        speed=speed,
+        overwrite=overwrite,
+    )
 
 
 @app.command()

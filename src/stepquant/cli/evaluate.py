@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -36,7 +37,7 @@ from stepquant.evaluate.compare import evaluate as compare
 from stepquant.evaluate.features import Features
 from stepquant.evaluate.folder import discard
 from stepquant.evaluate.gates import Gate, check_gates, parse_gates
-from stepquant.evaluate.lpips import Lpips
+from stepquant.evaluate.lpips import DOWNLOADS, Lpips
 from stepquant.evaluate.named_features import features_named
 from stepquant.evaluate.source import ImageFolder, PipelineSource, Source, open_source
 from stepquant.evaluate.weights import MissingWeights
@@ -47,6 +48,19 @@ from stepquant.run import Run
 
 __all__ = ["Measuring", "evaluate", "evaluate_and_keep", "measure"]
 
+logger = logging.getLogger(__name__)
+
+_DISTRIBUTIONS = (
+    "frechet_to_fp",
+    "frechet_to_data",
+    "sfid_to_fp",
+    "kid_to_fp",
+    "inception_score",
+    "precision",
+    "recall",
+)
+"""Figures that need features."""
+
 _EVALUATED = range(1000, 1256)
 """Seeds of an evaluation that names none and compares no folder of images."""
 
@@ -55,7 +69,8 @@ _EVALUATED = range(1000, 1256)
 class Measuring:
     """What `evaluate` measures beside the defaults, and what it does with what is there already.
 
-    features: "digits", "inception=FILE", "mobilenetv2=FILE" or "none"; None takes the shipped ones where they fit.
+    features: "digits", "inception" (with or without "=FILE"), "mobilenetv2=FILE" or "none"; None takes the shipped
+        ones where they fit.
     protocol: a preset of `evaluate.protocol`. lpips: weights of its backbone. clip: folder or hub id of a CLIP
         model. gates: such as "psnr<28".
     """
@@ -139,6 +154,8 @@ def measure(
     options["scheduler"] = sampling.scheduler
     if sampling.onto is not None:
         refuse_onto_a_model(str(candidate))
+    # Before the pipelines: opening them may take minutes, and a mistyped path is seen at once.
+    features, lpips, clip, remarks = _networks(measuring, device)
     source = open_source(str(candidate), onto=sampling.onto, **options)
     base = against or base_model_of(Path(candidate), _description(candidate))
     checkpoints = [name for name in (str(candidate), base) if _is_checkpoint(name)]
@@ -160,7 +177,6 @@ def measure(
         "command": settings.command,
         **({} if sampling.onto is None else {"onto": str(sampling.onto)}),
     }
-    features, lpips, clip, remarks = _networks(measuring, device)
     work, processes = _evaluation_work(candidate), joined()
     with (
         _evaluation_kept(work) if processes.first else nullcontext(),
@@ -224,28 +240,51 @@ def _common_steps(sampling: Sampling, sources: Iterable[Source]) -> int | None:
 def _networks(
     measuring: Measuring, device: Any
 ) -> tuple[Features | Literal["shipped", "none"], Lpips | None, ClipScore | None, list[str]]:
-    """Networks whose weights the user named. One whose file is not there is a remark: other figures do not need it."""
+    """Networks whose weights the user named. One whose file is not there is a remark: other figures do not need it.
+
+    The remarks are told at once. Raises SpecError for a gate on a figure whose network is not there.
+    """
     features: Features | Literal["shipped", "none"] = "shipped"
     lpips, clip, remarks = None, None, []
     if measuring.features == "none":
         features = "none"
+        _refuse_gates(measuring, _DISTRIBUTIONS, "--features none leaves out the distances of distributions.")
     elif measuring.features is not None:
         try:
             features = features_named(measuring.features, device=device)
         except MissingWeights as error:
             features = "none"
             remarks.append(f"No distances of distributions (FID and the like): {error}")
-    if measuring.lpips is not None:
+            _refuse_gates(measuring, _DISTRIBUTIONS, error)
+    if measuring.lpips is None:
+        how = " or ".join(f"{url} ({kind})" for kind, url in DOWNLOADS.items())
+        _refuse_gates(measuring, ("lpips",), f"LPIPS needs --lpips FILE. Download {how} and give its path.")
+    else:
         try:
             lpips = Lpips(measuring.lpips, device=device)
         except MissingWeights as error:
             remarks.append(f"No LPIPS: {error}")
-    if measuring.clip is not None:
+            _refuse_gates(measuring, ("lpips",), error)
+    if measuring.clip is None:
+        _refuse_gates(measuring, ("clip_score",), "The CLIP score needs --clip MODEL and prompts.")
+    else:
         try:
             clip = ClipScore.from_pretrained(measuring.clip, device=device)
         except MissingWeights as error:
             remarks.append(f"No CLIP score: {error}")
+            _refuse_gates(measuring, ("clip_score",), error)
+    for remark in remarks:
+        said = f"{remark} All other figures are computed."
+        logger.warning("%s", said, extra={"told": True})
+        stderr_console().print(f"Note: {said}", soft_wrap=True)
     return features, lpips, clip, remarks
+
+
+def _refuse_gates(measuring: Measuring, figures: Sequence[str], why: object) -> None:
+    """Raise SpecError if a gate is on one of these figures: they will not be measured, so it is bound to fail."""
+    found = [str(gate) for gate in parse_gates(measuring.gates, METRICS) if gate.metric in figures]
+    if found:
+        raise SpecError(f"--fail-if {found[0]}: this figure cannot be measured. {why} Or leave out the gate.")
 
 
 def _evaluation_work(candidate: str | Path) -> Path:

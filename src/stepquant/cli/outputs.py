@@ -71,7 +71,7 @@ def figures_path(out: Path) -> Path:
 
 
 def speed_path(checkpoint: Path) -> Path:
-    """`CHECKPOINT.speed.json`: what `benchmarks/engines.py --json` measured, put there by whoever wants it shown."""
+    """`CHECKPOINT.speed.json`: how fast engines were when `report --speed` last asked."""
     return _beside(checkpoint, ".speed.json")
 
 
@@ -99,6 +99,8 @@ def read_origin(checkpoint: Path) -> dict[str, Any]:
             found["figures"] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if (path := speed_path(checkpoint)).is_file():
             found["speed"] = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found["speed"], dict) or found["speed"].get("schema") != 1:
+                raise ValueError("it has no schema 1")
     except (ValueError, RecursionError) as error:
         raise EvaluationError(f"{path} is damaged ({error}). Delete it: the report does without it.") from None
     return found

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from stepquant import api
-from stepquant.cli.console import Settings, interruptible, progress_for, stdout_console
+from stepquant.cli.console import Settings, interruptible, json_text, progress_for, replace_text, stdout_console
 from stepquant.cli.evaluate import evaluate_and_keep
-from stepquant.cli.outputs import read_evaluation, read_origin, refuse_existing, refuse_unwritable_file
+from stepquant.cli.outputs import read_evaluation, read_origin, refuse_existing, refuse_unwritable_file, speed_path
 from stepquant.cli.work import Sampling, device_named, prepare
 from stepquant.errors import SpecError
 from stepquant.evaluate.arguments import first_of
 from stepquant.evaluate.source import PipelineSource, open_source
+from stepquant.evaluate.speed import measure_speed
 from stepquant.inspection import inspect_checkpoint
 from stepquant.manifest import read_manifest
 from stepquant.run import Run
@@ -37,9 +38,10 @@ def report(
     settings: Settings,
     device_and_batch: tuple[str, int],
     *,
+    speed: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write the page; checkpoints without an evaluation are evaluated first."""
+    """Write the page; checkpoints without an evaluation are evaluated first. speed: time the engines, too."""
     refuse_existing(out, overwrite=overwrite)
     refuse_unwritable_file(out)
     from stepquant.report.comparable import refuse_other_references
@@ -56,9 +58,41 @@ def report(
             sampling = Sampling(seeds, batch_size=batch_size, device=device, engine="simulated")
             found = evaluate_and_keep(checkpoint, sampling, settings)
         results.append(found)
+    if speed:
+        for checkpoint, found in zip(checkpoints, results, strict=True):
+            _measure_speed(checkpoint, found, settings, device)
     write_page(checkpoints, results, out, settings, (device, batch_size))
     if not settings.quiet:
         stdout_console().print(f"The report is {out}.")
+
+
+def _measure_speed(checkpoint: Path, result: Mapping[str, Any], settings: Settings, name: str) -> None:
+    """Time the engines on what the evaluation called the pipeline with, and keep it beside the checkpoint."""
+    prepare(settings)
+    device = device_named(name)
+    reference = open_source(
+        str(result["against"]), device=device, candidate=checkpoint, engine="simulated", schedule="nearest"
+    )
+    if not isinstance(reference, PipelineSource):
+        raise SpecError(
+            f"{checkpoint} was compared with a folder of images, and --speed needs a model to compare with: "
+            f"stepquant evaluate {checkpoint} --against MODEL"
+        )
+    arguments = first_of(result.get("arguments", {}), int(result["n"]), 1)
+    if arguments is None:
+        raise SpecError(
+            f"{checkpoint} was evaluated with arguments that are not kept, such as tensors or pictures: --speed cannot "
+            "call its pipeline. Leave --speed out."
+        )
+    with interruptible("Engines were not timed; evaluations that were finished are kept."):
+        found = measure_speed(
+            reference.pipe,
+            lambda engine: _loaded(checkpoint, result, device, engine),
+            steps=int(result["steps"]),
+            arguments=arguments,
+            progress=progress_for(settings),
+        )
+    replace_text(speed_path(checkpoint), json_text(found) + "\n")
 
 
 def _refuse_without_prompts(checkpoint: Path) -> None:
@@ -152,12 +186,11 @@ def _images_for(
     return {**found, **walked, "notes": [*notes, *walked["notes"]]}
 
 
-def _loaded(checkpoint: Path, result: Mapping[str, Any], device: Any) -> Any:
+def _loaded(checkpoint: Path, result: Mapping[str, Any], device: Any, engine: str = "simulated") -> Any:
     """The checkpoint as it was evaluated, with the other denoiser of `--onto`."""
-    options: dict[str, Any] = {"engine": "simulated", "schedule": "nearest"}
     onto = result.get("onto")
-    other = {} if onto is None else {"onto": api.load(Path(onto), **options)}
-    return api.load(checkpoint, device=device, **options, **other)
+    other = {} if onto is None else {"onto": api.load(Path(onto), engine="simulated", schedule="nearest")}
+    return api.load(checkpoint, device=device, engine=engine, schedule="nearest", **other)
 
 
 def _of_images(checkpoints: Sequence[Path], results: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> list[str]:

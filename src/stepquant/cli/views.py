@@ -84,10 +84,11 @@ def plan_of(resolved: Resolved) -> dict[str, Any]:
 
     check_call(pipe, resolved.arguments, resolved.steps)
     denoiser = find_denoiser(pipe, resolved.denoiser)[1]
-    job = Job(pipe, denoiser, denoiser, Run(seed=resolved.seed), resolved.steps, resolved.arguments)
+    stages = resolved.recipe.stages
+    job = Job(pipe, denoiser, denoiser, Run(seed=resolved.seed), resolved.steps, resolved.arguments, stages=stages)
     # Planning may rebuild attention layers, so it gets a network of its own.
-    plans = [stage.plan(copy.deepcopy(denoiser)) for stage in resolved.recipe.stages if isinstance(stage, Planning)]
-    for stage, entry in zip(resolved.recipe.stages, data["stages"], strict=True):
+    plans = [stage.plan(copy.deepcopy(denoiser)) for stage in stages if isinstance(stage, Planning)]
+    for stage, entry in zip(stages, data["stages"], strict=True):
         if isinstance(stage, Counting):
             entry["evaluations"] = stage.evaluations(job)
         if isinstance(stage, Checked):

@@ -25,7 +25,7 @@ from stepquant.evaluate.arguments import plain_arguments
 from stepquant.evaluate.clip import ClipScore, prompts_for
 from stepquant.evaluate.distributions import Spread, inception_score, kernel_distance, precision_recall
 from stepquant.evaluate.drift import drift_curves, flat_field, summary
-from stepquant.evaluate.dtypes import in_own_dtype
+from stepquant.evaluate.dtypes import in_own_dtype, whole_float32
 from stepquant.evaluate.features import DigitFeatures, Features, extract, input_size
 from stepquant.evaluate.folder import EvaluationFolder, evaluation_folder
 from stepquant.evaluate.frechet import FeatureStatistics, frechet_distance
@@ -272,8 +272,10 @@ def _check(setting: _Setting) -> None:
             )
         if isinstance(source, PipelineSource) and setting.steps is None:
             raise EvaluationError(f"{source.name} has to be sampled: say with how many steps.")
-    for folder in setting.folders:
-        folder.check(setting.seeds)  # a damaged file must not end an evaluation that has sampled for hours
+    # A damaged file must not end an evaluation that has sampled for hours.
+    shapes = [folder.check(setting.seeds) for folder in setting.folders]
+    if len(shapes) == 2:
+        _check_equal_shapes(setting, setting.seeds[0], *shapes)
     candidate, against, steps = setting.candidate, setting.against, setting.steps
     if isinstance(candidate, PipelineSource) and isinstance(against, PipelineSource) and steps is not None:
         check_same_schedule(candidate, against, steps)
@@ -347,6 +349,25 @@ def _collect(setting: _Setting, folder: EvaluationFolder, run: Run) -> tuple[int
     return shape
 
 
+def _check_equal_shapes(setting: _Setting, seed: int, ours: tuple[int, ...], theirs: tuple[int, ...]) -> None:
+    """Raise EvaluationError, which names the file of this seed of a folder, for images of different shapes."""
+    if ours == theirs:
+        return
+    sides = (setting.candidate, setting.against)
+    names = [
+        f"{side.name} ({side.path_of(seed).name})" if isinstance(side, ImageFolder) else side.name for side in sides
+    ]
+    advice = "Give two sources of the same size and channels."
+    if setting.folders and ours[-2:] == theirs[-2:]:
+        advice = "Convert the files of one folder (Pillow: convert('RGB') or convert('L')), or sample both sides alike."
+    elif setting.folders:
+        advice = "Sample both sides at the same size: resized images would change every figure."
+    raise EvaluationError(
+        f"{names[0]} and {names[1]} give images of different shapes: {list(ours)} and {list(theirs)} [C, H, W]. "
+        f"{advice}"
+    )
+
+
 def _check_shape(setting: _Setting, batch: slice, ours: tuple[int, ...], shape: tuple[int, ...] | None) -> None:
     """Raise EvaluationError for images of another shape than those before."""
     if shape not in (None, ours):
@@ -375,34 +396,31 @@ def _measure(setting: _Setting, batch: slice, shape: tuple[int, ...] | None) -> 
         check_images(_pictures(images[side]), what=f"Images of {source.name}, seeds {_seeds_text(seeds)},")
     sampled = time.perf_counter()
     ours, theirs = (tuple(images[side].shape[1:]) for side in ("candidate", "reference"))
+    _check_equal_shapes(setting, seeds[0], ours, theirs)
     images = {side: _pictures(found) for side, found in images.items()}
     if setting.folders:
         images = {side: to_uint8(found).float() / 255 for side, found in images.items()}
-    if ours != theirs:
-        raise EvaluationError(
-            f"{setting.candidate.name} and {setting.against.name} give images of different shapes: {list(ours)} and "
-            f"{list(theirs)} [C, H, W]."
-        )
     _check_shape(setting, batch, ours, shape)
     setting.choose_extractor(ours[-3:])
     lpips = setting.lpips if setting.lpips is not None and min(ours[-2:]) >= setting.lpips.smallest else None
-    pairs = paired_columns(images["candidate"], images["reference"], lpips)
-    found = {f"pairs.{name}": _of_each(column, len(seeds)) for name, column in pairs.items()}
-    # A video is identical if all its frames are.
-    found["pairs.identical"] = found["pairs.identical"].floor()
-    if setting.extractor is not None:
-        rules, size = setting.rules(), input_size(setting.extractor)
-        for side in images:
-            extracted = extract(setting.extractor, rules.prepare(images[side], size))
-            for part in ("features", "logits", "spatial"):
-                value = getattr(extracted, part)
-                if value is not None:
-                    found[f"{side}.{part}"] = value
-    prompts = None if setting.clip is None else prompts_for(setting.arguments, len(setting.seeds))
-    if setting.clip is not None and prompts is not None:
-        for side in images:
-            each = [prompt for prompt in prompts[batch] for _ in range(_frames(ours))]
-            found[f"{side}.clip"] = _of_each(setting.clip(images[side], each), len(seeds))
+    with whole_float32():
+        pairs = paired_columns(images["candidate"], images["reference"], lpips)
+        found = {f"pairs.{name}": _of_each(column, len(seeds)) for name, column in pairs.items()}
+        # A video is identical if all its frames are.
+        found["pairs.identical"] = found["pairs.identical"].floor()
+        if setting.extractor is not None:
+            rules, size = setting.rules(), input_size(setting.extractor)
+            for side in images:
+                extracted = extract(setting.extractor, rules.prepare(images[side], size))
+                for part in ("features", "logits", "spatial"):
+                    value = getattr(extracted, part)
+                    if value is not None:
+                        found[f"{side}.{part}"] = value
+        prompts = None if setting.clip is None else prompts_for(setting.arguments, len(setting.seeds))
+        if setting.clip is not None and prompts is not None:
+            for side in images:
+                each = [prompt for prompt in prompts[batch] for _ in range(_frames(ours))]
+                found[f"{side}.clip"] = _of_each(setting.clip(images[side], each), len(seeds))
     spent = torch.tensor([[sampled - began, time.perf_counter() - sampled]], dtype=torch.float64)
     return found | {"shape": torch.tensor(ours), "seconds": spent}
 
@@ -519,7 +537,7 @@ def _distributions(setting: _Setting, folder: EvaluationFolder, shape: Sequence[
         notes.append(f"The images are grey; {extractor.name} saw them as RGB with three equal channels.")
     metrics = _frechet(setting, folder, extractor)
     candidate, reference = (_required(setting, folder, f"{side}.features") for side in ("candidate", "reference"))
-    metrics["kid_to_fp"] = _spread(kernel_distance(candidate, reference, rules), "subset")
+    metrics["kid_to_fp"] = _spread(kernel_distance(candidate, reference, rules, paired=True), "subset")
     if n > rules.neighbours:
         found = precision_recall(candidate, reference, rules)
         for name in ("precision", "recall"):

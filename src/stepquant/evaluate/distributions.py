@@ -38,7 +38,7 @@ class PrecisionRecall:
     recall: float
 
 
-def kernel_distance(candidate: Tensor, reference: Tensor, protocol: Protocol) -> Spread:
+def kernel_distance(candidate: Tensor, reference: Tensor, protocol: Protocol, *, paired: bool = False) -> Spread:
     """Squared maximum mean discrepancy, unbiased, with k(x, y) = (x . y / D + 1)^3: "KID" with Inception features.
 
         mean over i != j of k(x_i, x_j) + mean over i != j of k(y_i, y_j) - 2 mean over i, j of k(x_i, y_j)
@@ -46,23 +46,30 @@ def kernel_distance(candidate: Tensor, reference: Tensor, protocol: Protocol) ->
     Bińkowski et al. 2018, section 4. It is unbiased, so it may be below 0, and it is averaged over random subsets. With
     no more images than a subset has there is one "subset", all of them.
 
-    candidate, reference: `[N, D]`, `[M, D]`. Raises EvaluationError: fewer than two images, or other numbers of
-    features.
+    paired: x_i and y_i belong to the same seed. The sum above would not be unbiased then: k(x_i, y_i) is large because
+    the images are alike, so it goes far below 0 and prefers other sets to the reference itself. These terms are left
+    out (i != j in the third mean, too: Gretton et al. 2012, equation 4), both sides have the same subsets, and equal
+    sets are at 0.
+
+    candidate, reference: `[N, D]`, `[M, D]`. Raises EvaluationError: fewer than two images, other numbers of features,
+    or pairs of sets of other sizes.
     """
     _check(candidate, reference, least=2, what="KID")
+    if paired and len(candidate) != len(reference):
+        raise EvaluationError(f"KID of pairs needs as many images on both sides: {len(candidate)}, {len(reference)}.")
     size = min(protocol.subset_size, len(candidate), len(reference))
     if size == len(candidate) == len(reference):
-        return Spread(_discrepancy(candidate, reference), 0.0, 1, size)
+        return Spread(_discrepancy(candidate, reference, paired=paired), 0.0, 1, size)
     rng = protocol.rng()
     found = []
     for _ in range(protocol.subsets):
         ours = torch.from_numpy(rng.choice(len(candidate), size, replace=False))
-        theirs = torch.from_numpy(rng.choice(len(reference), size, replace=False))
-        found.append(_discrepancy(candidate[ours], reference[theirs]))
+        theirs = ours if paired else torch.from_numpy(rng.choice(len(reference), size, replace=False))
+        found.append(_discrepancy(candidate[ours], reference[theirs], paired=paired))
     return _spread(found, size)
 
 
-def _discrepancy(one: Tensor, other: Tensor) -> float:
+def _discrepancy(one: Tensor, other: Tensor, *, paired: bool) -> float:
     """Of two sets of equal size, float64."""
     one, other = one.double(), other.double()
     n = len(one)
@@ -71,8 +78,12 @@ def _discrepancy(one: Tensor, other: Tensor) -> float:
         product: Tensor = a @ b.T / a.shape[1] + 1
         return product * product * product  # much faster than a power
 
-    within = sum(float(matrix.sum() - matrix.trace()) for matrix in (kernel(one, one), kernel(other, other)))
-    return within / (n * (n - 1)) - 2 * float(kernel(one, other).sum()) / n**2
+    def apart(matrix: Tensor) -> float:
+        return float(matrix.sum() - matrix.trace()) / (n * (n - 1))
+
+    between = kernel(one, other)
+    within = apart(kernel(one, one)) + apart(kernel(other, other))
+    return within - 2 * (apart(between) if paired else float(between.sum()) / n**2)
 
 
 def inception_score(logits: Tensor, protocol: Protocol) -> Spread:

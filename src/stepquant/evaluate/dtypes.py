@@ -1,8 +1,12 @@
-"""A network among tensors of another dtype: a bfloat16 model replays what a float32 model was called with."""
+"""Types of numbers: a network among tensors of another dtype, and float32 that is float32.
+
+A bfloat16 model replays what a float32 model was called with.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
@@ -11,7 +15,31 @@ from torch import Tensor, nn
 from stepquant.calibrate.steps import prediction_of
 from stepquant.model.surgery import dtype_of
 
-__all__ = ["in_own_dtype"]
+__all__ = ["in_own_dtype", "whole_float32"]
+
+
+@contextmanager
+def whole_float32() -> Iterator[None]:
+    """Inside, a GPU multiplies float32 as it is. By default cuDNN rounds it to TensorFloat-32, of 10 bits of mantissa,
+    and features of one image would depend on what they are computed on.
+    """
+    switches = _switches()
+    before = [getattr(place, name) for place, name, _ in switches]
+    for place, name, whole in switches:
+        setattr(place, name, whole)
+    try:
+        yield
+    finally:
+        for (place, name, _), value in zip(switches, before, strict=True):
+            setattr(place, name, value)
+
+
+def _switches() -> list[tuple[Any, str, Any]]:
+    """Where torch is told about TensorFloat-32: place, name, and the value that is without."""
+    backends: Any = torch.backends
+    if hasattr(backends.cudnn, "conv"):  # the older names raise once somebody has used these, of torch 2.9
+        return [(place, "fp32_precision", "ieee") for place in (backends.cuda.matmul, backends.cudnn.conv)]
+    return [(place, "allow_tf32", False) for place in (backends.cuda.matmul, backends.cudnn)]
 
 
 def in_own_dtype(network: nn.Module, recorded: nn.Module) -> nn.Module:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
+import json
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +25,7 @@ __all__ = [
     "check_png",
     "load_png_folder",
     "not_finite",
+    "other_images",
     "paths_by_seed",
     "png_files",
     "read_png",
@@ -35,6 +39,9 @@ _SEED_NAME = re.compile(r"(?:[A-Za-z]+(?:[-_.][A-Za-z]+)*[-_.]?)?(\d+)", re.ASCI
 
 _GRID_NAME = "grid.png"
 """What `stepquant sample --grid` writes beside the images."""
+
+_OTHER_KINDS = (".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".jxl", ".tif", ".tiff", ".webp")
+"""Images that are not read: most of these formats may be lossy."""
 
 
 def check_images(images: Tensor, *, what: str) -> None:
@@ -136,6 +143,23 @@ def png_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".png")
 
 
+def other_images(folder: Path) -> str:
+    """A sentence about images of other kinds in a folder, and how to convert them; empty if there are none."""
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _OTHER_KINDS)
+    if not found:
+        return ""
+    pattern = json.dumps(str(Path(glob.escape(str(folder))) / f"*{found[0].suffix}"), ensure_ascii=False)
+    convert = (
+        "import glob; from PIL import Image; "
+        f'[Image.open(f).save(f.rsplit(".", 1)[0] + ".png") for f in glob.glob({pattern})]'
+    )
+    return (
+        f" It has {len(found)} images of other kinds, such as {found[0].name}. Expected PNG: lossy formats (JPEG, most "
+        "WebP) change pixels, and with them every figure. Sample again into PNG files if you can; else convert them, "
+        f"which keeps what they have lost: python -c {shlex.quote(convert)}"
+    )
+
+
 def paths_by_seed(folder: Path) -> dict[int, Path]:
     """The images of a folder by the seed in their names: `000017.png`, `sample-17.png`.
 
@@ -157,7 +181,7 @@ def paths_by_seed(folder: Path) -> dict[int, Path]:
             raise EvaluationError(f"Seed {seed} is there twice in {folder}: {by_seed[seed].name} and {path.name}.")
         by_seed[seed] = path
     if not by_seed:
-        raise EvaluationError(f"{folder} has no PNG files: expected images like 000017.png.")
+        raise EvaluationError(f"{folder} has no PNG files: expected images like 000017.png.{other_images(folder)}")
     return by_seed
 
 

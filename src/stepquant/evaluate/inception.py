@@ -24,9 +24,12 @@ from stepquant.evaluate.features import Extracted
 from stepquant.evaluate.network_features import NetworkFeatures
 from stepquant.evaluate.weights import fill_, read_weights
 
-__all__ = ["DOWNLOAD", "SHA256", "InceptionFeatures", "InceptionV3"]
+__all__ = ["DOWNLOAD", "FILE", "SHA256", "InceptionFeatures", "InceptionV3", "cached_file"]
 
-DOWNLOAD = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+FILE = "weights-inception-2015-12-05-6726825d.pth"
+"""Its name as torch-fidelity publishes it."""
+
+DOWNLOAD = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
 SHA256 = "6726825d"
 """How the file's hash begins; it is part of the published name."""
 
@@ -229,6 +232,11 @@ class InceptionV3(nn.Module):
         return Extracted(features, features @ self.fc.weight.T, spatial.flatten(1))
 
 
+def cached_file() -> Path:
+    """Where torch keeps what it has downloaded, and torch-fidelity with it; `TORCH_HOME` moves it."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / FILE
+
+
 @final
 class InceptionFeatures(NetworkFeatures):
     """Features of `InceptionV3`; Fréchet distances of them are FID."""
@@ -238,13 +246,16 @@ class InceptionFeatures(NetworkFeatures):
     size = InceptionV3.SIZE
 
     @classmethod
-    def from_file(cls, path: Path | str, *, device: torch.device | str = "cpu") -> InceptionFeatures:
-        """From the published file, whose hash is checked.
+    def from_file(cls, path: Path | str | None = None, *, device: torch.device | str = "cpu") -> InceptionFeatures:
+        """From the published file, whose hash is checked. path: None for the one in torch's cache.
 
         Raises MissingWeights if it is not there, EvaluationError for any other file.
         """
         what = "Inception-v3 (2015-12-05)"
-        tensors = read_weights(Path(path), what=what, download=DOWNLOAD, sha256=SHA256)
+        file = cached_file() if path is None else Path(path)
+        download = f"{FILE}, which torch-fidelity publishes ({DOWNLOAD}),"
+        then = f"put it into {cached_file().parent} or give it as inception=FILE"
+        tensors = read_weights(file, what=what, download=download, sha256=SHA256, then=then)
         module = InceptionV3()
-        fill_(module, tensors, path=Path(path), what=what)
+        fill_(module, tensors, path=file, what=what)
         return cls(module, device=device)

@@ -2,6 +2,10 @@
 
 A few percent of the cost of Inception-v3. Fréchet distances on it are not FID and must not be called so.
 
+The weights are those of TensorFlow (`mobilenet_v2_1.0_224`), which transformers has as `google/mobilenet_v2_1.0_224`;
+docs/evaluation.md has the lines that turn that into a file. torchvision's `mobilenet_v2` is another network: it pads
+every side alike, has 1000 classes and takes images that are normalised by ImageNet's mean and deviation.
+
 The file holds `stem.conv`, `blocks.<i>.seq.<j>.conv` (expand, depthwise, project; the first block does not expand),
 `head.conv`, each with weight and bias, and `fc` with 1001 classes, the first of them background. Rectifiers stop at 6,
 and projections have none. Padding is TensorFlow's "same": one pixel on every side, but at stride 2 on an even side only
@@ -21,7 +25,12 @@ from stepquant.evaluate.features import Extracted
 from stepquant.evaluate.network_features import NetworkFeatures
 from stepquant.evaluate.weights import fill_, read_weights
 
-__all__ = ["MobileNetFeatures", "MobileNetV2"]
+__all__ = ["DOWNLOAD", "MobileNetFeatures", "MobileNetV2"]
+
+DOWNLOAD = (
+    "google/mobilenet_v2_1.0_224 of the hub, make a file of it with the lines in docs/evaluation.md (tensors from "
+    "stem.conv.weight [32, 3, 3, 3] to fc.weight [1001, 1280]; torchvision's mobilenet_v2 does not fit)"
+)
 
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 """Expansion, channels, repetitions, stride of the first. Sandler et al. 2018, table 2."""
@@ -101,9 +110,8 @@ class MobileNetFeatures(NetworkFeatures):
     @classmethod
     def from_file(cls, path: Path | str, *, device: torch.device | str = "cpu") -> MobileNetFeatures:
         """Raises MissingWeights if the file is not there, EvaluationError for another or a damaged one."""
-        what = "MobileNetV2"
-        download = "MobileNetV2 1.0 (224, batch norms folded, see docs/evaluation.md for the names of its tensors)"
-        tensors = read_weights(Path(path), what=what, download=download)
+        what = "TensorFlow's MobileNetV2, as docs/evaluation.md lists its tensors (torchvision's does not fit)"
+        tensors = read_weights(Path(path), what=what, download=DOWNLOAD)
         module = MobileNetV2()
         fill_(module, tensors, path=Path(path), what=what)
         return cls(module, device=device)

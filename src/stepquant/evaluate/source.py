@@ -20,7 +20,7 @@ from stepquant.engines.automatic import AutomaticDenoiser
 from stepquant.engines.openvino import GraphDenoiser
 from stepquant.errors import EvaluationError, SpecError
 from stepquant.evaluate.features import weights_identity
-from stepquant.evaluate.images import check_png, paths_by_seed, png_files, read_png
+from stepquant.evaluate.images import check_png, other_images, paths_by_seed, png_files, read_png
 from stepquant.manifest import MANIFEST_NAME, read_manifest
 from stepquant.model.correction import correction_of
 from stepquant.model.schedule import ScheduleFingerprint, chooses_timesteps, guarded_by
@@ -168,13 +168,18 @@ class ImageFolder:
     def seeds(self) -> list[int] | None:
         return sorted(self._paths)
 
-    def check(self, seeds: Sequence[int]) -> None:
-        """Look at every file of these seeds without decoding its pixels.
+    def path_of(self, seed: int) -> Path:
+        """The file of a seed that there is."""
+        return self._paths[seed]
+
+    def check(self, seeds: Sequence[int]) -> tuple[int, ...]:
+        """Look at every file of these seeds without decoding its pixels. Returns the shape of all, `[C, H, W]`.
 
         Raises EvaluationError naming the file: damaged, another size or other channels than the first.
         """
         for seed in seeds:
             self._check_shape(self._paths[seed], check_png(self._paths[seed]))
+        return self._shape or check_png(self._first)
 
     def images(self, seeds: Sequence[int], *, steps: int | None, arguments: Mapping[str, Any]) -> Tensor:  # noqa: ARG002
         """Raises EvaluationError naming the file: not readable, another size or other channels than the first."""
@@ -228,7 +233,7 @@ def open_source(
         if not png_files(path):
             raise EvaluationError(
                 f"{text} is not a stepquant checkpoint, a diffusers folder or a folder of images: it has neither "
-                f"{MANIFEST_NAME} nor model_index.json nor PNG files."
+                f"{MANIFEST_NAME} nor model_index.json nor PNG files.{other_images(path)}"
             )
         return ImageFolder(path)
     if candidate is not None and not scheduler:

@@ -18,16 +18,18 @@ class MissingWeights(EvaluationError):  # noqa: N818 - reads as a sentence where
     """A file of weights that is not there; the message says what to download. Other figures do not need it."""
 
 
-def read_weights(path: Path, *, what: str, download: str, sha256: str = "") -> dict[str, Tensor]:
+def read_weights(
+    path: Path, *, what: str, download: str, sha256: str = "", then: str = "give its path"
+) -> dict[str, Tensor]:
     """Tensors by name of a `.safetensors` file, or of a state dict that torch wrote (`weights_only`).
 
-    what: the network, in messages. download: where the published file is.
+    what: the network, in messages. download: where the published file is. then: what to do with it.
     sha256: how the published file's hash begins; empty for a file that is told by its contents.
 
     Raises MissingWeights if there is no such file, EvaluationError for another file or a damaged one.
     """
     if not path.is_file():
-        raise MissingWeights(f"{path} is not there. Download {download} and give its path.")
+        raise MissingWeights(f"{path} is not there. Download {download} and {then}.")
     if sha256:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from statistics import fmean
 from typing import Any
 
@@ -82,17 +83,31 @@ def byte_kinds(inspections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     ]  # fmt: skip
 
 
-def engine_table(inspections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of every engine: how many layers of each checkpoint it takes, whether it runs them by default, and why it
-    refuses the others (reason -> layers). None for a checkpoint whose layers could not be asked.
+def engine_table(
+    inspections: Sequence[Mapping[str, Any]], speeds: Sequence[Mapping[str, Any] | None]
+) -> list[dict[str, Any]]:
+    """Of every engine: how many layers of each checkpoint it takes, whether it runs them by default, why it refuses the
+    others (reason -> layers), and how fast it was. None for a checkpoint whose layers could not be asked.
+
+    speeds: of each checkpoint, from `evaluate.speed.measure_speed`; None where nobody measured.
     """
     asked = [[layer for layer in found.get("layers", []) if layer.get("engine") is not None] for found in inspections]
     known = dict.fromkeys(engines())
     known |= dict.fromkeys(name for layers in asked for layer in layers for name in layer.get("refusals") or {})
-    return [{"engine": name, "cells": [_taken(name, layers) for layers in asked]} for name in known if any(asked)]
+    rows = []
+    for name in known if any(asked) else ():
+        rows.append({"engine": name, "cells": [*map(_taken, repeat(name), asked, speeds)]})
+        short = f"{name}-bf16"  # the same layers on integers, the rest in another type
+        if any(short in speed["engines"] for speed in speeds if speed is not None):
+            rows.append({"engine": short, "cells": [_speed_of(short, speed) for speed in speeds]})
+    return rows
 
 
-def _taken(engine: str, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _speed_of(engine: str, speed: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {"speed": None if speed is None else speed["engines"].get(engine)}
+
+
+def _taken(engine: str, layers: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not layers:
         return None
     refusals = Counter(str(layer["refusals"][engine]) for layer in layers if engine in (layer.get("refusals") or {}))
@@ -101,6 +116,7 @@ def _taken(engine: str, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any] |
         "layers": len(layers),
         "default": sum(layer["engine"] == engine for layer in layers),
         "reasons": refusals.most_common(),
+        **_speed_of(engine, speed),
     }
 
 

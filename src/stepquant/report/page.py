@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import repeat
@@ -60,7 +59,7 @@ class Origin(TypedDict, total=False):
     """What is kept beside a checkpoint about how it came about.
 
     figures: of every stage, in order, as `Quantized.figures`. settings, settings_file: text and path of `run.yaml`.
-    speed: what `benchmarks/engines.py --json` wrote.
+    speed: what `evaluate.speed.measure_speed` found.
     """
 
     figures: Sequence[Mapping[str, Any]]
@@ -69,29 +68,37 @@ class Origin(TypedDict, total=False):
     speed: Mapping[str, Any]
 
 
-_METRICS: dict[str, tuple[str, str, bool | None]] = {
+_LIKE_REFERENCE = "reference"
+
+_METRICS: dict[str, tuple[str, str, bool | str | None]] = {
     "psnr": ("PSNR", "higher is closer to full precision", True),
     "ssim": ("SSIM", "1 is identical", True),
     "lpips": ("LPIPS", "lower is closer", False),
-    "clip_score": ("CLIP score", "agreement with the prompt; higher is better", True),
+    "clip_score": ("CLIP score", "agreement with the prompt; that of full precision is best", _LIKE_REFERENCE),
     "mae": ("Mean absolute error", "of pixels in [0, 1]; lower is closer", False),
     "frechet_to_fp": ("Fréchet distance to full precision", "lower is closer", False),
     "frechet_to_data": ("Fréchet distance to real data", "lower is closer", False),
     "sfid_to_fp": ("sFID to full precision", "lower is closer", False),
-    "kid_to_fp": ("KID to full precision", "lower is closer", False),
-    "inception_score": ("Inception score", "higher is better", True),
+    "kid_to_fp": ("KID to full precision", "lower is closer, 0 is equal", False),
+    "inception_score": ("Inception score", "that of full precision is best", _LIKE_REFERENCE),
     "precision": ("Precision", "higher is better", True),
     "recall": ("Recall", "higher is better", True),
     "drift_final": ("Drift after the last step", "RMS distance from the full-precision sample; lower is closer", False),
     "cosine_final": ("Cosine after the last step", "to the full-precision sample; 1 is the same direction", True),
-    "noise_level": ("Noise level after the last step", "of the sample; that of full precision is best", None),
+    "noise_level": (
+        "Noise level after the last step",
+        "of the sample; that of full precision is best",
+        _LIKE_REFERENCE,
+    ),
     "white_point_shift": (
         "White point after the last step",
         "largest shift of a channel's mean; lower is closer",
         False,
     ),
 }
-"""Name, how to read it, and whether more is better; of metrics that are not listed nothing is known but their key."""
+"""Name, how to read it, and whether more is better, or what is nearest to `reference_value`; of metrics that are not
+listed nothing is known but their key.
+"""
 
 _SHOWN_APART = frozenset({"value", "low", "high", "unit", "reference_value"})
 """Entries of a metric that have a place of their own; all other numbers and words stand in small below the value."""
@@ -209,8 +216,10 @@ def render_report(
         layers=layer_table(inspection),
         kinds=byte_kinds(inspection),
         rows=row_map(images.get("rows", ()), inspection if images.get("rows") else ()),
-        engines=engine_table(inspection),
-        speeds=_speeds(origins),
+        engines=engine_table(inspection, [origin.get("speed") for origin in origins]),
+        speeds=[
+            {"name": name, **origin["speed"]} for name, origin in zip(names, origins, strict=True) if "speed" in origin
+        ],
         against=results[0]["against"],
         notes=_notes(results, images, exact),
         command=command,
@@ -302,11 +311,24 @@ def _metric_rows(results: Sequence[Mapping[str, Any]], exact: str, *, ranked: bo
     for key in order:
         name, how, more = _METRICS.get(key, (key.replace("_", " "), "", None))
         cells = [known.get(key) for known in entries]
-        values = [cell["value"] for cell in cells if cell is not None]
-        best = None if not ranked or more is None or len(set(values)) < 2 else (max if more else min)(values)
+        best = _best(cells, more) if ranked else None
         name, how = _named(name, exact), _named(how, exact)
         rows.append({"name": name, "how": how, "cells": [*map(_cell, cells, repeat(best), commons)]})
     return rows
+
+
+def _best(cells: Sequence[Mapping[str, Any] | None], more: bool | str | None) -> Any:
+    """The value to mark, None where nothing is best or all are alike."""
+    measured = [cell for cell in cells if cell is not None]
+    values = [cell["value"] for cell in measured]
+    if more is None or len(set(values)) < 2:
+        return None
+    if isinstance(more, bool):
+        return (max if more else min)(values)
+    if not all(_is_number(cell.get("reference_value")) for cell in measured):
+        return None
+    away = [abs(cell["value"] - cell["reference_value"]) for cell in measured]
+    return values[away.index(min(away))] if len(set(away)) > 1 else None
 
 
 def _cell(entry: Mapping[str, Any] | None, best: Any, common: set[str]) -> dict[str, Any] | None:
@@ -460,12 +482,6 @@ def _films(films: Films | None) -> dict[str, Any] | None:
             for place, seed in enumerate(films["seeds"])
         ],
     }
-
-
-def _speeds(origins: Sequence[Origin]) -> list[Mapping[str, Any]]:
-    """Measured files, each once."""
-    found = {json.dumps(origin["speed"], sort_keys=True): origin["speed"] for origin in origins if "speed" in origin}
-    return list(found.values())
 
 
 def _notes(results: Sequence[Mapping[str, Any]], images: Mapping[str, Any], exact: str) -> list[str]:

@@ -172,11 +172,41 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> 
 
 
 def test_measuring_needs_images_of_its_own() -> None:
-    recipe = rtn(samples=2, weight_bits=4.0, refine=1)
+    pipe = chain_pipe()
+    pipe.denoiser.register_forward_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(
-        SpecError, match="only 1 mini-batches: record more samples, use a smaller batch, or give refine"
+        SpecError, match=r"only 1 mini-batch: record more samples .*, use a smaller batch, or give refine"
     ):
-        quantize(chain_pipe(), recipe, steps=STEPS)
+        quantize(pipe, rtn(samples=2, weight_bits=4.0, refine=1), steps=STEPS)
+    # A bound on the drift is always measured, so refine=0 would not help.
+    with pytest.raises(SpecError, match=r"only 1 mini-batch: .*, use a smaller batch\.$"):
+        quantize(pipe, rtn(samples=2, max_drift=1.0), steps=STEPS)
+    quantize(chain_pipe(), rtn(samples=2, weight_bits=4.0, refine=0), steps=STEPS)
+    quantize(chain_pipe(), rtn(samples=3, weight_bits=4.0, refine=1), steps=STEPS)  # the second has one image
+
+
+def test_too_few_mini_batches_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepquant.cli.work.tune_allocator", lambda: True)
+    DDIMPipeline(tiny.tiny_unet(), DDIMScheduler()).save_pretrained(tmp_path / "model")
+    target = [
+        "--target",
+        "4.5bit",
+        "--preset",
+        "quick",
+        "--method",
+        "rtn",
+        "--steps",
+        "2",
+        "--calibration-samples",
+        "1",
+    ]
+    for name, made in (("allocate", "plan.yaml"), ("quantize", "out")):
+        command = [name, str(tmp_path / "model"), "-o", str(tmp_path / made), *target]
+        for extra in ([], ["--dry-run"]):
+            found = CliRunner().invoke(app, [*command, *extra])
+            assert isinstance(found.exception, SpecError)
+            assert "only 1 mini-batch" in str(found.exception)
+            assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import json
 import math
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,36 @@ def frechet(a: Tensor, b: Tensor) -> float:
     return float(np.square(one.mean(0) - other.mean(0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
+@pytest.fixture
+def products() -> Iterator[list[Any]]:
+    """torch's settings of products on a GPU, with TensorFloat-32."""
+    if not hasattr(torch.backends.cudnn, "conv"):
+        pytest.skip("torch before 2.9 has other settings")
+    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+    before = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "tf32"
+    yield places
+    for place, value in zip(places, before, strict=True):
+        place.fp32_precision = value
+
+
+def test_networks_of_figures_do_without_tensorfloat(products: list[Any]) -> None:
+    """Seen on a CPU: the settings are those of the whole process. Not run on a GPU."""
+    seen: list[list[str]] = []
+
+    class Watched(Pixels):
+        def extract(self, images: Tensor) -> Extracted:
+            seen.append([place.fp32_precision for place in products])
+            return super().extract(images)
+
+    candidate, reference = pipes()
+    evaluate(candidate, reference, seeds=SEEDS[:4], steps=STEPS, features=Watched())
+    assert seen
+    assert all(one == ["ieee", "ieee"] for one in seen)
+    assert [place.fp32_precision for place in products] == ["tf32", "tf32"]
+
+
 def test_figures_are_those_of_all_images_at_once() -> None:
     candidate, reference = pipes()
     results = evaluate(candidate, reference, seeds=SEEDS, steps=STEPS, batch_size=5, features=Pixels())
@@ -125,7 +155,7 @@ def test_figures_are_those_of_all_images_at_once() -> None:
     assert other.spatial is not None
     assert metrics["sfid_to_fp"]["value"] == pytest.approx(frechet(one.spatial, other.spatial), rel=1e-4)
     assert metrics["sfid_to_fp"]["spatial_features"] == 6
-    kid = kernel_distance(one.features, other.features, rules)
+    kid = kernel_distance(one.features, other.features, rules, paired=True)
     assert metrics["kid_to_fp"]["value"] == pytest.approx(kid.mean, rel=1e-9)
     found = precision_recall(one.features, other.features, rules)
     assert (metrics["precision"]["value"], metrics["recall"]["value"]) == (found.precision, found.recall)

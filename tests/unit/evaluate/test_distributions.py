@@ -108,6 +108,30 @@ def test_kernel_distance_is_unbiased() -> None:
     assert abs(np.mean(values)) < 3 * np.std(values) / 200**0.5
 
 
+def test_kernel_distance_of_pairs_is_unbiased_and_that_of_other_sets_is_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(200):
+        y, other = torch.randn(2, 20, 3, generator=generator, dtype=torch.float64)
+        x = (y + other) / 2**0.5  # of the same distribution, and like its partner
+        for paired, values in found.items():
+            values.append(kernel_distance(x, y, PLAIN, paired=paired).mean)
+    assert abs(np.mean(found[True])) < 3 * np.std(found[True]) / 200**0.5
+    assert np.mean(found[False]) < -10 * np.std(found[False]) / 200**0.5
+
+
+@pytest.mark.parametrize("size", [12, 1000])
+def test_kernel_distance_of_pairs_prefers_nothing_to_the_reference(size: int) -> None:
+    rules = replace(PLAIN, subsets=5, subset_size=size)
+    y = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
+    found = [kernel_distance(y * factor, y, rules, paired=True).mean for factor in (1.0, 1.1, 1.3)]
+    assert found[0] == 0
+    assert found == sorted(set(found))
+    assert kernel_distance(y * 1.3, y, rules).mean < kernel_distance(y, y, rules).mean < 0  # why pairs are told
+    with pytest.raises(EvaluationError, match=r"as many images on both sides: 40, 39\."):
+        kernel_distance(y, y[:39], rules, paired=True)
+
+
 @pytest.mark.parametrize("splits", [1, 10])
 def test_inception_score_is_that_of_torchmetrics(
     network: nn.Module, monkeypatch: pytest.MonkeyPatch, splits: int

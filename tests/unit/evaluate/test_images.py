@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from stepquant.errors import EvaluationError
 from stepquant.evaluate.images import load_png_folder, paths_by_seed, save_png, to_grid, to_uint8
+from stepquant.evaluate.source import open_source
 
 
 def images(n: int, *, channels: int = 3) -> Tensor:
@@ -112,6 +116,27 @@ def test_words_before_the_seed(tmp_path: Path) -> None:
         save(tmp_path, name, size=(4, 4) if name in names else (8, 8))
     assert {path.name: seed for seed, path in paths_by_seed(tmp_path).items()} == names
     assert load_png_folder(tmp_path)[0] == [3, 4, 5, 17]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".webp"])
+def test_a_folder_of_images_of_other_kinds(suffix: str, tmp_path: Path) -> None:
+    """The line that converts is run: afterwards the folder can be read."""
+    folder = tmp_path / "it's [here]"
+    folder.mkdir()
+    for seed in (3, 17):
+        Image.new("RGB", (4, 4), (90, 100, 110)).save(folder / f"{seed:06d}{suffix}")
+    (folder / "notes.txt").write_text("none of them")
+    with pytest.raises(
+        EvaluationError, match=rf"has 2 images of other kinds, such as 000003\{suffix}\. Expected PNG"
+    ) as no:
+        paths_by_seed(folder)
+    assert "lossy formats" in str(no.value)
+    with pytest.raises(EvaluationError, match=r"is not a stepquant checkpoint.* has 2 images of other kinds"):
+        open_source(str(folder))
+    command = shlex.split(str(no.value)[str(no.value).index("python -c") :])
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    seeds, found = load_png_folder(folder)
+    assert (seeds, tuple(found.shape)) == ([3, 17], (2, 3, 4, 4))
 
 
 def test_a_folder_with_nothing_but_the_grid(tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ def test_pools_of_inception() -> None:
 
 
 def test_inception_takes_only_the_published_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(MissingWeights, match=r"nowhere.pth is not there\. Download https://.*6726825d\.pth"):
+    words = r"nowhere.pth is not there\. Download weights-inception-2015-12-05-6726825d\.pth, which torch-fidelity "
+    with pytest.raises(MissingWeights, match=words + r"publishes \(https://.*\), and .* give it as inception=FILE"):
         InceptionFeatures.from_file(tmp_path / "nowhere.pth")
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(EvaluationError, match=r"its SHA-256 begins with [0-9a-f]{8}, expected 6726825d"):
@@ -70,6 +71,27 @@ def test_inception_takes_only_the_published_file(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(inception, "SHA256", digest[:8])
     with pytest.raises(EvaluationError, match="does not hold the weights of Inception-v3"):
         InceptionFeatures.from_file(tmp_path / "other.pth")
+
+
+def test_inception_without_a_file_is_the_one_in_torchs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "home" / "hub" / "checkpoints"
+    with pytest.raises(MissingWeights, match="is not there") as missing:
+        features_named("inception")
+    assert str(missing.value).startswith(str(folder / "weights-inception-2015-12-05-6726825d.pth"))
+    assert f"put it into {folder} or give it as inception=FILE" in str(missing.value)
+
+    network = InceptionV3()
+    folder.mkdir(parents=True)
+    file = folder / "weights-inception-2015-12-05-6726825d.pth"
+    torch.save(network.state_dict(), file)
+    with pytest.raises(EvaluationError, match="expected 6726825d"):  # whatever lies in the cache is checked, too
+        features_named("inception")
+    monkeypatch.setattr(inception, "SHA256", hashlib.sha256(file.read_bytes()).hexdigest()[:8])
+    found = features_named("inception")
+    assert found.identity == InceptionFeatures(network).identity
+    assert features_named(f"inception={file}").identity == found.identity
 
 
 def test_files_that_hold_no_weights(tmp_path: Path) -> None:
@@ -130,6 +152,49 @@ def test_residual_and_rectifier_of_mobilenet() -> None:
     nn.init.constant_(block.seq[0].conv.bias, 50.0)
     nn.init.ones_(block.seq[1].conv.weight)
     assert torch.allclose(block(x), x + 12)  # two channels, each stopped at 6
+
+
+def test_the_documentations_lines_make_a_file_of_mobilenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With random weights, and the features and logits of transformers beside those of the file."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.MobileNetV2ForImageClassification(transformers.MobileNetV2Config(num_labels=1001)).eval()
+    for norm in (layer for layer in theirs.modules() if isinstance(layer, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 2.0, 4.0)  # else hardly anything is left after fifty layers
+        nn.init.normal_(norm.bias)
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2.0)
+
+    def published(name: str) -> nn.Module:
+        assert name == "google/mobilenet_v2_1.0_224"
+        return theirs
+
+    monkeypatch.setattr(transformers.MobileNetV2ForImageClassification, "from_pretrained", published)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (code,) = [block for block in page.split("```") if "google/mobilenet_v2_1.0_224" in block and "import" in block]
+    exec(code.removeprefix("python"), {})
+
+    images = torch.rand(2, 3, 224, 224)
+    found = features_named("mobilenetv2=mobilenetv2.safetensors").extract(images)
+    with torch.no_grad():
+        features = theirs.mobilenet_v2(images * 2 - 1).pooler_output
+        logits = theirs(images * 2 - 1).logits
+    assert float(features.std()) > 0.1
+    assert torch.allclose(found.features, features, atol=1e-4)
+    assert found.logits is not None
+    assert torch.allclose(found.logits, logits, atol=1e-4)
+
+
+def test_messages_say_which_mobilenet_is_meant(tmp_path: Path) -> None:
+    words = r"Download google/mobilenet_v2_1\.0_224 of the hub, make a file of it with the lines in docs/evaluation\.md"
+    with pytest.raises(SpecError, match=r"give mobilenetv2=FILE\. " + words):
+        features_named("mobilenetv2")
+    with pytest.raises(MissingWeights, match=r"no\.safetensors is not there\. " + words):
+        MobileNetFeatures.from_file(tmp_path / "no.safetensors")
+    # Of torchvision, whose names everybody tries first.
+    save_file({"features.0.0.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "theirs.safetensors")
+    with pytest.raises(EvaluationError, match=r"TensorFlow's MobileNetV2, as docs/evaluation\.md .*torchvision's does"):
+        MobileNetFeatures.from_file(tmp_path / "theirs.safetensors")
 
 
 @pytest.mark.shared
@@ -206,8 +271,6 @@ def test_features_by_name(tmp_path: Path) -> None:
     assert features_named("digits").identity == DigitFeatures().identity
     with pytest.raises(SpecError, match="Did you mean 'inception'"):
         features_named("incepton=x")
-    with pytest.raises(SpecError, match=r"give inception=FILE\. Its file is https"):
-        features_named("inception")
     with pytest.raises(MissingWeights, match=r"x\.pth is not there"):
         features_named(f"inception={tmp_path / 'x.pth'}")
     with pytest.raises(SpecError, match="take no file"):
