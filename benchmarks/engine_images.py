@@ -106,7 +106,7 @@ def _opened(model: str) -> tuple[Any, Features, nn.Module | None]:
         return open_model(model), DigitFeatures(), None
     from faces64_model import Faces64, faces64_pipeline, load_faces64
 
-    fields = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
+    fields = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten()).eval()
     return faces64_pipeline(load_faces64()), ModuleFeatures(fields, "colours of 4 x 4 fields", dim=48), Faces64()
 
 

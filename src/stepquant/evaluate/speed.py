@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def measure_speed(
         "engines": found,
         "rounds": rounds,
         "device": str(device),
-        "machine": platform.machine(),
+        "machine": _machine(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -145,6 +146,16 @@ def _beside(
         "low": low,
         "high": high,
     }
+
+
+def _machine(device: torch.device) -> str:
+    """What computes, as it calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _wait(device: torch.device) -> None:
