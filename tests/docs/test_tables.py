@@ -62,6 +62,7 @@ def test_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Path(shutil.copy(ROOT / "docs" / "bits.md", tmp_path))
     bits.table(argparse.Namespace(json=BENCHMARKS / "bits.jsonl", into=page, marker="table"))
     bits.table(argparse.Namespace(json=BENCHMARKS / "bits-time.jsonl", into=page, marker="table time"))
+    bits.table(argparse.Namespace(json=BENCHMARKS / "bits-faces64.jsonl", into=page, marker="table faces64"))
     assert page.read_text() == (ROOT / "docs" / "bits.md").read_text()
 
 
