@@ -27,6 +27,7 @@ from stepquant.cli.console import BarProgress, LineProgress, duration, json_text
 from stepquant.cli.main import arranged, main
 from stepquant.cli.seeds import format_seeds, parse_seeds
 from stepquant.errors import ModelError, SpecError
+from stepquant.evaluate.images import save_png
 from stepquant.manifest import PipelineIdentity
 from stepquant.numerics.spec import LayerScheme, scheme_for
 from stepquant.recipe import Recipe
@@ -52,6 +53,20 @@ class FakeWalks:
 
     def found(self) -> dict[str, Any]:
         return {"notes": ["No films."]}
+
+
+def fake_speed(_reference: Any, load: Callable[[str], Any], **_options: Any) -> dict[str, Any]:
+    load("openvino")
+    times = {"milliseconds": 2.0, "reference_milliseconds": 5.0, "ratio": 2.5, "low": 2.0, "high": 3.0}
+    where = {
+        "rounds": 9,
+        "device": "cpu",
+        "machine": "a machine",
+        "threads": 1,
+        "torch": "2.13.0",
+        "date": "2026-01-02",
+    }
+    return {"schema": 1, "engines": {"openvino": times}, **where}
 
 
 @dataclass
@@ -153,6 +168,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     monkeypatch.setattr(work, "tune_allocator", lambda: True)
     monkeypatch.setattr("stepquant.report.groups.rows_over_time", lambda _pipe: ([], torch.zeros(0, 1), [0.0]))
     monkeypatch.setattr("stepquant.report.walks.Walks", FakeWalks)
+    monkeypatch.setattr(report, "measure_speed", fake_speed)
     return fake
 
 
@@ -649,12 +665,32 @@ def test_methods(run: Run) -> None:
     assert "Did you mean 'accuquant'?" in err
 
 
+def test_report_times_engines_when_asked_and_shows_it_again(run: Run, library: Library, tmp_path: Path) -> None:
+    one, page = a_checkpoint(tmp_path / "one"), tmp_path / "r.html"
+    run("report", one, "-o", page, "--seeds", "1000-1003")
+    assert "Speed was not measured" in page.read_text()
+    assert run("report", one, "-o", page, "--speed", "--overwrite")[0] == 0
+    assert "2.50 times" in page.read_text()
+    assert library.asked("load")[-2]["engine"] == "openvino"
+    assert run("report", one, "-o", page, "--overwrite")[0] == 0
+    assert "2.50 times" in page.read_text()
+    (tmp_path / "images").mkdir()
+    save_png(torch.zeros(1, 8, 8), tmp_path / "images", seed=1000)
+    kept = json.loads((tmp_path / "one.evaluation.json").read_text())
+    (tmp_path / "one.evaluation.json").write_text(json.dumps(kept | {"against": str(tmp_path / "images")}))
+    status, _, err = run("report", one, "-o", page, "--speed", "--overwrite")
+    assert status == 2
+    assert "was compared with a folder of images, and --speed needs a model" in " ".join(err.split())
+
+
 def test_demo_does_each_part_once(run: Run, library: Library, tmp_path: Path) -> None:
     status, out, _ = run("demo", "-o", tmp_path / "demo")
     assert status == 0
     assert (tmp_path / "demo" / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "demo" / "report.html").is_file()
     assert (tmp_path / "demo" / "samples" / "full-precision" / "001000.png").is_file()
+    assert "2.50 times" in (tmp_path / "demo" / "report.html").read_text()
+    assert [path.name for path in (tmp_path / "demo").glob("*.speed.json")] == ["accuquant-w4a8.speed.json"]
     assert str(tmp_path / "demo" / "report.html") in out
     calls = len(library.calls)
     assert "made before" not in out

@@ -14,8 +14,8 @@ from typing import Any
 from stepquant.cli import work
 from stepquant.cli.console import Settings, duration, stdout_console
 from stepquant.cli.evaluate import evaluate_and_keep
-from stepquant.cli.outputs import clear_work, read_evaluation, work_folder
-from stepquant.cli.report import write_page
+from stepquant.cli.outputs import clear_work, read_evaluation, speed_path, work_folder
+from stepquant.cli.report import keep_speed, write_page
 from stepquant.cli.views import show_results
 from stepquant.config import resolve
 
@@ -91,6 +91,8 @@ def _pages(folder: Path, checkpoints: list[Path], results: list[dict[str, Any]],
     made = [folder / "report.html", *(folder / "samples" / name / "grid.png" for name in names), picture]
     if all(path.exists() for path in made):
         return
+    if not speed_path(checkpoints[-1]).exists():  # the others have the same layers
+        keep_speed(checkpoints[-1], results[-1], settings, "auto")
     images = write_page(checkpoints, results, folder / "report.html", settings, ("auto", 16))
     rows = {"full precision": images["reference"]}
     rows |= {entry.label: found for entry, found in zip(_CANDIDATES, images["candidates"], strict=True)}

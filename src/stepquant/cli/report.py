@@ -20,7 +20,7 @@ from stepquant.inspection import inspect_checkpoint
 from stepquant.manifest import read_manifest
 from stepquant.run import Run
 
-__all__ = ["report", "write_page"]
+__all__ = ["keep_speed", "report", "write_page"]
 
 _IMAGES = 8
 """The first seeds that are shown, of each checkpoint."""
@@ -60,13 +60,13 @@ def report(
         results.append(found)
     if speed:
         for checkpoint, found in zip(checkpoints, results, strict=True):
-            _measure_speed(checkpoint, found, settings, device)
+            keep_speed(checkpoint, found, settings, device)
     write_page(checkpoints, results, out, settings, (device, batch_size))
     if not settings.quiet:
         stdout_console().print(f"The report is {out}.")
 
 
-def _measure_speed(checkpoint: Path, result: Mapping[str, Any], settings: Settings, name: str) -> None:
+def keep_speed(checkpoint: Path, result: Mapping[str, Any], settings: Settings, name: str) -> None:
     """Time the engines on what the evaluation called the pipeline with, and keep it beside the checkpoint."""
     prepare(settings)
     device = device_named(name)
