@@ -298,7 +298,7 @@ def quantize(
     pipe: Any,
     recipe: Recipe,
     *,
-    steps: int,
+    steps: int = 20,
     run: Run | None = None,
     arguments: Mapping[str, Any] | None = None,
     base_model: str = "",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stepquant.checkpoint import CORRECTION_PREFIX, TENSORS_NAME, check_folder, skeleton
-from stepquant.engines.base import automatic, choose
+from stepquant.engines.base import automatic, choose, with_precision
 from stepquant.errors import CheckpointError
 from stepquant.manifest import MANIFEST_NAME, LayerGroup, Manifest, manifest_json, read_manifest
 from stepquant.model.clock import CLOCK_NAME
@@ -39,6 +39,8 @@ def inspect_checkpoint(folder: Path | str) -> dict[str, Any]:
         though "openvino" would take it).
         Where that is "openvino", a layer that it refuses runs inside the same graph, as simulated arithmetic, and has
         "simulated" here. engine is None for a denoiser that diffusers does not know.
+    default_engine: what "auto" takes on this machine, by name, with "openvino-bf16" where its processor multiplies
+        bfloat16; None for a denoiser that diffusers does not know.
     bytes: of all files. bytes_by_kind: levels, weight_scales, activation_tables, transforms, branches, first_tokens,
         corrections, unquantized, tensor_header, manifest and other_files, which add up to bytes.
     float32_bytes: of the full-precision denoiser's tensors in float32. ratio: bytes of manifest and denoiser folder to
@@ -56,6 +58,7 @@ def inspect_checkpoint(folder: Path | str) -> dict[str, Any]:
     files = {file.relative_to(root): file.stat().st_size for file in root.rglob("*") if file.is_file()}
     ours = sum(size for file, size in files.items() if file.parts[0] in (MANIFEST_NAME, manifest.denoiser.name))
     float32_bytes = _float32_bytes(manifest, entries)
+    layers = _layers(manifest, entries)
     return {
         "schema": 1,
         "base_model": manifest.base_model,
@@ -65,7 +68,8 @@ def inspect_checkpoint(folder: Path | str) -> dict[str, Any]:
         "diffusers": manifest.diffusers,
         "schedule": manifest.schedule,
         "manifest": manifest_json(manifest),
-        "layers": _layers(manifest, entries),
+        "layers": layers,
+        "default_engine": _default_engine(layers),
         "bytes": sum(files.values()),
         "bytes_by_kind": _bytes_by_kind(manifest, entries, path, files),
         "float32_bytes": float32_bytes,
@@ -91,6 +95,13 @@ def _layers(manifest: Manifest, entries: Mapping[str, Entry]) -> list[dict[str, 
         for group in manifest.layers
         for name, shape in group.layers.items()
     ]
+
+
+def _default_engine(layers: Sequence[Mapping[str, Any]]) -> str | None:
+    known = {layer["engine"] for layer in layers} - {None}
+    if not known:
+        return None
+    return with_precision("openvino" if "openvino" in known else "simulated")
 
 
 def _switches(manifest: Manifest) -> bool:

@@ -177,7 +177,8 @@ class WorkFolder:
         elif different:
             raise SpecError(
                 f"{self.folder} holds another run: {', '.join(different)} differ{_first_difference(found, wanted)}. "
-                "Use the settings of that run, or another work folder."
+                "Use the settings of that run, or another work folder (on the command line another --out); --overwrite "
+                "starts anew."
             )
 
     def _may_follow(self, before: Mapping[str, Any], recipe: Mapping[str, Any]) -> bool:

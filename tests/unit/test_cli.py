@@ -221,6 +221,36 @@ def test_every_command_explains_itself(command: str) -> None:
     assert len(result.output) > 200
 
 
+@pytest.mark.parametrize(
+    ("command", "defaults"),
+    [
+        ("quantize", ["combined", "4", "8", "20", "standard"]),
+        ("evaluate", ["those of the images, else 1000-1255"]),
+        ("sample", ["auto"]),
+    ],
+)
+def test_help_says_what_is_taken_by_default(command: str, defaults: list[str]) -> None:
+    """In brackets, which rich takes for markup."""
+    shown = CliRunner().invoke(app, [command, "--help"]).output
+    text = " ".join(shown.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
+    for default in defaults:
+        assert f"default: {default}" in text, default
+
+
+def test_ctrl_c_is_told_wherever_it_comes(
+    run: Run, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work.api, "open_model", interrupted)
+    monkeypatch.setattr(work.api, "open_any", interrupted)
+    for words in (("quantize", "digits-unet", "-o", tmp_path / "x"), ("sample", "digits-unet", "-o", tmp_path / "y")):
+        status, out, err = run(*words)
+        assert (status, out) == (130, "")
+        assert err.strip().endswith("Interrupted.")
+
+
 def test_version(run: Run) -> None:
     status, out, _ = run("--version")
     assert (status, out.split()[0]) == (0, "stepquant")

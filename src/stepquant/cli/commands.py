@@ -8,16 +8,29 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from stepquant._version import __version__
-from stepquant.cli.console import Settings
+from stepquant.cli.console import Interrupted, Settings
 from stepquant.cli.logs import log_to
 from stepquant.cli.seeds import parse_seeds
 
 __all__ = ["app"]
 
+
+class _Commands(TyperGroup):
+    """Ctrl-C is told: Typer would end without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("Interrupted.") from None
+
+
 app = typer.Typer(
     name="stepquant",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -158,22 +171,22 @@ def quantize(
         str | None,
         typer.Argument(help="digits-unet or digits-dit (shipped), a folder in diffusers format, or a hub id."),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="See `stepquant methods`.  [default: combined]")] = None,
+    method: Annotated[str | None, typer.Option(help="See `stepquant methods`.  \\[default: combined]")] = None,
     weights: Annotated[
-        int | None, typer.Option(help="Bits of weights, 2 to 8; 16 or 32 leaves them alone.  [default: 4]")
+        int | None, typer.Option(help="Bits of weights, 2 to 8; 16 or 32 leaves them alone.  \\[default: 4]")
     ] = None,
     activations: Annotated[
-        int | None, typer.Option(help="Bits of activations, 2 to 8; 16 or 32 leaves them alone.  [default: 8]")
+        int | None, typer.Option(help="Bits of activations, 2 to 8; 16 or 32 leaves them alone.  \\[default: 8]")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps to calibrate for.  [default: 20]")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps to calibrate for.  \\[default: 20]")] = None,
     calibration_samples: Annotated[
-        int | None, typer.Option(min=1, help="Images sampled to calibrate on.  [default: the preset's]")
+        int | None, typer.Option(min=1, help="Images sampled to calibrate on.  \\[default: the preset's]")
     ] = None,
     target: Target = None,
     max_bytes: MaxBytes = None,
     max_drift: MaxDrift = None,
     preset: Annotated[
-        str | None, typer.Option(help="quick, standard or full: time against quality.  [default: standard]")
+        str | None, typer.Option(help="quick, standard or full: time against quality.  \\[default: standard]")
     ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="run.yaml", help="Settings from a file; options given here win over it.")
@@ -184,9 +197,9 @@ def quantize(
             "--set", metavar="KEY=VALUE", help="Any setting by its path in run.yaml, e.g. window=2. May be repeated."
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Root of all random numbers.  [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Root of all random numbers.  \\[default: 0]")] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.  [default: auto]")
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.  \\[default: auto]")
     ] = None,
     max_memory: Annotated[
         str | None,
@@ -273,16 +286,16 @@ def allocate(
     max_bytes: MaxBytes = None,
     max_drift: MaxDrift = None,
     method: Annotated[
-        str | None, typer.Option(help="What `quantize` will use with the plan.  [default: combined]")
+        str | None, typer.Option(help="What `quantize` will use with the plan.  \\[default: combined]")
     ] = None,
     activations: Annotated[
-        int | None, typer.Option(help="Bits of activations where they are not allocated.  [default: 8]")
+        int | None, typer.Option(help="Bits of activations where they are not allocated.  \\[default: 8]")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps to calibrate for.  [default: 20]")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps to calibrate for.  \\[default: 20]")] = None,
     calibration_samples: Annotated[
-        int | None, typer.Option(min=1, help="Images sampled to calibrate on.  [default: the preset's]")
+        int | None, typer.Option(min=1, help="Images sampled to calibrate on.  \\[default: the preset's]")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="quick, standard or full.  [default: standard]")] = None,
+    preset: Annotated[str | None, typer.Option(help="quick, standard or full.  \\[default: standard]")] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="run.yaml", help="Settings from a file; options given here win over it.")
     ] = None,
@@ -294,9 +307,9 @@ def allocate(
             help="Any setting by its path in run.yaml, e.g. allocation.refine=0. May be repeated.",
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Root of all random numbers.  [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Root of all random numbers.  \\[default: 0]")] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.  [default: auto]")
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.  \\[default: auto]")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an allocation that was interrupted.")] = False,
@@ -346,7 +359,7 @@ def sample(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the images, one PNG a seed.")],
     seeds: Annotated[str, typer.Option(help="Such as 0-15,20; an image depends on its seed only.")] = "0-15",
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampling steps.  [default: the checkpoint's, or 20]")
+        int | None, typer.Option(min=1, help="Sampling steps.  \\[default: the checkpoint's, or 20]")
     ] = None,
     engine: Engine = "auto",
     device: Device = "auto",
@@ -385,27 +398,27 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="REFERENCE",
-            help="The full-precision side: the same choice.  [default: the model that the checkpoint was made from]",
+            help="The full-precision side: the same choice.  \\[default: the model that the checkpoint was made from]",
         ),
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option(help="Such as 1000-1255.  [default: those of the images, else 1000-1255]")
+        str | None, typer.Option(help="Such as 1000-1255.  \\[default: those of the images, else 1000-1255]")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampling steps.  [default: the checkpoint's, or 20]")
+        int | None, typer.Option(min=1, help="Sampling steps.  \\[default: the checkpoint's, or 20]")
     ] = None,
     features: Annotated[
         str | None,
         typer.Option(
             metavar="NAME[=FILE]",
             help="For FID and the like: digits, inception[=FILE], mobilenetv2=FILE, none.  "
-            "[default: digits where they fit]",
+            "\\[default: digits where they fit]",
         ),
     ] = None,
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="clean, torch-fidelity, adm or as-sampled: rounding, resizing, splits.  [default: by the features]"
+            help="clean, torch-fidelity, adm or as-sampled: rounding, resizing, splits.  \\[default: by the features]"
         ),
     ] = None,
     lpips: Annotated[
@@ -484,10 +497,12 @@ def compensate(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder to make for the corrected model.")],
     against: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The full-precision model.  [default: the one a checkpoint was made from]"),
+        typer.Option(
+            metavar="MODEL", help="The full-precision model.  \\[default: the one a checkpoint was made from]"
+        ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampling steps to fit for.  [default: those of a checkpoint]")
+        int | None, typer.Option(min=1, help="Sampling steps to fit for.  \\[default: those of a checkpoint]")
     ] = None,
     estimator: Annotated[
         str,
@@ -501,7 +516,7 @@ def compensate(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Of the fit: regressors=[prediction, one], gamma=1, ridge=0, shared=true, held_out=4. May be "
+            help="Of the fit: regressors=\\[prediction, one], gamma=1, ridge=0, shared=true, held_out=4. May be "
             "repeated.",
         ),
     ] = None,
@@ -596,12 +611,12 @@ def doctor(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="The full-precision model, or none to compare with nothing.  [default: the one that was quantized]",
+            help="The full-precision model, or none to compare with nothing.  \\[default: the one that was quantized]",
         ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="A few, such as 1000-1003; calibration never uses these.")] = "1000-1003",
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampling steps.  [default: the checkpoint's, or 20]")
+        int | None, typer.Option(min=1, help="Sampling steps.  \\[default: the checkpoint's, or 20]")
     ] = None,
     top: Annotated[int, typer.Option(min=0, help="Layers to restore to full precision one by one, to be sure.")] = 3,
     threshold: Annotated[
@@ -657,19 +672,19 @@ def inspect(
 def card(
     ctx: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="What `quantize` wrote.")],
-    name: Annotated[str | None, typer.Option(help="Title of the card.  [default: the folder's name]")] = None,
+    name: Annotated[str | None, typer.Option(help="Title of the card.  \\[default: the folder's name]")] = None,
     license_: Annotated[
         str | None,
         typer.Option(
             "--license",
             metavar="ID",
-            help="As the hub writes it, e.g. apache-2.0.  [default: what the card of a local base model says]",
+            help="As the hub writes it, e.g. apache-2.0.  \\[default: what the card of a local base model says]",
         ),
     ] = None,
     base_model: Annotated[
         str | None,
         typer.Option(
-            metavar="OWNER/NAME", help="The full-precision model on the hub.  [default: if it came from there]"
+            metavar="OWNER/NAME", help="The full-precision model on the hub.  \\[default: if it came from there]"
         ),
     ] = None,
     overwrite: Overwrite = False,

@@ -154,6 +154,11 @@ def automatic(layers: Mapping[str, Layer]) -> tuple[str, str]:
     return engine.name, f"it runs all {len(wanted)} layers with quantized weights and inputs on integers"
 
 
+def with_precision(name: str) -> str:
+    """What `auto` takes on this processor, by name: "openvino-bf16" for "openvino" where it multiplies bfloat16."""
+    return _SHORT if name == OpenVINOEngine.name and has_bf16() else name
+
+
 def choose(layer: Layer, device: torch.device, engine: str = "simulated") -> Placement:
     """Where a layer runs if this engine is taken. One that refuses hands over to `simulated`.
 
@@ -231,8 +236,8 @@ def place(denoiser: nn.Module, engine: str | GraphEngine = "auto") -> tuple[nn.M
 def _placed_automatically(denoiser: nn.Module) -> tuple[nn.Module, dict[str, Placement]]:
     layers = quantized_layers(denoiser)
     chosen, reason = automatic(layers)
-    engine = OpenVINOEngine(precision="bf16" if chosen != "simulated" and has_bf16() else "f32")
-    name = _SHORT if engine.precision == "bf16" else chosen
+    name = with_precision(chosen)
+    engine = OpenVINOEngine(precision="bf16" if name == _SHORT else "f32")
     logger.info("Engine %r: %s.", name, reason.removesuffix("."))
     placed = _placements(denoiser, chosen)
     wanted = _quantized_throughout(layers).values()

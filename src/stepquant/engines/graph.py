@@ -394,13 +394,15 @@ class GraphLayer(nn.Module):
         self.register_buffer(f"taps{name}", taps)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.linear and x.ndim == self.levels.ndim - 1:  # one sample without a batch, which torch takes
+            return self(x[None]).squeeze(0)  # type: ignore[no-any-return]
         if self.transform is not None:
             x = self.transform(x)
         y = self._on_levels(x)
         return y if self.branch is None else y + self.branch(x)
 
     def _on_levels(self, x: Tensor) -> Tensor:
-        x, padding = self._padded(x)
+        x, padding = self._padded(self._thinned(x))
         shape, x = x.shape[2:], self.input(x)
         y = self._operate(x, _restore(self.levels, self.scale, self._axis), padding)
         y = self._centred(y, self.total, self.taps, shape)
@@ -434,10 +436,24 @@ class GraphLayer(nn.Module):
         if self.linear:
             return x @ weight
         conv: Any = F.conv1d if self.geometry.kind == "conv1d" else F.conv2d
-        result: Tensor = conv(
-            x, weight, None, self.geometry.stride, padding, self.geometry.dilation, self.geometry.groups
-        )
+        stride = (1,) * len(padding) if self._thins else self.geometry.stride
+        result: Tensor = conv(x, weight, None, stride, padding, self.geometry.dilation, self.geometry.groups)
         return result
+
+    @property
+    def _thins(self) -> bool:
+        """Whether places that no kernel reaches are left out before the operator: a kernel of one, with a stride."""
+        at = self.geometry
+        if self.linear or any(size != 1 for size in self.levels.shape[2:]):
+            return False
+        return any(step != 1 for step in at.stride) and not isinstance(at.padding, str) and not any(at.padding)
+
+    def _thinned(self, x: Tensor) -> Tensor:
+        """The places that are read: OpenVINO takes them behind the quantizer by itself, and convolves in float32."""
+        for axis, step in enumerate(self.geometry.stride if self._thins else (), start=2):
+            if step > 1:
+                x = x.index_select(axis, torch.arange(0, x.shape[axis], step))
+        return x
 
     @property
     def _pads_zeros(self) -> bool:

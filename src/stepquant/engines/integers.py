@@ -130,6 +130,8 @@ class IntegerLayer(LevelsLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_no_gradient(x)
+        if self.geometry.kind != "linear" and x.ndim == self.levels.ndim - 1:  # one sample without a batch
+            return self(x[None]).squeeze(0)  # type: ignore[no-any-return]
         if self.input_transform is not None:
             x = self.input_transform(x)
         y = self._on_integers(x)

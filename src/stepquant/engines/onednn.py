@@ -135,9 +135,9 @@ def unavailable() -> str | None:
     """Why oneDNN's int8 operators cannot be used in this process, or None. Found out once."""
     supported = getattr(torch.cpu, "_is_vnni_supported", None)
     if supported is None:
-        return f"torch {torch.__version__} does not tell whether the processor has int8 instructions (VNNI)."
+        return f"torch {torch.__version__} does not tell whether the processor has int8 instructions (AVX-512 VNNI)."
     if not supported():
-        return "The processor has no int8 dot product (VNNI); without it these operators are slow and may saturate."
+        return "The processor has no AVX-512 VNNI; without it these operators are slow and may saturate."
     try:
         right = _operators_are_right()
     except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:

@@ -144,7 +144,10 @@ def has_vnni() -> bool:
     known = getattr(torch.cpu, "_is_vnni_supported", None)
     if known is not None and known():
         return True
-    # torch asks for the AVX-512 form only; newer client processors have the AVX form.
+    # That asks for the AVX-512 form only; newer client processors have the AVX form.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if capabilities.get("avx_vnni"):
+        return True
     info = Path("/proc/cpuinfo")
     return info.is_file() and "avx_vnni" in info.read_text(encoding="utf-8", errors="replace").split()
 
@@ -214,8 +217,8 @@ def _digest(denoiser: nn.Module, content: str, short: bool = False) -> str | Non
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-FORM = 3
-"""Of graphs; goes up when the same denoiser makes another one. 2 had zero points of rows inside the operators."""
+FORM = 4
+"""Of graphs; goes up when the same denoiser makes another one. 3 had strides in convolutions with kernels of one."""
 
 VERSIONED = frozenset({"diffusers", "stepquant", "torch"})
 """Packages whose version is part of a graph's hash."""
@@ -475,9 +478,12 @@ class GraphDenoiser(nn.Module):
         assert found is not None
         model, outputs = found
         inputs = tuple(_name_of(port, {*shapes, BIN}) for port in model.inputs)
-        apart = take_waves_(model) if self.precision == "bf16" else None
-        join_row_tables_(model, BIN)
-        constants = take_zero_points_(model)
+        try:
+            apart = take_waves_(model) if self.precision == "bf16" else None
+            join_row_tables_(model, BIN)
+            constants = take_zero_points_(model)
+        except (RuntimeError, MemoryError) as error:
+            raise EngineError(f"OpenVINO could not rewrite the graph: {_brief(error)}") from error
         compiled, request = self._compile(model, threads, self.precision)
         waves = None if apart is None else self._compile(apart, threads, "f32")[1]
         if self._use is not None:
@@ -539,7 +545,9 @@ class GraphDenoiser(nn.Module):
         try:
             outputs = _write(self._lowered, arguments, batched, folder, name)
             if self._cache is not None:
-                prune(folder.parent, limit)
+                # Another process may write and remove there meanwhile; the graph is complete.
+                with contextlib.suppress(OSError):
+                    prune(folder.parent, limit)
             return folder / f"{name}.xml", outputs
         except OSError as error:
             raise EngineError(
@@ -551,8 +559,10 @@ class GraphDenoiser(nn.Module):
         self, path: Path, outputs: Outputs, shapes: dict[str, Any], batch: int | None
     ) -> tuple[Any, Outputs] | None:
         """The graph with these shapes, None if it does not follow the batch."""
-        core = _core()
-        model = core.read_model(str(path))
+        try:
+            model = _core().read_model(str(path))
+        except (RuntimeError, MemoryError) as error:
+            raise EngineError(f"OpenVINO could not open the graph in {path}: {_brief(error)}") from error
         wanted = {**shapes, BIN: [1]}
         try:
             model.reshape({port: wanted[_name_of(port, wanted)] for port in model.inputs})
@@ -792,9 +802,10 @@ def _last_use(folder: Path) -> float:
 
 def _size(folder: Path) -> int:
     total = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += file.stat().st_size if file.is_file() else 0
+    for place, _, names in os.walk(folder):  # unlike rglob, it passes over a folder that vanishes
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += (Path(place) / name).stat().st_size
     return total
 
 

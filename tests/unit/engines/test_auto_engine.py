@@ -323,6 +323,15 @@ def quiet(pipe: Any) -> Any:
 
 
 @needs_vnni
+def test_inspection_says_what_auto_takes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for short, name in ((True, "openvino-bf16"), (False, "openvino")):
+        monkeypatch.setattr("stepquant.engines.base.has_bf16", lambda short=short: short)
+        assert inspect_checkpoint(folder)["default_engine"] == name
+    monkeypatch.setattr(engine_module, "has_vnni", lambda: False)
+    assert inspect_checkpoint(folder)["default_engine"] == "simulated"
+
+
+@needs_vnni
 def test_load_takes_it_and_simulated_gives_the_bits_of_before(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipe, _ = small_pipe()
     found = {engine: quiet(load(folder, engine=engine)) for engine in ("simulated", NAME, "auto")}

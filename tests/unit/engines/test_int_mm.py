@@ -140,6 +140,19 @@ def test_all_timesteps_run_through_two_compiled_graphs_at_most(engine: str) -> N
     assert 1 <= counter.frame_count <= 2
 
 
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(lambda: nn.Conv2d(48, 48, 3, padding=1), (48, 48, 5)), (lambda: nn.Conv1d(48, 48, 3, padding=1), (48, 48))],
+)
+def test_one_sample_without_a_batch(make: Any, shape: tuple[int, ...]) -> None:
+    """With as many rows as channels, which hides an axis that was mistaken for another."""
+    layer = quantized(make())
+    packed, x = IntMmLayer(layer), torch.randn(shape)
+    found = packed(x)
+    assert torch.equal(found, packed(x[None])[0])
+    torch.testing.assert_close(found, layer(x), rtol=0, atol=1e-4)
+
+
 def test_inputs_without_a_sign_and_one_row() -> None:
     layer = quantized(nn.Linear(24, 8), QuantSpec(8, "tensor"), QuantSpec(7, nonnegative=True), rows=1)
     assert_exact(layer, IntMmLayer(layer), torch.randn(4, 24).abs())

@@ -105,6 +105,20 @@ def test_other_granularities_and_inputs_without_a_sign(weight: QuantSpec, given:
 
 
 @needs_vnni
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(lambda: nn.Conv2d(48, 48, 3, padding=1), (48, 48, 5)), (lambda: nn.Conv1d(48, 48, 3, padding=1), (48, 48))],
+)
+def test_one_sample_without_a_batch(make: Any, shape: tuple[int, ...]) -> None:
+    """With as many rows as channels, which hides an axis that was mistaken for another."""
+    layer = quantized(make())
+    packed, x = OneDnnLayer(layer), torch.randn(shape)
+    found = packed(x)
+    assert torch.equal(found, packed(x[None])[0])
+    torch.testing.assert_close(found, layer(x), rtol=0, atol=1e-4)
+
+
+@needs_vnni
 def test_ties_are_rounded_as_in_the_simulation() -> None:
     layer = quantized(nn.Linear(64, 3), QuantSpec(4, "channel"))
     x = (torch.arange(128.0) - 64.5).reshape(2, 64) * layer.input_quantizer.scale[0]  # type: ignore[index,operator]
@@ -330,9 +344,7 @@ def found_unavailable(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, v
 
 
 def test_processors_without_vnni_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "no int8 dot product (VNNI)" in found_unavailable(
-        monkeypatch, torch.cpu, "_is_vnni_supported", lambda: False
-    )
+    assert "no AVX-512 VNNI" in found_unavailable(monkeypatch, torch.cpu, "_is_vnni_supported", lambda: False)
 
 
 @needs_vnni

@@ -129,6 +129,7 @@ LAYERS = {
     "even": (lambda: nn.Conv2d(4, 4, 4, padding="same", dilation=2), (2, 4, 9, 9)),
     "circular": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 6, 6)),
     "conv1d": (lambda: nn.Conv1d(6, 8, 3, padding=1), (2, 6, 9)),
+    "strided pointwise": (lambda: nn.Conv2d(6, 8, 1, stride=2), (2, 6, 7, 8)),
     "linear": (lambda: nn.Linear(12, 7), (2, 5, 12)),
 }
 
