@@ -732,10 +732,30 @@ def load(
         pipe.save_pretrained = functools.partial(_refuse_to_save, manifest.denoiser.name)
     if manifest.schedule is not None:
         calibrated = ScheduleFingerprint.from_dict(manifest.schedule)
+        if schedule == "strict" and onto is None:
+            _refuse_edited_scheduler(Path(folder), pipe.scheduler, calibrated)
         walk_timesteps(pipe.scheduler, calibrated)
         if schedule == "strict":
             guard_schedule(pipe.scheduler, calibrated)
     return pipe
+
+
+def _refuse_edited_scheduler(folder: Path, scheduler: Any, calibrated: ScheduleFingerprint) -> None:
+    """Raise CheckpointError where the saved scheduler's settings are not those of the calibration.
+
+    Settings that one side does not know are those of another version of diffusers.
+    """
+    found = config_of(scheduler)
+    edited = [
+        f"{key} is {found[key]!r} instead of {value!r}"
+        for key, value in calibrated.config.items()
+        if key in found and found[key] != value
+    ]
+    if edited:
+        raise CheckpointError(
+            f"The scheduler in {folder / 'scheduler'} is not the one of the calibration: {'; '.join(edited)}. Put the "
+            "file back, or load with schedule='nearest' (--schedule nearest) to sample with these settings."
+        )
 
 
 def _refuse_to_save(name: str, *_: Any, **__: Any) -> None:

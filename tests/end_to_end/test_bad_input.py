@@ -10,6 +10,7 @@ Only what no other test shows. Elsewhere are
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -208,6 +209,17 @@ def test_an_edited_checkpoint(stepquant: Stepquant, checkpoint: Path) -> None:
     status, complaint = stepquant("sample", checkpoint, "-o", "images", "--seeds", "0")
     assert status == 1
     assert "conv_in.bias: the checksum differs" in complaint
+
+
+def test_an_edited_scheduler(stepquant: Stepquant, checkpoint: Path) -> None:
+    """It would sample without complaint, and other images."""
+    path = checkpoint / "scheduler" / "scheduler_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"beta_end": 0.05, "of_tomorrow": 1}))
+    status, complaint = stepquant("sample", checkpoint, "-o", "images", "--seeds", "0")
+    assert status == 1
+    assert f"is not the one of the calibration: beta_end is 0.05 instead of {settings['beta_end']}." in complaint
+    assert stepquant("sample", checkpoint, "-o", "images", "--seeds", "0", "--schedule", "nearest")[0] == 0
 
 
 def test_an_output_that_exists_stays_as_it_is(
