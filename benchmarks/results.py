@@ -118,10 +118,12 @@ BRANCHED: dict[str, Any] = STATIC | {"low_rank": 8}
 
 STRAIGHT = ", straight-through scales"
 
+ROWS_FIRST = "q_diffusion, layers first, a row per step"
+
 BY_BLOCKS: dict[str, dict[str, Any]] = {
     "q_diffusion": {},
     "q_diffusion, layers first": {"layer_rounding": True},
-    "q_diffusion, layers first, a row per step": {"layer_rounding": True, "rows": "step"},
+    ROWS_FIRST: {"layer_rounding": True, "rows": "step"},
 }
 
 UNET_METHODS = ("ptq4dm", "pqd", "eda_dm", "pcr", "tfmq_dm", "tdq", "tcaq_dm")
@@ -145,6 +147,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     },
     **{method: (method, {}) for method in (*UNET_METHODS, *TRANSFORMER_METHODS)},
     **{f"{method}, one row": (method, {"rows": "shared"}) for method in ("ptq4dm", "pqd", "eda_dm", "tcaq_dm")},
+    f"{ROWS_FIRST}, scales as searched": ("q_diffusion", BY_BLOCKS[ROWS_FIRST] | {"iterations_activations": 0}),
     "gac, layers first": ("gac", {"layer_rounding": True}),
     "gac, layers first, a row per step": ("gac", {"layer_rounding": True, "rows": "step"}),
     "adp_dm, layers first": ("adp_dm", {"rounding": "layers"}),
@@ -238,9 +241,9 @@ def settings(variant: str, evaluations: int) -> dict[str, Any]:
     if method.partition("+")[0] in ("rtn", "layerwise"):
         return common | options | ({} if method == "rtn" else {"together": 4})
     if method in ("q_diffusion", "gac"):
-        # Two thirds for rounding, one third for scales.
+        # Two thirds for rounding, one third for scales; all for rounding where scales do not learn.
         own = {
-            "iterations_weights": iterations * 2 // 3,
+            "iterations_weights": iterations if options.get("iterations_activations") == 0 else iterations * 2 // 3,
             "iterations_activations": iterations // 3,
             "lr_weights": LR_WEIGHTS,
             "lr_activations": 5e-3,
