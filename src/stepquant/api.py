@@ -602,6 +602,7 @@ def _candidate(candidate: Any, full_precision: nn.Module) -> tuple[Any, Manifest
         return pipe, None
     plain = read_manifest(Path(candidate)).denoiser.library == "plain"
     pipe, manifest = load_checkpoint(candidate, denoiser=full_precision if plain else None)
+    _refuse_edited_scheduler(candidate, pipe, manifest)
     pipe.to(next(full_precision.parameters()).device)
     if manifest.schedule is not None:
         calibrated = ScheduleFingerprint.from_dict(manifest.schedule)
@@ -718,6 +719,8 @@ def load(
         raise SpecError(f"schedule must be 'strict' or 'nearest', found {schedule!r}.")
     given = None if onto is None else _parts_for(Path(folder), onto)
     pipe, manifest = load_checkpoint(folder, denoiser=denoiser, components=given)
+    if schedule == "strict" and onto is None:
+        _refuse_edited_scheduler(folder, pipe, manifest)
     setattr(pipe, _CALIBRATIONS, ({"recipe": manifest.recipe, "run": manifest.run}, *calibrations_of(onto)))
     if device is not None:
         pipe.to(device)
@@ -732,20 +735,20 @@ def load(
         pipe.save_pretrained = functools.partial(_refuse_to_save, manifest.denoiser.name)
     if manifest.schedule is not None:
         calibrated = ScheduleFingerprint.from_dict(manifest.schedule)
-        if schedule == "strict" and onto is None:
-            _refuse_edited_scheduler(Path(folder), pipe.scheduler, calibrated)
         walk_timesteps(pipe.scheduler, calibrated)
         if schedule == "strict":
             guard_schedule(pipe.scheduler, calibrated)
     return pipe
 
 
-def _refuse_edited_scheduler(folder: Path, scheduler: Any, calibrated: ScheduleFingerprint) -> None:
+def _refuse_edited_scheduler(folder: Path | str, pipe: Any, manifest: Manifest) -> None:
     """Raise CheckpointError where the saved scheduler's settings are not those of the calibration.
 
     Settings that one side does not know are those of another version of diffusers.
     """
-    found = config_of(scheduler)
+    if manifest.schedule is None:
+        return
+    calibrated, found = ScheduleFingerprint.from_dict(manifest.schedule), config_of(pipe.scheduler)
     edited = [
         f"{key} is {found[key]!r} instead of {value!r}"
         for key, value in calibrated.config.items()
@@ -753,8 +756,8 @@ def _refuse_edited_scheduler(folder: Path, scheduler: Any, calibrated: ScheduleF
     ]
     if edited:
         raise CheckpointError(
-            f"The scheduler in {folder / 'scheduler'} is not the one of the calibration: {'; '.join(edited)}. Put the "
-            "file back, or load with schedule='nearest' (--schedule nearest) to sample with these settings."
+            f"The scheduler in {Path(folder) / 'scheduler'} is not the one of the calibration: {'; '.join(edited)}. "
+            "Put the file back; to sample with these settings, load with schedule='nearest' (--schedule nearest)."
         )
 
 

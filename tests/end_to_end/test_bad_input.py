@@ -219,6 +219,9 @@ def test_an_edited_scheduler(stepquant: Stepquant, checkpoint: Path) -> None:
     status, complaint = stepquant("sample", checkpoint, "-o", "images", "--seeds", "0")
     assert status == 1
     assert f"is not the one of the calibration: beta_end is 0.05 instead of {settings['beta_end']}." in complaint
+    status, complaint = stepquant("compensate", checkpoint, "-o", "corrected")
+    assert status == 1
+    assert "is not the one of the calibration" in complaint
     assert stepquant("sample", checkpoint, "-o", "images", "--seeds", "0", "--schedule", "nearest")[0] == 0
 
 

@@ -32,7 +32,7 @@ from stepquant.cli.work import (
 )
 from stepquant.errors import SpecError, StepquantError
 from stepquant.evaluate.clip import ClipScore
-from stepquant.evaluate.compare import METRICS, NotFiniteImages
+from stepquant.evaluate.compare import DISTRIBUTIONS, METRICS, NotFiniteImages
 from stepquant.evaluate.compare import evaluate as compare
 from stepquant.evaluate.features import Features
 from stepquant.evaluate.folder import discard
@@ -49,17 +49,6 @@ from stepquant.run import Run
 __all__ = ["Measuring", "evaluate", "evaluate_and_keep", "measure"]
 
 logger = logging.getLogger(__name__)
-
-_DISTRIBUTIONS = (
-    "frechet_to_fp",
-    "frechet_to_data",
-    "sfid_to_fp",
-    "kid_to_fp",
-    "inception_score",
-    "precision",
-    "recall",
-)
-"""Figures that need features."""
 
 _EVALUATED = range(1000, 1256)
 """Seeds of an evaluation that names none and compares no folder of images."""
@@ -248,14 +237,14 @@ def _networks(
     lpips, clip, remarks = None, None, []
     if measuring.features == "none":
         features = "none"
-        _refuse_gates(measuring, _DISTRIBUTIONS, "--features none leaves out the distances of distributions.")
+        _refuse_gates(measuring, DISTRIBUTIONS, "--features none leaves out the distances of distributions.")
     elif measuring.features is not None:
         try:
             features = features_named(measuring.features, device=device)
         except MissingWeights as error:
             features = "none"
             remarks.append(f"No distances of distributions (FID and the like): {error}")
-            _refuse_gates(measuring, _DISTRIBUTIONS, error)
+            _refuse_gates(measuring, DISTRIBUTIONS, error)
     if measuring.lpips is None:
         how = " or ".join(f"{url} ({kind})" for kind, url in DOWNLOADS.items())
         _refuse_gates(measuring, ("lpips",), f"LPIPS needs --lpips FILE. Download {how} and give its path.")

@@ -46,12 +46,7 @@ SCHEMA = 1
 DRIFT_SEEDS = 64
 """Drift is measured on at most this many of the seeds: it takes three more samplings of each."""
 
-METRICS = (
-    "psnr",
-    "ssim",
-    "mae",
-    "lpips",
-    "clip_score",
+DISTRIBUTIONS = (
     "frechet_to_fp",
     "frechet_to_data",
     "sfid_to_fp",
@@ -59,6 +54,16 @@ METRICS = (
     "inception_score",
     "precision",
     "recall",
+)
+"""Those of `METRICS` that need features."""
+
+METRICS = (
+    "psnr",
+    "ssim",
+    "mae",
+    "lpips",
+    "clip_score",
+    *DISTRIBUTIONS,
     "drift_final",
     "cosine_final",
     "noise_level",

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.api import sample
-from stepquant.engines.base import choose, engines
-from stepquant.engines.openvino import has_bf16
+from stepquant.engines.base import choose, engines, with_precision
 from stepquant.errors import EngineError, EvaluationError
 from stepquant.model.families import find_denoiser, several_denoisers
 from stepquant.model.surgery import quantized_layers
@@ -67,9 +66,8 @@ def measure_speed(
     """Time of one call of the denoiser, one image, by every engine that takes a layer of it.
 
     reference: the full-precision pipeline. load: opens the checkpoint with an engine; called for one engine after the
-    other, so that two denoisers are in memory at a time. In each of
-    `rounds` both are called once, and a ratio is of these two: above 1 the engine is faster than full precision. Wall
-    clock.
+    other, so that two denoisers are in memory at a time. In each of `rounds` both are called once, and a ratio is of
+    these two: above 1 the engine is faster than full precision. Wall clock.
 
     Returns `engines` (name -> milliseconds, reference_milliseconds, ratio, all medians, and the quartiles low and high
     of the ratio; or `failed`, why there is no figure), machine, threads, device and date. Raises EvaluationError for a
@@ -112,8 +110,9 @@ def _timed(denoiser: nn.Module, device: torch.device) -> list[str]:
         for name in engines()
         if name == "simulated" or any(name not in choose(layer, device).refusals for layer in layers)
     ]
-    if "openvino" in names and has_bf16():
-        names.insert(names.index("openvino") + 1, "openvino-bf16")
+    short = with_precision("openvino")
+    if "openvino" in names and short != "openvino":
+        names.insert(names.index("openvino") + 1, short)
     return names
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +44,20 @@ def quantized(
     clock = StepClock(torch.arange(BINS - 1).float())
     made.input_quantizer = input_quantizer(QuantSpec(8) if given is None else given, clock, rows)
     return made.requires_grad_(False)
+
+
+ALONE: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "conv2d": (lambda: nn.Conv2d(48, 48, 3, padding=1), (48, 48, 5)),
+    "conv1d": (lambda: nn.Conv1d(48, 48, 3, padding=1), (48, 48)),
+}
+"""Samples without a batch, with as many rows as channels: that hides an axis that was mistaken for another."""
+
+
+def assert_alone(layer: QuantizedLayer, packed: nn.Module, x: Tensor) -> None:
+    """A sample without a batch gives what it gives in one."""
+    found = packed(x)
+    assert torch.equal(found, packed(x[None])[0])
+    torch.testing.assert_close(found, layer(x), rtol=0, atol=1e-4)
 
 
 def exact(layer: QuantizedLayer, x: Tensor) -> tuple[Tensor, Tensor]:

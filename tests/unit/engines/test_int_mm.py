@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from integer_layers import assert_exact, quantized
+from integer_layers import ALONE, assert_alone, assert_exact, quantized
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -140,17 +140,11 @@ def test_all_timesteps_run_through_two_compiled_graphs_at_most(engine: str) -> N
     assert 1 <= counter.frame_count <= 2
 
 
-@pytest.mark.parametrize(
-    ("make", "shape"),
-    [(lambda: nn.Conv2d(48, 48, 3, padding=1), (48, 48, 5)), (lambda: nn.Conv1d(48, 48, 3, padding=1), (48, 48))],
-)
-def test_one_sample_without_a_batch(make: Any, shape: tuple[int, ...]) -> None:
-    """With as many rows as channels, which hides an axis that was mistaken for another."""
+@pytest.mark.parametrize("kind", ALONE)
+def test_one_sample_without_a_batch(kind: str) -> None:
+    make, shape = ALONE[kind]
     layer = quantized(make())
-    packed, x = IntMmLayer(layer), torch.randn(shape)
-    found = packed(x)
-    assert torch.equal(found, packed(x[None])[0])
-    torch.testing.assert_close(found, layer(x), rtol=0, atol=1e-4)
+    assert_alone(layer, IntMmLayer(layer), torch.randn(shape))
 
 
 def test_inputs_without_a_sign_and_one_row() -> None:

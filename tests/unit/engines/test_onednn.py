@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from integer_layers import assert_exact, exact, quantized
+from integer_layers import ALONE, assert_alone, assert_exact, exact, quantized
 from torch import nn
 
 from stepquant.api import load, quantize
@@ -105,17 +105,11 @@ def test_other_granularities_and_inputs_without_a_sign(weight: QuantSpec, given:
 
 
 @needs_vnni
-@pytest.mark.parametrize(
-    ("make", "shape"),
-    [(lambda: nn.Conv2d(48, 48, 3, padding=1), (48, 48, 5)), (lambda: nn.Conv1d(48, 48, 3, padding=1), (48, 48))],
-)
-def test_one_sample_without_a_batch(make: Any, shape: tuple[int, ...]) -> None:
-    """With as many rows as channels, which hides an axis that was mistaken for another."""
+@pytest.mark.parametrize("kind", ALONE)
+def test_one_sample_without_a_batch(kind: str) -> None:
+    make, shape = ALONE[kind]
     layer = quantized(make())
-    packed, x = OneDnnLayer(layer), torch.randn(shape)
-    found = packed(x)
-    assert torch.equal(found, packed(x[None])[0])
-    torch.testing.assert_close(found, layer(x), rtol=0, atol=1e-4)
+    assert_alone(layer, OneDnnLayer(layer), torch.randn(shape))
 
 
 @needs_vnni

@@ -13,6 +13,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -561,6 +562,50 @@ def test_what_openvino_compiles_counts_against_the_limit(tmp_path: Path, monkeyp
         compiled(torch.randn(1, 1, 8, 8), 5)
     assert sizes[0] == 0
     assert sizes[-1] > 0
+
+
+def test_another_process_that_cleans_the_cache_costs_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def vanished(*_: Any) -> Any:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    net, sample = quantize_(small_unet()), torch.randn(1, 1, 8, 8)
+    monkeypatch.setattr(engine_module, "prune", vanished)
+    with torch.no_grad():
+        expected = OpenVINOEngine(cache=tmp_path / "other").compile(net)(sample, 5).sample
+        assert torch.equal(OpenVINOEngine(cache=tmp_path).compile(net)(sample, 5).sample, expected)
+
+
+def test_a_kept_graph_that_cannot_be_opened_is_an_error_with_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*_: Any) -> Any:
+        raise RuntimeError("Unable to read the model")
+
+    net, sample = quantize_(small_unet()), torch.randn(1, 1, 8, 8)
+    with torch.no_grad():
+        OpenVINOEngine(cache=tmp_path).compile(net)(sample, 5)
+    compiled = OpenVINOEngine(cache=tmp_path).compile(net)
+    monkeypatch.setattr(engine_module, "_core", lambda: SimpleNamespace(read_model=damaged))
+    with torch.no_grad(), pytest.raises(EngineError, match=r"could not open the graph in .*\.xml: Unable to read"):
+        compiled(sample, 5)
+
+
+def test_a_graph_that_cannot_be_rewritten_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: Any) -> Any:
+        raise MemoryError("bad allocation")
+
+    compiled = OpenVINOEngine(cache=tmp_path).compile(quantize_(small_unet()))
+    monkeypatch.setattr(engine_module, "take_zero_points_", too_large)
+    with torch.no_grad(), pytest.raises(EngineError, match="could not rewrite the graph: bad allocation"):
+        compiled(torch.randn(1, 1, 8, 8), 5)
+
+
+def test_vnni_of_client_processors_is_known_without_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    monkeypatch.setattr(Path, "is_file", lambda _: False)
+    for known in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: {"avx_vnni": known}, raising=False)
+        assert engine_module.has_vnni() == known
 
 
 def no_writing(*_: Any) -> Any:
