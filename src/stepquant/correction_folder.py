@@ -1,9 +1,10 @@
-"""A correction beside a model that other software has quantized: two files in the model's diffusers folder.
+"""A correction beside a model that other software has quantized: three files in the model's diffusers folder.
 
     stepquant_correction.json           the schedule that it was fitted on, how, and the tables' hashes
+    stepquant_correction.json.sha256    the sum of that file
     stepquant_correction.safetensors    the tables of `model.correction.StepCorrection`, float32
 
-What stepquant has quantized itself has its correction in the checkpoint. These two files go with any pipeline, whatever
+What stepquant has quantized itself has its correction in the checkpoint. These files go with any pipeline, whatever
 its denoiser's own format is: `attached` puts a corrected scheduler into a pipeline that somebody else has opened.
 """
 
@@ -23,7 +24,7 @@ from stepquant.errors import CheckpointError, SpecError, UnsupportedPipeline
 from stepquant.manifest import read_checked
 from stepquant.model.correction import CORRECTION_FIELDS, OPTIONAL_FIELDS, CorrectedScheduler, StepCorrection
 from stepquant.model.schedule import ScheduleFingerprint, guard_schedule, walk_timesteps
-from stepquant.storage import checksum, open_tensors, write_tensors
+from stepquant.storage import check_sum, checksum, open_tensors, write_summed, write_tensors
 
 __all__ = [
     "CORRECTION_NAME",
@@ -69,7 +70,7 @@ def write_correction(
     run: Mapping[str, Any],
     copy_of: str | None = None,
 ) -> None:
-    """Put the two files into a folder; one is made if there is none. Raises CheckpointError if they are there."""
+    """Put the files into a folder; one is made if there is none. Raises CheckpointError if they are there."""
     present = [name for name in (CORRECTION_NAME, TABLES_NAME) if (folder / name).exists()]
     if present:
         raise CheckpointError(
@@ -86,7 +87,7 @@ def write_correction(
     if tables:
         write_tensors(folder / TABLES_NAME, tables)
     # Last: a folder without it has no correction, whatever else lies there.
-    (folder / CORRECTION_NAME).write_text(text + "\n", encoding="utf-8")
+    write_summed(folder / CORRECTION_NAME, text + "\n")
 
 
 def read_correction(folder: Path) -> tuple[CorrectionFile, StepCorrection | None]:
@@ -126,7 +127,9 @@ def is_copy(folder: Path) -> bool:
 def _read(path: Path) -> CorrectionFile:
     if not path.is_file():
         raise CheckpointError(f"{path.parent} has no correction: there is no {CORRECTION_NAME} in it.")
-    return read_checked(path, _ADAPTER, newest=1)
+    said = read_checked(path, _ADAPTER, newest=1)
+    check_sum(path)
+    return said
 
 
 def attached(pipe: Any, folder: Path) -> tuple[Any, CorrectionFile]:

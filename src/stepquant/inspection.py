@@ -16,9 +16,12 @@ from stepquant.manifest import MANIFEST_NAME, LayerGroup, Manifest, manifest_jso
 from stepquant.model.clock import CLOCK_NAME
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
 from stepquant.model.surgery import quantized_layers
-from stepquant.storage import Entry, read_header
+from stepquant.storage import Entry, read_header, sum_path
 
 __all__ = ["inspect_checkpoint"]
+
+# The manifest and its sum.
+MANIFEST_FILES = (MANIFEST_NAME, sum_path(Path(MANIFEST_NAME)).name)
 
 PARTS = ("weight_quantizer", "input_quantizer", "second_quantizer", "input_transform", "branch", "first_token")
 """Modules inside of a quantized layer."""
@@ -56,7 +59,8 @@ def inspect_checkpoint(folder: Path | str) -> dict[str, Any]:
         raise CheckpointError(f"{root} lacks the file {manifest.denoiser.name}/{TENSORS_NAME}.")
     entries = read_header(path)
     files = {file.relative_to(root): file.stat().st_size for file in root.rglob("*") if file.is_file()}
-    ours = sum(size for file, size in files.items() if file.parts[0] in (MANIFEST_NAME, manifest.denoiser.name))
+    own = (*MANIFEST_FILES, manifest.denoiser.name)
+    ours = sum(size for file, size in files.items() if file.parts[0] in own)
     float32_bytes = _float32_bytes(manifest, entries)
     layers = _layers(manifest, entries)
     return {
@@ -192,6 +196,6 @@ def _bytes_by_kind(
     for name, entry in entries.items():
         found[_kind(name, manifest, weights)] += entry.bytes
     found["tensor_header"] = path.stat().st_size - sum(found.values())
-    found["manifest"] = files[Path(MANIFEST_NAME)]
+    found["manifest"] = sum(files.get(Path(name), 0) for name in MANIFEST_FILES)
     found["other_files"] = sum(files.values()) - sum(found.values())
     return found

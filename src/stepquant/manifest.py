@@ -17,6 +17,7 @@ from stepquant.model.assembly import ClockStructure, LayerStructure, Structure
 from stepquant.model.plain_json import parse_json
 from stepquant.model.transform import TransformSpec
 from stepquant.numerics.spec import LayerScheme
+from stepquant.storage import check_sum, write_summed
 
 __all__ = [
     "FORMAT_VERSION",
@@ -211,12 +212,12 @@ def manifest_json(manifest: Manifest) -> dict[str, Any]:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write JSON with one field, layer group or checksum a line. Fields at their default are left out."""
+    """Write JSON with one field, layer group or checksum a line, and its sum. Fields at their default are left out."""
     for key in ("schedule", "recipe", "run", "quality"):
         _check_json(key, getattr(manifest, key))
     data = manifest_json(manifest)
     lines = [f" {json.dumps(key)}: {_field_text(key, value)}" for key, value in data.items()]
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    write_summed(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _field_text(key: str, value: Any) -> str:
@@ -247,6 +248,7 @@ def read_manifest(folder: Path) -> Manifest:
     manifest = read_checked(path, _ADAPTER, FORMAT_VERSION)
     _check_names(path, manifest)
     _check_version(path, manifest)
+    check_sum(path)  # last: what says the field and what is wrong with it is of more use
     return manifest
 
 

@@ -28,11 +28,14 @@ from stepquant.model.plain_json import parse_json
 __all__ = [
     "Entry",
     "TensorFile",
+    "check_sum",
     "checksum",
     "errors_name",
     "open_tensors",
     "parse_json",
     "read_header",
+    "sum_path",
+    "write_summed",
     "write_tensors",
 ]
 
@@ -98,6 +101,33 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.write_bytes(
         save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
     )
+
+
+def sum_path(path: Path) -> Path:
+    """The file beside `path` that holds its SHA-256 as `sha256sum` writes it."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def write_summed(path: Path, text: str) -> None:
+    """Write a file of text, and beside it its SHA-256. The sum is written first: without it, edits are not found."""
+    data = text.encode()
+    sum_path(path).write_text(f"{hashlib.sha256(data).hexdigest()}  {path.name}\n", encoding="ascii", newline="\n")
+    path.write_bytes(data)
+
+
+def check_sum(path: Path) -> None:
+    """Raises CheckpointError if a file is not what its sum beside it says. Folders of before have no sums."""
+    beside = sum_path(path)
+    if not beside.is_file():
+        return
+    expected = beside.read_bytes()[:64].decode("ascii", "replace")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != expected:
+        raise CheckpointError(
+            f"{path} was edited or damaged after it was written: its SHA-256 is {found}, and {beside.name} has "
+            f"{expected!r}. Take the folder from where it came, or, if the edit is yours and you know what it does, "
+            f"remove {beside.name}."
+        )
 
 
 def read_header(path: Path) -> dict[str, Entry]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from stepquant.checkpoint import load_checkpoint, save_checkpoint
 from stepquant.errors import CheckpointError
 from stepquant.inspection import inspect_checkpoint
-from stepquant.storage import checksum
+from stepquant.storage import checksum, write_summed
 from tiny import tiny_pipe
 
 TENSORS = "unet/stepquant.safetensors"
@@ -41,7 +41,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None
     path = folder / "stepquant.json"
     data = json.loads(path.read_text())
     change(data)
-    path.write_text(json.dumps(data))
+    write_summed(path, json.dumps(data))
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any], *, sums: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from stepquant.errors import CheckpointError
 from stepquant.inspection import inspect_checkpoint
 from stepquant.manifest import read_manifest
 from stepquant.model.components import load_component
-from stepquant.storage import checksum, read_header
+from stepquant.storage import checksum, read_header, write_summed
 from tiny import TinyNet, quantize_, tiny_pipe
 
 TENSORS = "unet/stepquant.safetensors"
@@ -50,13 +51,39 @@ def refused(folder: Path, message: str = ".") -> None:
 def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     data = json.loads(path.read_text())
     change(data)
-    path.write_text(json.dumps(data))
+    write_summed(path, json.dumps(data))
 
 
 def test_a_key_twice_in_the_manifest(folder: Path) -> None:
     text = (folder / "stepquant.json").read_text()
     (folder / "stepquant.json").write_text(text.replace('"clock":', '"base_model":"other","clock":', 1))
     refused(folder, "the key 'base_model' is there twice")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [('"nonnegative":true', '"nonnegative":false'), ('"position":1', '"position":0')],
+    ids=["softmax", "clock"],
+)
+def test_an_edit_that_means_something_is_found(folder: Path, before: str, after: str) -> None:
+    """All tensors fit what it says then, and the model computes something else; the sum beside the manifest tells."""
+    path = folder / "stepquant.json"
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
+    message = r"stepquant\.json was edited or damaged after it was written.* or, if the edit is yours"
+    refused(folder, message)
+    with pytest.raises(CheckpointError, match=message):
+        inspect_checkpoint(folder)
+    path.with_name("stepquant.json.sha256").unlink()
+    load_checkpoint(folder)
+
+
+def test_the_sum_is_one_that_sha256sum_checks(folder: Path) -> None:
+    digest = hashlib.sha256((folder / "stepquant.json").read_bytes()).hexdigest()
+    assert (folder / "stepquant.json.sha256").read_bytes() == f"{digest}  stepquant.json\n".encode()
+    (folder / "stepquant.json.sha256").write_bytes(b"\xff")
+    refused(folder, "stepquant.json.sha256 has '\ufffd'")
 
 
 def test_a_tensor_twice_in_the_header(folder: Path) -> None:
@@ -198,7 +225,8 @@ def equal_up_to_metadata(data: bytes, changed: bytes) -> bool:
 @ONE_FOLDER
 @given(places=PLACES)
 def test_bits_flip_in_the_manifest(folder: Path, pristine: Path, places: list[tuple[float, int]]) -> None:
-    """Words may change unnoticed (a date, a recipe), but then the manifest is still one; all else is refused."""
+    """Words may change where there is no sum (a date, a recipe), and it is still a manifest; all else is refused."""
+    (folder / "stepquant.json.sha256").unlink(missing_ok=True)
     (folder / "stepquant.json").write_bytes(bit_flipped((pristine / "stepquant.json").read_bytes(), places))
     try:
         load_checkpoint(folder)
@@ -235,7 +263,7 @@ def test_any_value_anywhere_in_the_manifest(folder: Path, pristine: Path, data: 
         place = place[key]
         key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
     place[key] = data.draw(JSON_VALUES)
-    (folder / "stepquant.json").write_text(json.dumps(manifest))
+    write_summed(folder / "stepquant.json", json.dumps(manifest))
     try:
         load_checkpoint(folder)
     except CheckpointError:

@@ -17,7 +17,7 @@ from mixed_bits import mixed_
 from stepquant.checkpoint import load_checkpoint, save_checkpoint
 from stepquant.errors import CheckpointError
 from stepquant.inspection import inspect_checkpoint
-from stepquant.storage import checksum
+from stepquant.storage import checksum, write_summed
 from tiny import tiny_pipe
 
 TENSORS = "unet/stepquant.safetensors"
@@ -85,7 +85,7 @@ def test_damaged_bits_are_refused(folder: Path, damage: str) -> None:
     manifest = folder / "stepquant.json"
     data = json.loads(manifest.read_text())
     change(data["layers"])
-    manifest.write_text(json.dumps(data))
+    write_summed(manifest, json.dumps(data))
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(folder)
 
@@ -94,7 +94,7 @@ def test_version_1_does_not_have_them(folder: Path) -> None:
     manifest = folder / "stepquant.json"
     data = json.loads(manifest.read_text())
     assert data["format_version"] == 2
-    manifest.write_text(json.dumps({**data, "format_version": 1}))
+    write_summed(manifest, json.dumps({**data, "format_version": 1}))
     for read in (load_checkpoint, inspect_checkpoint):
         with pytest.raises(CheckpointError, match="has activation bits that change over time, which format version 1"):
             read(folder)
@@ -109,7 +109,7 @@ def test_zero_points_beyond_the_levels_of_their_row(folder: Path, row: int, valu
     save_file(tensors, folder / TENSORS)
     data = json.loads((folder / "stepquant.json").read_text())
     data["checksums"] = {key: checksum(tensor) for key, tensor in tensors.items()}
-    (folder / "stepquant.json").write_text(json.dumps(data))
+    write_summed(folder / "stepquant.json", json.dumps(data))
     with pytest.raises(CheckpointError, match=f"zero point {value} is out of range, the last level is {last}"):
         load_checkpoint(folder)
 

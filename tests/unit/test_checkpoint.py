@@ -115,6 +115,7 @@ def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
         "model_index.json",
         "scheduler/scheduler_config.json",
         "stepquant.json",
+        "stepquant.json.sha256",
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors.index.json",
         "unet/stepquant.safetensors",

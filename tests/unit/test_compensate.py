@@ -37,6 +37,7 @@ from stepquant.model.correction import CorrectedScheduler
 from stepquant.model.pipeline import DenoiserPipeline
 from stepquant.recipe import Recipe
 from stepquant.run import Run
+from stepquant.storage import write_summed
 
 STEPS = 4
 SETTINGS: dict[str, Any] = {"samples": 4, "batch": 2, "weights": 3, "activations": 6}
@@ -142,7 +143,7 @@ def test_another_eta_than_that_of_the_fit_is_refused(quantized: Quantized, folde
     manifest = tmp_path / "q" / "stepquant.json"  # one of before, which does not say it
     values = json.loads(manifest.read_text())
     assert values["run"].pop("arguments") == {"eta": 0.0}
-    manifest.write_text(json.dumps(values))
+    write_summed(manifest, json.dumps(values))
     sample(opened(tmp_path / "q"), **how, arguments=noisy)
 
 
@@ -151,7 +152,7 @@ def test_a_table_of_another_name_is_damage(quantized: Quantized, tmp_path: Path)
     path = tmp_path / "q" / "stepquant.json"
     manifest = json.loads(path.read_text())
     manifest["correction"] = None
-    path.write_text(json.dumps(manifest))
+    write_summed(path, json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"declares correction None, found .*previous"):
         opened(tmp_path / "q")
 
@@ -284,11 +285,14 @@ def test_a_damaged_correction_is_refused(tmp_path: Path, damage: Callable[[str],
     made.save_correction(tmp_path / "c")
     path = tmp_path / "c" / "stepquant_correction.json"
     before = path.read_text()
-    path.write_text(damage(before))
+    write_summed(path, damage(before))
     assert path.read_text() != before
     with pytest.raises(CheckpointError, match=message):
         with_correction(candidate, tmp_path / "c")
-    path.write_text(before)
+    path.write_text(before + " ")
+    with pytest.raises(CheckpointError, match=r"stepquant_correction\.json was edited or damaged after it was written"):
+        with_correction(candidate, tmp_path / "c")
+    write_summed(path, before)
     (tmp_path / "c" / "stepquant_correction.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"lacks stepquant_correction\.safetensors"):
         with_correction(candidate, tmp_path / "c")

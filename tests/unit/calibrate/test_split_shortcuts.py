@@ -31,6 +31,7 @@ from stepquant.numerics.affine import QParams, choose_qparams, fake_quantize
 from stepquant.numerics.spec import QuantSpec
 from stepquant.recipe import Job
 from stepquant.run import Run
+from stepquant.storage import write_summed
 from tiny import quantize_, tiny_unet
 
 STEPS = 3
@@ -330,7 +331,7 @@ def edited(pristine: Path, folder: Path, change: Callable[[list[dict[str, Any]]]
     shutil.copytree(pristine, folder)
     data = json.loads((folder / "stepquant.json").read_text())
     change(data["layers"])
-    (folder / "stepquant.json").write_text(json.dumps(data))
+    write_summed(folder / "stepquant.json", json.dumps(data))
     return folder
 
 

@@ -26,6 +26,7 @@ from stepquant.model.quantizer import InputQuantizer
 from stepquant.model.surgery import quantized_layers
 from stepquant.numerics.affine import QParams, fake_quantize
 from stepquant.numerics.spec import QuantSpec
+from stepquant.storage import write_summed
 from tiny import TinyNet, quantize_, tiny_pipe, tiny_unet
 
 SPEC = QuantSpec(4, "channel")
@@ -149,7 +150,7 @@ def test_tables_that_do_not_fit_the_layer_are_refused(tmp_path: Path) -> None:
     text = manifest.read_text()
     assert '"granularity":"channel"' in text
     first = text.index('"input":{')
-    manifest.write_text(text[:first] + text[first:].replace(',"granularity":"channel"', "", 1))
+    write_summed(manifest, text[:first] + text[first:].replace(',"granularity":"channel"', "", 1))
     with pytest.raises(CheckpointError, match=r"scale: shape \[\d, \d\], but the manifest declares \d rows"):
         load_checkpoint(tmp_path / "good", denoiser=TinyNet())
 

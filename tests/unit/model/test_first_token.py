@@ -27,6 +27,7 @@ from stepquant.model.surgery import swap_layers_
 from stepquant.model.transform import InputTransform
 from stepquant.numerics.affine import QParams
 from stepquant.numerics.spec import LayerScheme, QuantSpec, scheme_for
+from stepquant.storage import write_summed
 
 WEIGHT = QuantSpec(4, "channel", symmetric=True)
 ACTIVATION = QuantSpec(8, symmetric=True)
@@ -150,7 +151,7 @@ def test_an_edited_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "q" / "stepquant.json"
     data = json.loads(path.read_text())
     data["format_version"] = 1
-    path.write_text(json.dumps(data))
+    write_summed(path, json.dumps(data))
     with pytest.raises(CheckpointError, match="layer has a first token of its own, which format version 1"):
         load_checkpoint(tmp_path / "q", denoiser=Reader())
 

@@ -24,6 +24,7 @@ from stepquant.manifest import MANIFEST_NAME
 from stepquant.model.correction import CorrectedScheduler, Corrector, StepCorrection, noise_can_be_scaled
 from stepquant.model.pipeline import DenoiserPipeline
 from stepquant.run import Run
+from stepquant.storage import write_summed
 from tiny import TinyNet, quantize_
 
 SHAPE = (2, 2, 4, 4)
@@ -227,7 +228,7 @@ def test_a_checkpoint_with_noise_or_shift_has_version_2(part: str, tmp_path: Pat
     path = tmp_path / "q" / MANIFEST_NAME
     edited = path.read_text().replace('"format_version": 2', '"format_version": 1')
     assert json.loads(edited)["format_version"] == 1
-    path.write_text(edited)
+    write_summed(path, edited)
     words = "a shift of the sample" if part == "shift" else "less noise in the steps"
     with pytest.raises(CheckpointError, match=f"the correction has {words}, which format version 1 does not have"):
         load_checkpoint(tmp_path / "q", denoiser=TinyNet())

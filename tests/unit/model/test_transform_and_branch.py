@@ -27,7 +27,7 @@ from stepquant.model.surgery import quantized_layers
 from stepquant.model.transform import InputTransform, TransformSpec
 from stepquant.numerics.affine import QParams, choose_qparams, range_of
 from stepquant.numerics.spec import LayerScheme, QuantSpec
-from stepquant.storage import checksum
+from stepquant.storage import checksum, write_summed
 from tiny import TinyNet, quantize_, tiny_unet
 
 LOG = QuantSpec(4, nonnegative=True, logarithmic=True)
@@ -232,7 +232,7 @@ def damaged(folder: Path, change: Any, tensors_change: Any = None) -> None:
         data["checksums"] = {name: checksum(value) for name, value in tensors.items()}
     if change is not None:
         change({name: group for group in data["layers"] for name in group["layers"]}, data)
-    path.write_text(json.dumps(data))
+    write_summed(path, json.dumps(data))
 
 
 MANIFEST_DAMAGE: dict[str, tuple[Any, str]] = {
