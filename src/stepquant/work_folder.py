@@ -53,7 +53,7 @@ from stepquant.recipe import Job, Stage
 from stepquant.run import Run, Spill
 from stepquant.storage import errors_name
 
-__all__ = ["WorkFolder", "hold", "opened", "spilling"]
+__all__ = ["OtherRun", "WorkFolder", "hold", "opened", "spilling"]
 
 logger = logging.getLogger(__name__)
 
@@ -140,14 +140,18 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str,
         save_file(plain, partial, metadata={"meta": json.dumps(dict(meta))})
 
 
+class OtherRun(SpecError):  # noqa: N818 - reads as a sentence where it is raised
+    """A work folder of a run with other settings. Nothing in it was touched."""
+
+
 class WorkFolder:
     """One run's folder. Also the `Keeper` of the stage that is running. The caller has a `hold` of it."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
         """identity: JSON values that must be the same for a run to be continued.
 
-        Raises SpecError if the folder holds a run and `resume` is not set, or if it holds another run; CalibrationError
-        if it is damaged.
+        Raises SpecError if the folder holds a run and `resume` is not set, or OtherRun if it holds another one;
+        CalibrationError if it is damaged.
         """
         self.folder = folder
         self.stage = 0
@@ -175,8 +179,9 @@ class WorkFolder:
         if different == ["recipe"] and self._may_follow(found["recipe"], wanted["recipe"]):
             _write_text(known, json.dumps(wanted, indent=1))
         elif different:
-            raise SpecError(
-                f"{self.folder} holds another run: {', '.join(different)} differ{_first_difference(found, wanted)}. "
+            raise OtherRun(
+                f"{self.folder} holds another run: {' and '.join(different)} differ{'s' * (len(different) == 1)}"
+                f"{_first_difference(found, wanted)}. "
                 "Use the settings of that run, or another work folder (on the command line another --out); --overwrite "
                 "starts anew."
             )

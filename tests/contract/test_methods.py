@@ -456,7 +456,7 @@ def test_a_setting_may_be_corrected_where_a_run_has_stopped(tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         quantize(pipe_of(), wrong, steps=STEPS, run=Run(work=other, progress=Interrupt("Fitting windows", 4)))
     earlier = recipe_of("accuquant", block_lr=0.1)
-    with pytest.raises(SpecError, match=r"recipe differ .*lr of stage 5, RoundBlocks: 0.05 before, 0.1 now"):
+    with pytest.raises(SpecError, match=r"recipe differs .*lr of stage 5, RoundBlocks: 0.05 before, 0.1 now"):
         quantize(pipe_of(), earlier, steps=STEPS, run=Run(work=other), resume=True)
 
 

@@ -286,3 +286,16 @@ def test_guidance_that_cannot_be_reproduced(method: str) -> None:
     ):
         quantize(pipe, METHODS[method](samples=2, batch=2), steps=STEPS)
     assert sample(pipe, seeds=[0], steps=STEPS).isfinite().all()
+
+
+def test_guidance_that_cannot_be_reproduced_on_the_command_line(
+    stepquant: Stepquant, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No pipeline of diffusers is known to do so, so a strange one takes the place of the folder's."""
+    strange = Saturated(tiny.TinyNet(), DDIMScheduler(), (2, 4, 4))
+    monkeypatch.setattr("stepquant.api.open_model", lambda *_, **__: strange)
+    status, complaint = stepquant("quantize", model, "-o", "out", *QUICK)
+    assert status == 1
+    assert "cannot be replayed" in complaint
+    assert "Calibrate without" in complaint
+    assert not (tmp_path / "out").exists()

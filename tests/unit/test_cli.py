@@ -31,6 +31,7 @@ from stepquant.evaluate.images import save_png
 from stepquant.manifest import PipelineIdentity
 from stepquant.numerics.spec import LayerScheme, scheme_for
 from stepquant.recipe import Recipe
+from stepquant.work_folder import OtherRun
 
 SEEDS = list(range(1000, 1004))
 
@@ -343,6 +344,22 @@ def test_ctrl_c_leaves_a_folder_to_resume(run: Run, library: Library, tmp_path: 
     assert run("quantize", "digits-unet", "-o", tmp_path / "out", "--resume")[0] == 0
     assert library.asked("quantize")[-1]["resume"] is True
     assert not (tmp_path / "out.work").exists()
+
+
+def test_what_a_run_that_failed_leaves_is_told_once(
+    run: Run, library: Library, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another run's work folder says what to do by itself; the advice to correct the setting would contradict it."""
+    told = "correct the setting and go on with --resume"
+    for failure, times in ((SpecError("this setting is wrong."), 1), (OtherRun("the folder holds another run."), 0)):
+        library.failure = KeyboardInterrupt()
+        run("quantize", "digits-unet", "-o", tmp_path / "out", "--overwrite")
+        library.failure = failure
+        caplog.clear()
+        status, _, err = run("quantize", "digits-unet", "-o", tmp_path / "out", "--resume")
+        assert status == 2
+        assert str(failure) in err.replace("\n", " ")
+        assert caplog.text.count(told) == times
 
 
 def test_overwrite_starts_an_interrupted_run_anew(run: Run, library: Library, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ from stepquant.manifest import MANIFEST_NAME
 from stepquant.model.schedule import guarded_by
 from stepquant.processes import joined
 from stepquant.run import Run
-from stepquant.work_folder import hold
+from stepquant.work_folder import OtherRun, hold
 
 __all__ = [
     "QuantizeRequest",
@@ -338,7 +338,7 @@ def kept_if_worth_it(work: Path) -> Iterator[None]:
     """Remove the work folder of a run that failed before its first stage was done: it would only be in the way."""
     try:
         yield
-    except Interrupted:
+    except (Interrupted, OtherRun):
         raise
     except Exception:
         if not (work / FINISHED_STAGES).exists():
