@@ -217,11 +217,21 @@ class GraphInput(nn.Module):
     zero_point: c, where the rows' z differ. There, zeros `[rows]`: z; shift `[bins]`: z - c of the row that each bin
         uses. None where all are alike.
     low, high `[bins]`: ends of the row's levels in units of `factor`, where rows have different bits.
-    limits: the same where they all have the same, fewer than 8. shifted: whether the rows' zero points differ.
+    limits: the same where they all have the same, fewer than 8; lowest, highest `[C]` where `channels` says so. shifted:
+        whether the rows' zero points differ.
     """
 
-    def __init__(self, quantizer: InputQuantizer, clock: StepClock, *, short: bool = False) -> None:
-        """short: the graph will be in bfloat16."""
+    def __init__(
+        self,
+        quantizer: InputQuantizer,
+        clock: StepClock,
+        *,
+        short: bool = False,
+        channels: tuple[int, ...] | None = None,
+    ) -> None:
+        """short: the graph will be in bfloat16. channels: the shape of what the input is divided by right before it gets
+        here, by channel; None if it is not.
+        """
         super().__init__()
         object.__setattr__(self, "clock", clock)
         spec, scale, zero_point = quantizer.spec, quantizer.scale.cpu(), quantizer.zero_point.cpu()
@@ -233,6 +243,13 @@ class GraphInput(nn.Module):
         self.limits = None
         if quantizer.row_bits is None and spec.bits < 8:
             self.limits = ((spec.qmin - self.zero_point) * self.scale, (spec.qmax - self.zero_point) * self.scale)
+        # Where the batch is free, OpenVINO 2026.4 joins a product by channel, a clamp between two numbers and the rounding
+        # behind it into one operator, which mistakes the channels' factors. Limits by channel keep them apart.
+        ends_by_channel: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.limits is not None and channels is not None:
+            ends_by_channel = (torch.full(channels, self.limits[0]), torch.full(channels, self.limits[1]))
+        self.register_buffer("lowest", ends_by_channel[0])
+        self.register_buffer("highest", ends_by_channel[1])
         row = quantizer.row_of_bin.cpu()
         self.register_buffer("row_of_bin", row if self.several else None)
         self.reciprocal = _Factor(scale.reciprocal()[row], short) if self.several else None
@@ -251,6 +268,8 @@ class GraphInput(nn.Module):
     zeros: Tensor | None
     low: Tensor | None
     high: Tensor | None
+    lowest: Tensor | None
+    highest: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """x on its grid, divided by the present row's scale if rows have several; its levels, from 0, if `shifted`."""
@@ -258,7 +277,9 @@ class GraphInput(nn.Module):
             x = self.reciprocal(x, self.clock.bin)
         if self.shift is not None:
             x = x + present(self.shift, self.clock.bin, x)
-        if self.limits is not None:
+        if self.lowest is not None and self.highest is not None:
+            x = torch.minimum(torch.maximum(x, self.lowest), self.highest)
+        elif self.limits is not None:
             x = x.clamp(*self.limits)
         if self.low is not None and self.high is not None:
             low, high = (present(ends, self.clock.bin, x) for ends in (self.low, self.high))
@@ -312,6 +333,11 @@ class _GraphTransform(nn.Module):
 
     scale: Tensor | None
 
+    @property
+    def channels(self) -> tuple[int, ...] | None:
+        """The shape of what the input is divided by; None where a rotation comes behind it."""
+        return None if self.whole is not None or self.scale is None else tuple(self.scale.shape)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.whole is not None:
             rotated: Tensor = self.whole(x)
@@ -350,8 +376,9 @@ class GraphLayer(nn.Module):
         self.geometry = layer.geometry
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.in_channels, self.out_channels = layer.in_features, layer.out_features
-        self.input = GraphInput(source, clock, short=short)
         self.transform = None if layer.input_transform is None else _GraphTransform(layer.input_transform)
+        channels = None if self.transform is None else self.transform.channels
+        self.input = GraphInput(source, clock, short=short, channels=channels)
         self.branch = copy.deepcopy(layer.branch)
         weight = layer.weight.detach()
         q = quantizer.levels(weight)

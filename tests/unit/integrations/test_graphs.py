@@ -20,8 +20,12 @@ from stepquant.engines.openvino import FLOAT_MATMUL, has_vnni
 from stepquant.errors import EngineError, SpecError
 from stepquant.integrations.graphs import export_onnx, export_openvino
 from stepquant.model.correction import CorrectedScheduler, StepCorrection
+from stepquant.model.layer import LowRankBranch
 from stepquant.model.pipeline import DenoiserPipeline
+from stepquant.model.quantizer import WeightQuantizer
 from stepquant.model.schedule import ScheduleFingerprint
+from stepquant.model.transform import InputTransform
+from stepquant.numerics.affine import choose_qparams, range_of
 from stepquant.numerics.spec import LayerScheme, QuantSpec
 from tiny import quantize_, small_unet, tiny_unet
 
@@ -71,6 +75,57 @@ def test_graphs_compute_the_simulation_and_choose_rows_by_the_timestep(
         export(net, path, inputs=inputs)
     with pytest.raises(SpecError, match=f"must end in {suffix}"):
         export(net, tmp_path / "net.bin", inputs=inputs)
+
+
+class OneLayer(nn.Module):
+    """A layer of eight channels, by the shape of its input."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(8, 8, 3, padding=1) if len(shape) == 4 else nn.Linear(8, 8)
+
+    def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+        result: Tensor = self.layer(sample)
+        return result
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 4, 4), (2, 5, 8), (2, 8)], ids=["convolution", "tokens", "vectors"])
+@pytest.mark.parametrize(("scaled", "block"), [(False, None), (True, None), (False, 8), (True, 8)])
+@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_any_batch_gets_what_the_simulation_computes(
+    shape: tuple[int, ...], scaled: bool, block: int | None, branch: bool, rows: int, bits: int, tmp_path: Path
+) -> None:
+    """The batch is free in exported graphs, and OpenVINO then joins other operators than for the engine's fixed one."""
+    net = OneLayer(shape)
+    layer: Any = net.layer
+    weight = layer.weight.detach().clone()
+    quantize_(net, LayerScheme(QuantSpec(4, "channel"), QuantSpec(bits)), rows=rows, ends="same")
+    layer = net.layer
+    if scaled or block is not None:
+        scale = torch.linspace(0.5, 3, 8) if scaled else None
+        layer.input_transform = InputTransform(8, layer.geometry.channel_axis, scale=scale, block=block)
+        layer.weight.data = layer.folded(weight)
+        spec = layer.weight_quantizer.spec
+        layer.weight_quantizer = WeightQuantizer(spec, choose_qparams(*range_of(layer.weight, spec), spec))
+        layer.on_grid = False
+        layer.harden_()
+    if branch:
+        down = 0.1 * torch.randn(2, *layer.weight.shape[1:])
+        layer.branch = LowRankBranch(layer.geometry, down, 0.1 * torch.randn(8, 2))
+    inputs = {"sample": torch.zeros(shape), "timestep": torch.tensor([0])}
+    written = export_onnx(net, tmp_path / "net.onnx", inputs=inputs)
+    core = openvino.Core()
+    compiled = core.compile_model(str(written.path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for batch, timestep in ((1, 0), (3, 600)):
+        sample = torch.randn(batch, *shape[1:])
+        given = {"sample": sample.numpy(), "timestep": np.array([timestep])}
+        # A graph with one row has no use for the timestep.
+        found = compiled({name: given[name] for place in compiled.inputs for name in place.names & given.keys()})
+        with torch.no_grad():
+            expected = net(sample, timestep)
+        assert (torch.from_numpy(found[0].copy()) - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_a_unet_needs_no_inputs_and_a_correction_lies_beside_the_graph(tmp_path: Path) -> None:
