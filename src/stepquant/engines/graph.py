@@ -217,8 +217,8 @@ class GraphInput(nn.Module):
     zero_point: c, where the rows' z differ. There, zeros `[rows]`: z; shift `[bins]`: z - c of the row that each bin
         uses. None where all are alike.
     low, high `[bins]`: ends of the row's levels in units of `factor`, where rows have different bits.
-    limits: the same where they all have the same, fewer than 8; lowest, highest `[C]` where `channels` says so. shifted:
-        whether the rows' zero points differ.
+    limits: the same where they all have the same, fewer than 8; lowest, highest: by channel, where `channels` says so.
+    shifted: whether the rows' zero points differ.
     """
 
     def __init__(
@@ -229,8 +229,8 @@ class GraphInput(nn.Module):
         short: bool = False,
         channels: tuple[int, ...] | None = None,
     ) -> None:
-        """short: the graph will be in bfloat16. channels: the shape of what the input is divided by right before it gets
-        here, by channel; None if it is not.
+        """short: the graph will be in bfloat16.
+        channels: the shape of what the input is divided by right before, by channel; None if it is not.
         """
         super().__init__()
         object.__setattr__(self, "clock", clock)
@@ -243,8 +243,8 @@ class GraphInput(nn.Module):
         self.limits = None
         if quantizer.row_bits is None and spec.bits < 8:
             self.limits = ((spec.qmin - self.zero_point) * self.scale, (spec.qmax - self.zero_point) * self.scale)
-        # Where the batch is free, OpenVINO 2026.4 joins a product by channel, a clamp between two numbers and the rounding
-        # behind it into one operator, which mistakes the channels' factors. Limits by channel keep them apart.
+        # Where the batch is free, OpenVINO 2026.4 joins a product by channel, a clamp between two numbers and the
+        # rounding behind it into one operator, which mistakes the channels' factors. Limits by channel keep them apart.
         ends_by_channel: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.limits is not None and channels is not None:
             ends_by_channel = (torch.full(channels, self.limits[0]), torch.full(channels, self.limits[1]))
