@@ -116,6 +116,18 @@ BLOCKS: dict[str, Any] = {"blocks": 2 / 3}
 BRANCHED: dict[str, Any] = STATIC | {"low_rank": 8}
 """The same with a branch of low rank beside every weight."""
 
+CORRECTIONS: dict[str, dict[str, Any]] = {
+    "bias": {"estimator": "bias"},
+    "scale": {"estimator": "scale"},
+    "scale, gamma 1": {"estimator": "scale", "gamma": 1},
+    "free run": {"estimator": "free_run"},
+    "closed loop": {"estimator": "closed_loop"},
+    "trajectory": {"estimator": "trajectory"},
+    "regression": {"estimator": "regression"},
+    "auto": {"estimator": "auto"},
+}
+"""Estimators of corrections, by the end of a variant's name."""
+
 STRAIGHT = ", straight-through scales"
 
 ROWS_FIRST = "q_diffusion, layers first, a row per step"
@@ -148,9 +160,23 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{method: (method, {}) for method in (*UNET_METHODS, *TRANSFORMER_METHODS)},
     **{f"{method}, one row": (method, {"rows": "shared"}) for method in ("ptq4dm", "pqd", "eda_dm", "tcaq_dm")},
     f"{ROWS_FIRST}, scales as searched": ("q_diffusion", BY_BLOCKS[ROWS_FIRST] | {"iterations_activations": 0}),
+    **{
+        f"{name}, corrected by {estimator}": (f"{method}+cec", options | {"correction": CORRECTIONS[estimator]})
+        for name, method, options, estimators in (
+            ("rtn", "rtn", {}, CORRECTIONS),
+            ("q_diffusion", "q_diffusion", {}, ("auto",)),
+            ("accuquant identity M=5", "accuquant", ACCUQUANT, ("auto",)),
+            ("combined", "combined", STATIC, ("auto",)),
+        )
+        for estimator in estimators
+    },
     "gac, layers first": ("gac", {"layer_rounding": True}),
     "gac, layers first, a row per step": ("gac", {"layer_rounding": True, "rows": "step"}),
     "adp_dm, layers first": ("adp_dm", {"rounding": "layers"}),
+    **{
+        f"adp_dm, layers first, timesteps by {choose}": ("adp_dm", {"rounding": "layers", "choose": choose})
+        for choose in ("count", "mmd", "random")
+    },
     **{
         f"accuquant {gradient} M={window}{extra}": (
             "accuquant",
@@ -234,11 +260,12 @@ def settings(variant: str, evaluations: int) -> dict[str, Any]:
     thirds on blocks and one third on windows. What a variant of `combined` adds (row groups, weighted blocks, block
     scales) comes on top of the budget; `evaluations` has it.
     """
-    method, given = VARIANTS[variant]
-    options = {name: value for name, value in given.items() if name != "blocks"}
+    whole, given = VARIANTS[variant]
+    method = whole.partition("+")[0]
+    options = {name: value for name, value in given.items() if name not in ("blocks", "correction")}
     common = {"samples": SAMPLES, "batch": BATCH, "samples_per_step": 8}
     iterations = evaluations // (3 * BATCH)
-    if method.partition("+")[0] in ("rtn", "layerwise"):
+    if method in ("rtn", "layerwise"):
         return common | options | ({} if method == "rtn" else {"together": 4})
     if method in ("q_diffusion", "gac"):
         # Two thirds for rounding, one third for scales; all for rounding where scales do not learn.
@@ -280,10 +307,11 @@ def _windows(evaluations: int, window: int, passes: int, free_run: float) -> int
 
 
 def recipe_of(variant: str, weights: int | None, activations: int | None, options: Mapping[str, Any]) -> Recipe:
-    """The recipe of a variant; the part of its method behind a plus is an add-on with its defaults."""
-    method, _, extra = VARIANTS[variant][0].partition("+")
+    """The recipe of a variant; the part of its method behind a plus is an add-on, with the variant's `correction`."""
+    whole, given = VARIANTS[variant]
+    method, _, extra = whole.partition("+")
     recipe = METHODS[method](weights=weights, activations=activations, **options)
-    return recipe.then(*ADD_ONS[extra]()) if extra else recipe
+    return recipe.then(*ADD_ONS[extra](**given.get("correction", {}))) if extra else recipe
 
 
 class Reference:
@@ -367,6 +395,7 @@ def run(args: argparse.Namespace) -> None:
         weights, activations = parse_bits(bits)
         options = settings(base, args.evaluations)
         recipe = recipe_of(base, weights, activations, options)
+        options |= {key: value for key, value in VARIANTS[base][1].items() if key == "correction"}
         quantized = quantize(reference.pipe, recipe, steps=STEPS, arguments=reference.arguments, run=Run(seed=seed))
         spent, pipe = _evaluations(quantized.figures), quantized.pipe
         seconds = time.perf_counter() - began
@@ -548,8 +577,10 @@ def methods_of(variant: str) -> set[str]:
 
 
 def baselines(names: set[str]) -> set[str]:
-    """Round to nearest, layers alone, and each variant without its correction."""
-    return {"rtn", "layerwise", *(name.removesuffix("+cec") for name in names)}
+    """Round to nearest, layers alone, each variant without its correction, and what a method is built on."""
+    bases = {name.partition("+")[0].partition(", corrected")[0] for name in names}
+    built_on = {"gac": ROWS_FIRST, "adp_dm": "rtn, a row per step", "accuquant": f"{ROWS_FIRST}, scales as searched"}
+    return {"rtn", "layerwise", *bases, *(base for name, base in built_on.items() if any(name in one for one in bases))}
 
 
 def memory(args: argparse.Namespace) -> None:

@@ -50,6 +50,9 @@ Differs from the paper (from summaries of it and the public code; where both are
 - Ranges to begin with, and the features of `choose="mmd"`, are those of the first recorded mini-batch.
 - `target="full_precision"` matches the full-precision model's prediction in place of the drawn noise, of which the
   model's own error is a part that no quantizer can take away.
+- Left out of the public code: its calibration modes "real", "range" and "random" (all images, one sample a step, and
+  timesteps drawn from N(0.4T, 0.4T), for which there is `ptq4dm`), the noisiest 30 of 100 timesteps that its score
+  skips, and weight scales from positive values alone.
 - The presets quick and standard run fewer rounds at a higher rate, with a `prior` and the full-precision target.
 """
 

@@ -30,6 +30,8 @@ Differs from the paper:
   solvers: it needs the pair a_k, b_k.
 - A row of coefficients belongs to a timestep. Solvers that call the denoiser twice at one use it twice; closed-loop
   estimators fit it at the first call.
+- There is one K for the guided prediction, none for each branch of guidance; and no window of more than one step, for
+  which J = 0 is further off than for one (`calibrate.propagation`): closed-loop fits see all steps before.
 - Fewer images than the paper's 1000 or so.
 """
 
