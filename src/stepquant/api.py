@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from stepquant.calibrate.compensation import Compensate, EstimatorChoice, Regressor
+from stepquant.calibrate.compensation import AS_IT_IS, Compensate, EstimatorChoice, Regressor
 from stepquant.calibrate.estimate import Estimate, estimated
 from stepquant.calibrate.noise_correction import CorrectNoise
 from stepquant.calibrate.offload import offloaded, released_
@@ -45,6 +45,7 @@ from stepquant.correction_folder import (
     TABLES_NAME,
     attached,
     is_copy,
+    read_correction,
     write_correction,
 )
 from stepquant.engines.base import GraphEngine, place
@@ -441,11 +442,14 @@ _CORRECTING_METHODS = ("cec", "ptqd", "d2_dpm", "tac")
 class Compensated:
     """What `compensate` made.
 
-    pipe: like the candidate, with a scheduler that corrects the predictions; without one if nothing was better.
+    pipe: like the candidate, with a scheduler that corrects the predictions; without one if nothing was better. Its own
+        correction, if it had one, is kept where nothing was better than that, and replaced otherwise: see `own` in the
+        last of the figures ("kept", "replaced", "removed").
     schedule: the one that the correction was fitted on; the pipeline refuses others.
     figures: of the recording and of the fit, with their seconds.
     manifest: of the candidate, if it was a checkpoint. source: the candidate's name, if it was a model of others.
     arguments: of the pipeline's call, those that change its steps.
+    kept_run: how the candidate's own correction came about, where that was kept; None where it was not.
     """
 
     pipe: Any
@@ -457,6 +461,7 @@ class Compensated:
     manifest: Manifest | None = None
     source: str | None = None
     arguments: Mapping[str, float] = field(default_factory=dict)
+    kept_run: Mapping[str, Any] | None = None
 
     def save(self, folder: Path | str, *, overwrite: bool = False) -> None:
         """Write the candidate with its correction, and how that was made.
@@ -479,10 +484,12 @@ class Compensated:
             )
         before = self.manifest
         recipe: Mapping[str, Any] = {} if before is None else before.recipe
-        # An earlier correction has been replaced, so it is no part of how this one came about.
-        kept = [part for part in str(recipe.get("name", "")).split("+") if part not in ("", *_CORRECTING_METHODS)]
-        stages = [stage for stage in recipe.get("stages", []) if stage.get("stage") not in _CORRECTING_STAGES]
-        stage = {"stage": "Compensate", **TypeAdapter(Compensate).dump_python(self.settings, mode="json")}
+        if self.kept_run is None:
+            # An earlier correction has been replaced, so it is no part of how this one came about.
+            kept = [part for part in str(recipe.get("name", "")).split("+") if part not in ("", *_CORRECTING_METHODS)]
+            stages = [stage for stage in recipe.get("stages", []) if stage.get("stage") not in _CORRECTING_STAGES]
+            stage = {"stage": "Compensate", **TypeAdapter(Compensate).dump_python(self.settings, mode="json")}
+            recipe = {**recipe, "name": "+".join([*kept, "cec"]), "stages": [*stages, stage]}
         save_checkpoint(
             folder,
             pipe=self.pipe,
@@ -491,7 +498,7 @@ class Compensated:
             base_model="" if before is None else before.base_model,
             created=_today(),
             schedule=self.schedule.to_dict(),
-            recipe={**recipe, "name": "+".join([*kept, "cec"]), "stages": [*stages, stage]},
+            recipe=recipe,
             run={**({} if before is None else before.run), **self._run},
             overwrite=overwrite,
         )
@@ -505,8 +512,8 @@ class Compensated:
 
     @property
     def _run(self) -> dict[str, Any]:
-        """How it was fitted, as in manifests."""
-        return {"compensation": _run_of(self.seed, self.figures, self.arguments)}
+        """How it was fitted, or kept, as in manifests."""
+        return _corrected_run(_run_of(self.seed, self.figures, self.arguments), self.kept_run)
 
     def _save_copy(self, target: Path, source: str, *, overwrite: bool) -> None:
         if target.exists() and not overwrite:
@@ -525,6 +532,18 @@ class Compensated:
                 plain.save_pretrained(partial)
             correction = correction_of(self.pipe.scheduler)
             write_correction(partial, correction, self.schedule, run=self._run, copy_of=source)
+
+
+def _corrected_run(own: dict[str, Any], kept_run: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The part of a manifest's `run` about its correction. own: the run of `compensate` as `_run_of` has it.
+
+    kept_run: of the correction that was kept; what it was judged on then stands beside what it was fitted on.
+    """
+    if kept_run is None:
+        return {"compensation": own}
+    fitted_on = {key: kept_run[key] for key in ("compensation",) if key in kept_run}
+    # Fitted in a recipe, it was at the recipe's arguments, which are those of now: another one is not judged.
+    return {**(fitted_on or {"arguments": own.get("arguments", {})}), "judged": own}
 
 
 def compensate(
@@ -546,14 +565,17 @@ def compensate(
     """Fit a correction for a model that is quantized already, by whomever; both pipelines stay as they were.
 
     candidate: a pipeline around any quantized denoiser, the folder of a checkpoint, or the folder or hub id of a model
-        that others have quantized and diffusers opens. A correction that it has already is replaced.
+        that others have quantized and diffusers opens. Corrections do not stack. One that it has already is judged on
+        the same held-out images: with the estimator "auto" it is kept where nothing is better, a named one replaces it.
+        If it is for other steps, another guidance or another `eta`, it is replaced without having been judged.
     against: the full-precision pipeline of the same model, with the same scheduler settings.
     steps: sampling steps to fit for. samples: images to record, `batch` at a time, on the run's calibration seeds.
     estimator, regressors, gamma, ridge, shared, held_out: see `calibrate.compensation.Compensate`.
     arguments: what the pipelines are called with beside seeds and steps.
 
     Raises SpecError if the two pipelines would sample with different schedules or the full-precision one corrects its
-    own, UnsupportedPipeline if sampling cannot be replayed, CalibrationError for fewer than two images.
+    own, UnsupportedPipeline if sampling cannot be replayed, CalibrationError for fewer than two images, CheckpointError
+    for a candidate whose own correction is damaged.
     """
     run = run or Run()
     settings = Compensate(estimator, regressors, gamma, ridge, shared, held_out)
@@ -567,14 +589,23 @@ def compensate(
     check_finite(full_precision)
     pipe, manifest = _candidate(candidate, full_precision)
     name, quantized = find_denoiser(pipe)
+    own = _own_correction(candidate, pipe, manifest)
+    called_with = step_arguments(pipe, arguments or {})
     figures: list[dict[str, Any]] = []
     with _still(full_precision), _still(quantized):
         job = Job(against, full_precision, quantized, run, steps, dict(arguments or {}))
         for stage in (Record(samples, batch), settings):
+            elsewhere: list[str] = []
             if isinstance(stage, Compensate):
                 _check_same_schedule(pipe, job.handed["trajectories"][0])
+                if own is not None:
+                    elsewhere = own.differences(job.handed["trajectories"][0].fingerprint, called_with)
+                    job.handed["correction"] = None if elsewhere else own.correction
             began = time.perf_counter()
             found = stage.run(job)
+            if elsewhere:
+                found |= {"own": "removed" if found["chosen"] == "none" else "replaced"}
+                found |= {"own_not_judged": " ".join(elsewhere)}
             seconds = round(time.perf_counter() - began, 3)
             figures.append({"stage": type(stage).__name__, "seconds": seconds, **found})
     result = with_denoiser(pipe, name, quantized)
@@ -583,11 +614,62 @@ def compensate(
         result.scheduler = CorrectedScheduler(result.scheduler, job.handed["correction"])
     schedule: ScheduleFingerprint = job.handed["trajectories"][0].fingerprint
     guard_schedule(result.scheduler, schedule)
-    called_with = step_arguments(pipe, arguments or {})
-    own = _run_of(run.seed, figures, called_with)
-    setattr(result, _CALIBRATIONS, (*calibrations_of(result), {"run": {"compensation": own}}))
+    kept_run = own.run if own is not None and figures[-1]["chosen"] == AS_IT_IS else None
+    now = _corrected_run(_run_of(run.seed, figures, called_with), kept_run)
+    setattr(result, _CALIBRATIONS, (*calibrations_of(result), {"run": now}))
     source = str(candidate) if isinstance(candidate, str | Path) and manifest is None else None
-    return Compensated(result, name, schedule, run.seed, tuple(figures), settings, manifest, source, called_with)
+    return Compensated(
+        result, name, schedule, run.seed, tuple(figures), settings, manifest, source, called_with, kept_run
+    )
+
+
+@dataclass(frozen=True)
+class _Own:
+    """The correction that a candidate of `compensate` has already.
+
+    schedule: the one that it was fitted on; None where nothing says it, as with `schedule="nearest"`.
+    run: how it came about, as in manifests; empty where nothing says it.
+    """
+
+    correction: StepCorrection
+    schedule: ScheduleFingerprint | None
+    run: Mapping[str, Any]
+
+    def differences(self, recorded: ScheduleFingerprint, called_with: Mapping[str, float]) -> list[str]:
+        """Sentences that say why it cannot be judged on these steps; empty if it can.
+
+        Settings of the scheduler that leave the timesteps alone are the candidate's own business.
+        """
+        found = []
+        if self.schedule is not None:
+            found = replace(self.schedule, config=recorded.config).differences(recorded)
+        known = _fitted_at(self.run)
+        return found + [
+            f"The {name} is {asked:g} instead of {known[name]:g}."
+            for name, asked in called_with.items()
+            if isinstance(known.get(name), int | float) and not math.isclose(known[name], asked)
+        ]
+
+
+def _own_correction(candidate: Any, pipe: Any, manifest: Manifest | None) -> _Own | None:
+    """The correction that a candidate brings along. pipe: the candidate, opened; of a folder of others without it."""
+    if manifest is None and isinstance(candidate, str | Path):
+        folder = Path(candidate)
+        if str(candidate) in SHIPPED_MODELS or not (folder / CORRECTION_NAME).is_file():
+            return None
+        said, correction = read_correction(folder)
+        return None if correction is None else _Own(correction, ScheduleFingerprint.from_dict(said.schedule), said.run)
+    correction = correction_of(pipe.scheduler)
+    if correction is None:
+        return None
+    runs = [calibration["run"] for calibration in calibrations_of(pipe)] if manifest is None else [manifest.run]
+    return _Own(correction, guarded_by(pipe.scheduler), runs[-1] if runs else {})
+
+
+def _fitted_at(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments that a correction was fitted at. run: as in manifests; empty where it does not say them."""
+    found: Mapping[str, Any] = (run.get("compensation") or run).get("arguments") or {}
+    return found
 
 
 def _candidate(candidate: Any, full_precision: nn.Module) -> tuple[Any, Manifest | None]:
@@ -897,8 +979,7 @@ def _check_other_steps(pipe: Any, arguments: Mapping[str, Any]) -> None:
         return
     fitted: Mapping[str, Any] = {}  # of checkpoints that do not say it, nothing is known
     for calibration in calibrations_of(pipe):  # the last one is of the correction
-        own = calibration["run"].get("compensation") or calibration["run"]
-        fitted = own.get("arguments") or {}
+        fitted = _fitted_at(calibration["run"])
     for name, asked in step_arguments(pipe, arguments).items():
         known = fitted.get(name)
         if isinstance(known, int | float) and not math.isclose(known, asked):

@@ -534,6 +534,9 @@ def compensate(
     quantized model follows it. They are kept in OUT and cost next to nothing when sampling. They hold for one number of
     steps. Fit again after any change of the model.
 
+    Corrections do not stack. One that the model has already, of tac, ptqd, d2_dpm, cec or of this command, is judged on
+    the same images: auto keeps it where nothing is better, and otherwise the new one replaces it.
+
     The form of the paper is --estimator scale --set gamma=1 --set ridge=0.
 
     Of a model that other software has quantized, OUT is a copy of its folder with the correction beside it. stepquant's
