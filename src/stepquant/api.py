@@ -174,9 +174,13 @@ def _without_correction(model: str) -> Any:
     if model in SHIPPED_MODELS:
         with importlib.resources.as_file(importlib.resources.files("stepquant") / "assets" / model) as folder:
             pipe = _from_folder(folder, dtype=torch.float32)
+    elif (path / MANIFEST_NAME).is_file():
+        base = read_manifest(path).base_model
+        raise ModelError(
+            f"{model} is a stepquant checkpoint, not a full-precision model: give the model that it was made from"
+            f"{f', {base}' * bool(base)}. In Python, load() opens a checkpoint."
+        )
     elif (path / "model_index.json").is_file():
-        if (path / MANIFEST_NAME).is_file():
-            raise ModelError(f"{model} is a stepquant checkpoint, not a full-precision model: open it with load().")
         pipe = _from_folder(path)
     elif path.exists():
         raise ModelError(f"{model} exists but is no diffusers pipeline: it has no model_index.json.")

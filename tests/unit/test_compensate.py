@@ -642,12 +642,24 @@ def test_the_command_refuses_in_one_sentence(
 def test_the_command_wants_a_checkpoint_and_another_folder(run: RunCommand, folder: Path, tmp_path: Path) -> None:
     status, _, err = run("compensate", tmp_path / "nothing", "-o", tmp_path / "out")
     assert status == 2
-    assert "nothing" in err
+    assert f"There is no {tmp_path / 'nothing'}: expected a checkpoint" in err.replace("\n", " ")
+    for candidate, wanted in (
+        ("nothing", "There is no nothing:"),
+        ("no/thing", "no/thing is no folder here and is no"),
+    ):
+        status, _, err = run("compensate", candidate, "-o", tmp_path / "out")
+        assert status == 2
+        assert wanted in err.replace("\n", " ")
     status, _, err = run("compensate", folder, "-o", folder, "--overwrite")
     assert status == 2
     assert "candidate itself" in err
     assert run("compensate", folder)[0] == 2
-    assert run("compensate", folder, "-o", tmp_path / "out", "--calibration-samples", "1")[0] == 2
+    status, _, err = run("compensate", folder, "-o", tmp_path / "out", "--calibration-samples", "1")
+    assert status == 2
+    assert "--calibration-samples: expected 2 or more, found 1." in err.replace("\n", " ")
+    status, _, err = run("compensate", folder, "-o", tmp_path / "out", "--against", folder)
+    assert status == 1
+    assert "not a full-precision model: give the model that it was made from, tiny." in err.replace("\n", " ")
 
 
 def test_the_command_explains_itself(run: RunCommand) -> None:

@@ -520,7 +520,7 @@ def compensate(
             "repeated.",
         ),
     ] = None,
-    calibration_samples: Annotated[int, typer.Option(min=2, help="Images sampled to fit on.")] = 64,
+    calibration_samples: Annotated[int, typer.Option(help="Images sampled to fit on, 2 or more.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Root of all random numbers.")] = 0,
     device: Device = "auto",
     batch_size: Batch = 16,

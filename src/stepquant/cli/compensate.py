@@ -84,6 +84,11 @@ def compensate(
         known = get_args(EstimatorChoice)
         hint = nearest(request.estimator, known)
         raise SpecError(f"--estimator: there is none named {request.estimator!r}, only {', '.join(known)}.{hint}")
+    if request.samples < 2:
+        raise SpecError(
+            f"--calibration-samples: expected 2 or more, found {request.samples}. A correction is fitted to some "
+            "images and judged on others."
+        )
     if request.seed > MOST_SEED:
         raise SpecError(f"--seed: expected {MOST_SEED} or less, found {request.seed}.")
     fit = request.fit()
@@ -134,11 +139,17 @@ def _base_and_steps(request: CompensateRequest) -> tuple[str, int]:
     if not (path / MANIFEST_NAME).is_file():
         if path.is_dir() and not (path / "model_index.json").is_file():
             raise CheckpointError(f"{path} is neither a checkpoint ({MANIFEST_NAME}) nor a diffusers folder.")
+        if not path.exists() and request.candidate not in api.SHIPPED_MODELS and not _may_be_on_the_hub(path):
+            raise SpecError(
+                f"There is no {request.candidate}: expected a checkpoint that `quantize` wrote, a diffusers folder or "
+                "a hub id such as owner/name."
+            )
         for option, value in (("--against MODEL", request.against), ("--steps N", request.steps)):
             if value is None:
+                missing = "" if path.exists() else "is no folder here and "
                 raise SpecError(
-                    f"{request.candidate} is no checkpoint of stepquant, so it does not say which full-precision model "
-                    f"it was made from, nor how many steps it is for: give {option}."
+                    f"{request.candidate} {missing}is no checkpoint of stepquant, so it does not say which "
+                    f"full-precision model it was made from, nor how many steps it is for: give {option}."
                 )
         return str(request.against), int(request.steps or 0)
     description = inspect_checkpoint(path)
@@ -146,3 +157,8 @@ def _base_and_steps(request: CompensateRequest) -> tuple[str, int]:
     if request.steps not in (None, steps):
         raise SpecError(f"--steps {request.steps}: {path} is calibrated for {steps}. Leave the option out.")
     return request.against or base_model_of(path, description), steps
+
+
+def _may_be_on_the_hub(path: Path) -> bool:
+    """Whether a name that is no path here may be a hub id, owner/name."""
+    return len(path.parts) == 2 and not path.is_absolute() and path.parts[0] != ".."
