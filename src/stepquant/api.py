@@ -18,7 +18,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -74,8 +74,9 @@ from stepquant.model.scheduler_choice import take_scheduler_, use_scheduler_
 from stepquant.model.surgery import check_finite, quantized_layers
 from stepquant.pretrained import attach_
 from stepquant.processes import ALONE, Processes
-from stepquant.recipe import Checked, Job, Recipe
+from stepquant.recipe import Checked, Job, Recipe, Stage
 from stepquant.run import Progress, Run, SilentProgress
+from stepquant.storage import checksum
 from stepquant.work_folder import WorkFolder, opened, spilling
 
 __all__ = [
@@ -334,7 +335,7 @@ def quantize(
         _check_stages(job, recipe)
         identity = {}
         if run.work is not None or run.processes.count > 1:
-            identity = _identity(recipe, run, steps, job)
+            identity = _identity(recipe.to_dict(), run, steps, job)
             run.processes.check_same("runs", {**identity, "work": run.work is not None, "resume": resume})
         with (
             nullcontext()
@@ -342,7 +343,7 @@ def quantize(
             else opened(run.work, identity, resume=resume, processes=run.processes) as work,
             spilling(run, work) as job.spill,
         ):
-            figures = _run_stages(job, recipe, work)
+            figures = _run_stages(job, recipe.stages, work)
         if run.offload is not None:
             released_(job.denoiser)
     if "plan" not in job.handed:
@@ -565,6 +566,7 @@ def compensate(
     held_out: int = 4,
     arguments: Mapping[str, Any] | None = None,
     run: Run | None = None,
+    resume: bool = False,
 ) -> Compensated:
     """Fit a correction for a model that is quantized already, by whomever; both pipelines stay as they were.
 
@@ -576,6 +578,7 @@ def compensate(
     steps: sampling steps to fit for. samples: images to record, `batch` at a time, on the run's calibration seeds.
     estimator, regressors, gamma, ridge, shared, held_out: see `calibrate.compensation.Compensate`.
     arguments: what the pipelines are called with beside seeds and steps.
+    resume: go on with what `run.work` holds of the same fit.
 
     Raises SpecError if the two pipelines would sample with different schedules or the full-precision one corrects its
     own, UnsupportedPipeline if sampling cannot be replayed, CalibrationError for fewer than two images, CheckpointError
@@ -595,23 +598,31 @@ def compensate(
     name, quantized = find_denoiser(pipe)
     own = _own_correction(candidate, pipe, manifest)
     called_with = step_arguments(pipe, arguments or {})
-    figures: list[dict[str, Any]] = []
+
+    def run_stage(stage: Stage, job: Job) -> Mapping[str, Any]:
+        if not isinstance(stage, Compensate):
+            return stage.run(job)
+        recorded: Trajectory = job.handed["trajectories"][0]
+        _check_same_schedule(pipe, recorded)
+        elsewhere = [] if own is None else own.differences(recorded.fingerprint, called_with)
+        if own is not None and not elsewhere:
+            job.handed["correction"] = own.correction
+        found = stage.run(job)
+        if elsewhere:
+            found["own"] = "removed" if found["chosen"] == "none" else "replaced"
+            found["own_not_judged"] = " ".join(elsewhere)
+        return found
+
     with _still(full_precision), _still(quantized):
         job = Job(against, full_precision, quantized, run, steps, dict(arguments or {}))
-        for stage in (Record(samples, batch), settings):
-            elsewhere: list[str] = []
-            if isinstance(stage, Compensate):
-                _check_same_schedule(pipe, job.handed["trajectories"][0])
-                if own is not None:
-                    elsewhere = own.differences(job.handed["trajectories"][0].fingerprint, called_with)
-                    job.handed["correction"] = None if elsewhere else own.correction
-            began = time.perf_counter()
-            found = stage.run(job)
-            if elsewhere:
-                found |= {"own": "removed" if found["chosen"] == "none" else "replaced"}
-                found |= {"own_not_judged": " ".join(elsewhere)}
-            seconds = round(time.perf_counter() - began, 3)
-            figures.append({"stage": type(stage).__name__, "seconds": seconds, **found})
+        stages = (Record(samples, batch), settings)
+        identity = {} if run.work is None else _fit_identity(stages, job, pipe, own)
+        with (
+            nullcontext()
+            if run.work is None
+            else opened(run.work, identity, resume=resume, processes=run.processes) as work
+        ):
+            figures = _run_stages(job, stages, work, run_stage)
     result = with_denoiser(pipe, name, quantized)
     result.scheduler = getattr(result.scheduler, "uncorrected", result.scheduler)
     if job.handed["correction"] is not None:
@@ -653,6 +664,20 @@ class _Own:
             for name, asked in called_with.items()
             if isinstance(known.get(name), int | float) and not math.isclose(known[name], asked)
         ]
+
+
+def _fit_identity(stages: Sequence[Stage], job: Job, candidate: Any, own: _Own | None) -> dict[str, Any]:
+    """What must be the same for a fit to be continued."""
+    settings = [
+        {"stage": type(stage).__name__, **TypeAdapter(type(stage)).dump_python(stage, mode="json")} for stage in stages
+    ]
+    tables = {} if own is None else own.correction.tables()
+    return {
+        **_identity({"name": "compensate", "stages": settings}, job.run, job.steps, job),
+        "candidate": _digest(job.denoiser),
+        "candidate_scheduler": _scheduler_identity(getattr(candidate.scheduler, "uncorrected", candidate.scheduler)),
+        "candidate_correction": {name: checksum(table) for name, table in tables.items()},
+    }
 
 
 def _own_correction(candidate: Any, pipe: Any, manifest: Manifest | None) -> _Own | None:
@@ -727,46 +752,60 @@ def _still(denoiser: nn.Module) -> Iterator[None]:
         denoiser.train(training)
 
 
-def _identity(recipe: Recipe, run: Run, steps: int, job: Job) -> dict[str, Any]:
-    """What must be the same for a run to be continued."""
-    digest = hashlib.sha256()
+def _identity(recipe: Mapping[str, Any], run: Run, steps: int, job: Job) -> dict[str, Any]:
+    """What must be the same for a run to be continued. recipe: as `Recipe.to_dict` has it."""
     beside = network_beside(job.pipe)
     others = other_denoisers(job.pipe, job.full_precision)
-    for module in (job.full_precision, *([] if beside is None else [beside]), *others):
-        for key, tensor in module.state_dict().items():
-            digest.update(key.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return {
-        "recipe": recipe.to_dict(),
+        "recipe": dict(recipe),
         "seed": run.seed,
         "steps": steps,
         "arguments": json.loads(json.dumps(dict(job.arguments), default=repr)),
-        "weights": digest.hexdigest(),
-        "scheduler": _scheduler_identity(job.pipe),
+        "weights": _digest(job.full_precision, *([] if beside is None else [beside]), *others),
+        "scheduler": _scheduler_identity(getattr(job.pipe, "scheduler", None)),
     }
 
 
-def _scheduler_identity(pipe: Any) -> dict[str, Any]:
-    """Class and configuration of the pipeline's scheduler as JSON values; empty for a pipeline without."""
-    scheduler = getattr(pipe, "scheduler", None)
+def _digest(*modules: nn.Module) -> str:
+    """SHA-256 of all names and values of the modules' state."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for key, tensor in module.state_dict().items():
+            digest.update(key.encode())
+            try:
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            except (RuntimeError, TypeError, AttributeError, NotImplementedError):
+                # Others' formats, and what is no tensor at all, need not have bytes that torch can show.
+                digest.update(repr(tensor).encode())
+    return digest.hexdigest()
+
+
+def _scheduler_identity(scheduler: Any) -> dict[str, Any]:
+    """Class and configuration of a pipeline's scheduler as JSON values; empty for a pipeline without."""
     if scheduler is None:
         return {}
     chosen = chooses_timesteps(scheduler)
     return {"class": type(scheduler).__name__, **config_of(scheduler)} | ({"set_timesteps": chosen} if chosen else {})
 
 
-def _run_stages(job: Job, recipe: Recipe, work: WorkFolder | None) -> list[dict[str, Any]]:
+def _run_stages(
+    job: Job,
+    stages: Sequence[Stage],
+    work: WorkFolder | None,
+    run_stage: Callable[[Stage, Job], Mapping[str, Any]] = lambda stage, job: stage.run(job),
+) -> list[dict[str, Any]]:
+    """The figures of all stages; those that the work folder has are not run again."""
     figures: list[dict[str, Any]] = []
     if work is not None:
         figures += work.figures
-        work.restore(job, recipe.stages)
+        work.restore(job, stages)
         job.keeper = work
-    for number in range(len(figures), len(recipe.stages)):
-        stage = recipe.stages[number]
+    for number in range(len(figures), len(stages)):
+        stage = stages[number]
         if work is not None:
             work.stage = number
         began = time.perf_counter()
-        found = stage.run(job)
+        found = run_stage(stage, job)
         entry = {"stage": type(stage).__name__, "seconds": round(time.perf_counter() - began, 3), **found}
         figures.append(entry)
         agree_(job, stage.gives)

@@ -27,10 +27,11 @@ from stepquant.api import (
     with_correction,
 )
 from stepquant.calibrate.compensation import Compensate
+from stepquant.calibrate.correction_fit import Problem
 from stepquant.calibrate.stages import Record, calibration_seeds
 from stepquant.checkpoint import load_checkpoint
 from stepquant.cli.main import main
-from stepquant.errors import CheckpointError, ModelError, SpecError
+from stepquant.errors import CalibrationError, CheckpointError, ModelError, SpecError
 from stepquant.evaluate.seeds import calibrated_on
 from stepquant.inspection import inspect_checkpoint
 from stepquant.methods.baseline import rtn
@@ -491,6 +492,48 @@ class Keeping:
         return self.kept.get(name)
 
 
+@pytest.mark.parametrize("before", ["the recording", "the third fit"])
+def test_an_interrupted_fit_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: str) -> None:
+    how: dict[str, Any] = {"steps": STEPS, "samples": 4, "batch": 2}
+    undisturbed = compensate(folder, pipe_of(), **how)
+    work = tmp_path / "work"
+    done: list[int] = []
+    fit = Problem.fit
+
+    def interrupted(problem: Problem, estimator: Any, *, shrink: bool) -> Any:
+        if len(done) == (0 if before == "the recording" else 2):
+            raise KeyboardInterrupt
+        done.append(1)
+        return fit(problem, estimator, shrink=shrink)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Problem, "fit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compensate(folder, pipe_of(), **how, run=Run(work=work))
+    with pytest.raises(SpecError, match="unfinished run"):
+        compensate(folder, pipe_of(), **how, run=Run(work=work))
+    for changed in ({"samples": 6}, {"arguments": {"eta": 1.0}}):
+        with pytest.raises(SpecError, match="holds another run"):
+            compensate(folder, pipe_of(), **how | changed, run=Run(work=work), resume=True)
+    with pytest.raises(SpecError, match="holds another run: candidate"):
+        compensate(
+            quantize(pipe_of(), tac(**SETTINGS), steps=STEPS).pipe, pipe_of(), **how, run=Run(work=work), resume=True
+        )
+
+    fits: list[int] = []
+    monkeypatch.setattr(Record, "run", None)
+    monkeypatch.setattr(Problem, "fit", lambda *given, **options: fits.append(1) or fit(*given, **options))
+    resumed = compensate(folder, pipe_of(), **how, run=Run(work=work), resume=True)
+    assert len(fits) == len(undisturbed.figures[-1]["candidates"]) - 1 - len(done)
+    assert same_tables(resumed.pipe.scheduler.correction, undisturbed.pipe.scheduler.correction)
+    for one, other in zip(resumed.figures, undisturbed.figures, strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    # All is done: nothing is computed again.
+    monkeypatch.setattr(Compensate, "run", None)
+    again = compensate(folder, pipe_of(), **how, run=Run(work=work), resume=True)
+    assert same_tables(again.pipe.scheduler.correction, undisturbed.pipe.scheduler.correction)
+
+
 # The command
 
 
@@ -540,6 +583,48 @@ def test_the_command_makes_a_corrected_checkpoint(run: RunCommand, tmp_path: Pat
     assert "scale with gamma 1; ridge 0" in text
     assert "Next: stepquant evaluate" in text
     assert load_checkpoint(out)[1].correction == (4, 1)
+
+
+def test_an_interrupted_command_goes_on_with_resume(
+    run: RunCommand, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base, out, work = tmp_path / "base", tmp_path / "out", tmp_path / "out.work"
+    DDIMPipeline(tiny.tiny_unet(), DDIMScheduler(clip_sample=False)).save_pretrained(base)
+    quantize(open_model(str(base)), tac(**SETTINGS), steps=STEPS, base_model=str(base)).save(tmp_path / "q")
+    command = ["compensate", tmp_path / "q", "-o", out, "--calibration-samples", "4", "--batch-size", "2"]
+    record, judge = Record.run, Problem.judge
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise CalibrationError("it failed.")
+
+    monkeypatch.setattr(Record, "run", fail)
+    assert run(*command)[0] == 1
+    assert not work.exists(), "a run that failed before anything was done leaves nothing in the way"
+    monkeypatch.setattr(Record, "run", record)
+    monkeypatch.setattr(Problem, "judge", interrupt)
+    status, _, err = run(*command)
+    assert status == 130
+    assert "go on with the same command and --resume" in err.replace("\n", " ")
+    assert not out.exists()
+    monkeypatch.setattr(Problem, "judge", judge)
+    status, _, err = run(*command)
+    assert status == 2
+    assert "--resume" in err
+    status, _, err = run(*command, "--resume", "--seed", "3")
+    assert status == 2
+    assert "holds another run: seed" in err.replace("\n", " ")
+    status, _, err = run("quantize", base, "-o", out, "--resume", "--steps", "4")
+    assert status == 2
+    assert "holds another run" in err.replace("\n", " ")
+    monkeypatch.setattr(Record, "run", fail)
+    status, text, err = run(*command, "--resume")
+    assert status == 0, err
+    assert "as it is" in text
+    assert load_checkpoint(out)[1].run["judged" if "keeps the correction" in text else "compensation"]
+    assert not work.exists()
 
 
 def test_the_command_corrects_a_folder_of_others(run: RunCommand, tmp_path: Path) -> None:

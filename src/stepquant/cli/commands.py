@@ -525,6 +525,7 @@ def compensate(
     device: Device = "auto",
     batch_size: Batch = 16,
     argument: Arguments = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a fit that was interrupted.")] = False,
     overwrite: Overwrite = False,
     json_: Json = None,
 ) -> None:
@@ -561,6 +562,7 @@ def compensate(
         batch_size,
         tuple(argument or ()),
         tuple(set_ or ()),
+        resume,
     )
     compensation.compensate(request, _settings(ctx), json_, overwrite=overwrite)
 
