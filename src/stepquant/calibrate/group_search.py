@@ -139,7 +139,7 @@ class SearchGroups:
         if not found:
             raise SpecError(
                 f"SearchGroups has nothing to search: the activations of {_shown(matching)} are in floating point. "
-                "Give them 2 to 8 bits (--activations, or a rule), or choose a method that quantizes weights alone, "
+                "Give them 2 to 8 bits (--activations, or a rule), or choose a method that can do without, "
                 "such as q_diffusion."
             )
         # Layers of other names are seen to read the sample once the network runs.
