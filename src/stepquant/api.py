@@ -18,9 +18,9 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from stepquant.calibrate.compensation import Compensate, EstimatorChoice, Regressor
+from stepquant.calibrate.compensation import AS_IT_IS, Compensate, EstimatorChoice, Regressor
 from stepquant.calibrate.estimate import Estimate, estimated
 from stepquant.calibrate.noise_correction import CorrectNoise
 from stepquant.calibrate.offload import offloaded, released_
@@ -45,6 +45,7 @@ from stepquant.correction_folder import (
     TABLES_NAME,
     attached,
     is_copy,
+    read_correction,
     write_correction,
 )
 from stepquant.engines.base import GraphEngine, place
@@ -73,8 +74,9 @@ from stepquant.model.scheduler_choice import take_scheduler_, use_scheduler_
 from stepquant.model.surgery import check_finite, quantized_layers
 from stepquant.pretrained import attach_
 from stepquant.processes import ALONE, Processes
-from stepquant.recipe import Checked, Job, Recipe
+from stepquant.recipe import Checked, Job, Recipe, Stage
 from stepquant.run import Progress, Run, SilentProgress
+from stepquant.storage import checksum
 from stepquant.work_folder import WorkFolder, opened, spilling
 
 __all__ = [
@@ -173,9 +175,13 @@ def _without_correction(model: str) -> Any:
     if model in SHIPPED_MODELS:
         with importlib.resources.as_file(importlib.resources.files("stepquant") / "assets" / model) as folder:
             pipe = _from_folder(folder, dtype=torch.float32)
+    elif (path / MANIFEST_NAME).is_file():
+        base = read_manifest(path).base_model
+        raise ModelError(
+            f"{model} is a stepquant checkpoint, not a full-precision model: give the model that it was made from"
+            f"{f', {base}' * bool(base)}. In Python, load() opens a checkpoint."
+        )
     elif (path / "model_index.json").is_file():
-        if (path / MANIFEST_NAME).is_file():
-            raise ModelError(f"{model} is a stepquant checkpoint, not a full-precision model: open it with load().")
         pipe = _from_folder(path)
     elif path.exists():
         raise ModelError(f"{model} exists but is no diffusers pipeline: it has no model_index.json.")
@@ -329,7 +335,7 @@ def quantize(
         _check_stages(job, recipe)
         identity = {}
         if run.work is not None or run.processes.count > 1:
-            identity = _identity(recipe, run, steps, job)
+            identity = _identity(recipe.to_dict(), run, steps, job)
             run.processes.check_same("runs", {**identity, "work": run.work is not None, "resume": resume})
         with (
             nullcontext()
@@ -337,7 +343,7 @@ def quantize(
             else opened(run.work, identity, resume=resume, processes=run.processes) as work,
             spilling(run, work) as job.spill,
         ):
-            figures = _run_stages(job, recipe, work)
+            figures = _run_stages(job, recipe.stages, work)
         if run.offload is not None:
             released_(job.denoiser)
     if "plan" not in job.handed:
@@ -441,11 +447,14 @@ _CORRECTING_METHODS = ("cec", "ptqd", "d2_dpm", "tac")
 class Compensated:
     """What `compensate` made.
 
-    pipe: like the candidate, with a scheduler that corrects the predictions; without one if nothing was better.
+    pipe: like the candidate, with a scheduler that corrects the predictions; without one if nothing was better. Its own
+        correction, if it had one, is kept where nothing was better than that, and replaced otherwise: see `own` in the
+        last of the figures ("kept", "replaced", "removed").
     schedule: the one that the correction was fitted on; the pipeline refuses others.
     figures: of the recording and of the fit, with their seconds.
     manifest: of the candidate, if it was a checkpoint. source: the candidate's name, if it was a model of others.
     arguments: of the pipeline's call, those that change its steps.
+    kept_run: how the candidate's own correction came about, where that was kept; None where it was not.
     """
 
     pipe: Any
@@ -457,6 +466,7 @@ class Compensated:
     manifest: Manifest | None = None
     source: str | None = None
     arguments: Mapping[str, float] = field(default_factory=dict)
+    kept_run: Mapping[str, Any] | None = None
 
     def save(self, folder: Path | str, *, overwrite: bool = False) -> None:
         """Write the candidate with its correction, and how that was made.
@@ -479,10 +489,12 @@ class Compensated:
             )
         before = self.manifest
         recipe: Mapping[str, Any] = {} if before is None else before.recipe
-        # An earlier correction has been replaced, so it is no part of how this one came about.
-        kept = [part for part in str(recipe.get("name", "")).split("+") if part not in ("", *_CORRECTING_METHODS)]
-        stages = [stage for stage in recipe.get("stages", []) if stage.get("stage") not in _CORRECTING_STAGES]
-        stage = {"stage": "Compensate", **TypeAdapter(Compensate).dump_python(self.settings, mode="json")}
+        if self.kept_run is None:
+            # An earlier correction has been replaced, so it is no part of how this one came about.
+            kept = [part for part in str(recipe.get("name", "")).split("+") if part not in ("", *_CORRECTING_METHODS)]
+            stages = [stage for stage in recipe.get("stages", []) if stage.get("stage") not in _CORRECTING_STAGES]
+            stage = {"stage": "Compensate", **TypeAdapter(Compensate).dump_python(self.settings, mode="json")}
+            recipe = {**recipe, "name": "+".join([*kept, "cec"]), "stages": [*stages, stage]}
         save_checkpoint(
             folder,
             pipe=self.pipe,
@@ -491,7 +503,7 @@ class Compensated:
             base_model="" if before is None else before.base_model,
             created=_today(),
             schedule=self.schedule.to_dict(),
-            recipe={**recipe, "name": "+".join([*kept, "cec"]), "stages": [*stages, stage]},
+            recipe=recipe,
             run={**({} if before is None else before.run), **self._run},
             overwrite=overwrite,
         )
@@ -505,8 +517,8 @@ class Compensated:
 
     @property
     def _run(self) -> dict[str, Any]:
-        """How it was fitted, as in manifests."""
-        return {"compensation": _run_of(self.seed, self.figures, self.arguments)}
+        """How it was fitted, or kept, as in manifests."""
+        return _corrected_run(_run_of(self.seed, self.figures, self.arguments), self.kept_run)
 
     def _save_copy(self, target: Path, source: str, *, overwrite: bool) -> None:
         if target.exists() and not overwrite:
@@ -527,6 +539,18 @@ class Compensated:
             write_correction(partial, correction, self.schedule, run=self._run, copy_of=source)
 
 
+def _corrected_run(own: dict[str, Any], kept_run: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The part of a manifest's `run` about its correction. own: the run of `compensate` as `_run_of` has it.
+
+    kept_run: of the correction that was kept; what it was judged on then stands beside what it was fitted on.
+    """
+    if kept_run is None:
+        return {"compensation": own}
+    fitted_on = {key: kept_run[key] for key in ("compensation",) if key in kept_run}
+    # Fitted in a recipe, it was at the recipe's arguments, which are those of now: another one is not judged.
+    return {**(fitted_on or {"arguments": own.get("arguments", {})}), "judged": own}
+
+
 def compensate(
     candidate: Any,
     against: Any,
@@ -542,18 +566,23 @@ def compensate(
     held_out: int = 4,
     arguments: Mapping[str, Any] | None = None,
     run: Run | None = None,
+    resume: bool = False,
 ) -> Compensated:
     """Fit a correction for a model that is quantized already, by whomever; both pipelines stay as they were.
 
     candidate: a pipeline around any quantized denoiser, the folder of a checkpoint, or the folder or hub id of a model
-        that others have quantized and diffusers opens. A correction that it has already is replaced.
+        that others have quantized and diffusers opens. Corrections do not stack. One that it has already is judged on
+        the same held-out images: with the estimator "auto" it is kept where nothing is better, a named one replaces it.
+        If it is for other steps, another guidance or another `eta`, it is replaced without having been judged.
     against: the full-precision pipeline of the same model, with the same scheduler settings.
     steps: sampling steps to fit for. samples: images to record, `batch` at a time, on the run's calibration seeds.
     estimator, regressors, gamma, ridge, shared, held_out: see `calibrate.compensation.Compensate`.
     arguments: what the pipelines are called with beside seeds and steps.
+    resume: go on with what `run.work` holds of the same fit.
 
     Raises SpecError if the two pipelines would sample with different schedules or the full-precision one corrects its
-    own, UnsupportedPipeline if sampling cannot be replayed, CalibrationError for fewer than two images.
+    own, UnsupportedPipeline if sampling cannot be replayed, CalibrationError for fewer than two images, CheckpointError
+    for a candidate whose own correction is damaged.
     """
     run = run or Run()
     settings = Compensate(estimator, regressors, gamma, ridge, shared, held_out)
@@ -567,27 +596,109 @@ def compensate(
     check_finite(full_precision)
     pipe, manifest = _candidate(candidate, full_precision)
     name, quantized = find_denoiser(pipe)
-    figures: list[dict[str, Any]] = []
+    own = _own_correction(candidate, pipe, manifest)
+    called_with = step_arguments(pipe, arguments or {})
+
+    def run_stage(stage: Stage, job: Job) -> Mapping[str, Any]:
+        if not isinstance(stage, Compensate):
+            return stage.run(job)
+        recorded: Trajectory = job.handed["trajectories"][0]
+        _check_same_schedule(pipe, recorded)
+        elsewhere = [] if own is None else own.differences(recorded.fingerprint, called_with)
+        if own is not None and not elsewhere:
+            job.handed["correction"] = own.correction
+        found = stage.run(job)
+        if elsewhere:
+            found["own"] = "removed" if found["chosen"] == "none" else "replaced"
+            found["own_not_judged"] = " ".join(elsewhere)
+        return found
+
     with _still(full_precision), _still(quantized):
         job = Job(against, full_precision, quantized, run, steps, dict(arguments or {}))
-        for stage in (Record(samples, batch), settings):
-            if isinstance(stage, Compensate):
-                _check_same_schedule(pipe, job.handed["trajectories"][0])
-            began = time.perf_counter()
-            found = stage.run(job)
-            seconds = round(time.perf_counter() - began, 3)
-            figures.append({"stage": type(stage).__name__, "seconds": seconds, **found})
+        stages = (Record(samples, batch), settings)
+        identity = {} if run.work is None else _fit_identity(stages, job, pipe, own)
+        with (
+            nullcontext()
+            if run.work is None
+            else opened(run.work, identity, resume=resume, processes=run.processes) as work
+        ):
+            figures = _run_stages(job, stages, work, run_stage)
     result = with_denoiser(pipe, name, quantized)
     result.scheduler = getattr(result.scheduler, "uncorrected", result.scheduler)
     if job.handed["correction"] is not None:
         result.scheduler = CorrectedScheduler(result.scheduler, job.handed["correction"])
     schedule: ScheduleFingerprint = job.handed["trajectories"][0].fingerprint
     guard_schedule(result.scheduler, schedule)
-    called_with = step_arguments(pipe, arguments or {})
-    own = _run_of(run.seed, figures, called_with)
-    setattr(result, _CALIBRATIONS, (*calibrations_of(result), {"run": {"compensation": own}}))
+    kept_run = own.run if own is not None and figures[-1]["chosen"] == AS_IT_IS else None
+    now = _corrected_run(_run_of(run.seed, figures, called_with), kept_run)
+    setattr(result, _CALIBRATIONS, (*calibrations_of(result), {"run": now}))
     source = str(candidate) if isinstance(candidate, str | Path) and manifest is None else None
-    return Compensated(result, name, schedule, run.seed, tuple(figures), settings, manifest, source, called_with)
+    return Compensated(
+        result, name, schedule, run.seed, tuple(figures), settings, manifest, source, called_with, kept_run
+    )
+
+
+@dataclass(frozen=True)
+class _Own:
+    """The correction that a candidate of `compensate` has already.
+
+    schedule: the one that it was fitted on; None where nothing says it, as with `schedule="nearest"`.
+    run: how it came about, as in manifests; empty where nothing says it.
+    """
+
+    correction: StepCorrection
+    schedule: ScheduleFingerprint | None
+    run: Mapping[str, Any]
+
+    def differences(self, recorded: ScheduleFingerprint, called_with: Mapping[str, float]) -> list[str]:
+        """Sentences that say why it cannot be judged on these steps; empty if it can.
+
+        Settings of the scheduler that leave the timesteps alone are the candidate's own business.
+        """
+        found = []
+        if self.schedule is not None:
+            found = replace(self.schedule, config=recorded.config).differences(recorded)
+        known = _fitted_at(self.run)
+        return found + [
+            f"The {name} is {asked:g} instead of {known[name]:g}."
+            for name, asked in called_with.items()
+            if isinstance(known.get(name), int | float) and not math.isclose(known[name], asked)
+        ]
+
+
+def _fit_identity(stages: Sequence[Stage], job: Job, candidate: Any, own: _Own | None) -> dict[str, Any]:
+    """What must be the same for a fit to be continued."""
+    settings = [
+        {"stage": type(stage).__name__, **TypeAdapter(type(stage)).dump_python(stage, mode="json")} for stage in stages
+    ]
+    tables = {} if own is None else own.correction.tables()
+    return {
+        **_identity({"name": "compensate", "stages": settings}, job.run, job.steps, job),
+        "candidate": _digest(job.denoiser),
+        "candidate_scheduler": _scheduler_identity(getattr(candidate.scheduler, "uncorrected", candidate.scheduler)),
+        "candidate_correction": {name: checksum(table) for name, table in tables.items()},
+    }
+
+
+def _own_correction(candidate: Any, pipe: Any, manifest: Manifest | None) -> _Own | None:
+    """The correction that a candidate brings along. pipe: the candidate, opened; of a folder of others without it."""
+    if manifest is None and isinstance(candidate, str | Path):
+        folder = Path(candidate)
+        if str(candidate) in SHIPPED_MODELS or not (folder / CORRECTION_NAME).is_file():
+            return None
+        said, correction = read_correction(folder)
+        return None if correction is None else _Own(correction, ScheduleFingerprint.from_dict(said.schedule), said.run)
+    correction = correction_of(pipe.scheduler)
+    if correction is None:
+        return None
+    runs = [calibration["run"] for calibration in calibrations_of(pipe)] if manifest is None else [manifest.run]
+    return _Own(correction, guarded_by(pipe.scheduler), runs[-1] if runs else {})
+
+
+def _fitted_at(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments that a correction was fitted at. run: as in manifests; empty where it does not say them."""
+    found: Mapping[str, Any] = (run.get("compensation") or run).get("arguments") or {}
+    return found
 
 
 def _candidate(candidate: Any, full_precision: nn.Module) -> tuple[Any, Manifest | None]:
@@ -641,46 +752,60 @@ def _still(denoiser: nn.Module) -> Iterator[None]:
         denoiser.train(training)
 
 
-def _identity(recipe: Recipe, run: Run, steps: int, job: Job) -> dict[str, Any]:
-    """What must be the same for a run to be continued."""
-    digest = hashlib.sha256()
+def _identity(recipe: Mapping[str, Any], run: Run, steps: int, job: Job) -> dict[str, Any]:
+    """What must be the same for a run to be continued. recipe: as `Recipe.to_dict` has it."""
     beside = network_beside(job.pipe)
     others = other_denoisers(job.pipe, job.full_precision)
-    for module in (job.full_precision, *([] if beside is None else [beside]), *others):
-        for key, tensor in module.state_dict().items():
-            digest.update(key.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return {
-        "recipe": recipe.to_dict(),
+        "recipe": dict(recipe),
         "seed": run.seed,
         "steps": steps,
         "arguments": json.loads(json.dumps(dict(job.arguments), default=repr)),
-        "weights": digest.hexdigest(),
-        "scheduler": _scheduler_identity(job.pipe),
+        "weights": _digest(job.full_precision, *([] if beside is None else [beside]), *others),
+        "scheduler": _scheduler_identity(getattr(job.pipe, "scheduler", None)),
     }
 
 
-def _scheduler_identity(pipe: Any) -> dict[str, Any]:
-    """Class and configuration of the pipeline's scheduler as JSON values; empty for a pipeline without."""
-    scheduler = getattr(pipe, "scheduler", None)
+def _digest(*modules: nn.Module) -> str:
+    """SHA-256 of all names and values of the modules' state."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for key, tensor in module.state_dict().items():
+            digest.update(key.encode())
+            try:
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            except (RuntimeError, TypeError, AttributeError, NotImplementedError):
+                # Others' formats, and what is no tensor at all, need not have bytes that torch can show.
+                digest.update(repr(tensor).encode())
+    return digest.hexdigest()
+
+
+def _scheduler_identity(scheduler: Any) -> dict[str, Any]:
+    """Class and configuration of a pipeline's scheduler as JSON values; empty for a pipeline without."""
     if scheduler is None:
         return {}
     chosen = chooses_timesteps(scheduler)
     return {"class": type(scheduler).__name__, **config_of(scheduler)} | ({"set_timesteps": chosen} if chosen else {})
 
 
-def _run_stages(job: Job, recipe: Recipe, work: WorkFolder | None) -> list[dict[str, Any]]:
+def _run_stages(
+    job: Job,
+    stages: Sequence[Stage],
+    work: WorkFolder | None,
+    run_stage: Callable[[Stage, Job], Mapping[str, Any]] = lambda stage, job: stage.run(job),
+) -> list[dict[str, Any]]:
+    """The figures of all stages; those that the work folder has are not run again."""
     figures: list[dict[str, Any]] = []
     if work is not None:
         figures += work.figures
-        work.restore(job, recipe.stages)
+        work.restore(job, stages)
         job.keeper = work
-    for number in range(len(figures), len(recipe.stages)):
-        stage = recipe.stages[number]
+    for number in range(len(figures), len(stages)):
+        stage = stages[number]
         if work is not None:
             work.stage = number
         began = time.perf_counter()
-        found = stage.run(job)
+        found = run_stage(stage, job)
         entry = {"stage": type(stage).__name__, "seconds": round(time.perf_counter() - began, 3), **found}
         figures.append(entry)
         agree_(job, stage.gives)
@@ -897,8 +1022,7 @@ def _check_other_steps(pipe: Any, arguments: Mapping[str, Any]) -> None:
         return
     fitted: Mapping[str, Any] = {}  # of checkpoints that do not say it, nothing is known
     for calibration in calibrations_of(pipe):  # the last one is of the correction
-        own = calibration["run"].get("compensation") or calibration["run"]
-        fitted = own.get("arguments") or {}
+        fitted = _fitted_at(calibration["run"])
     for name, asked in step_arguments(pipe, arguments).items():
         known = fitted.get(name)
         if isinstance(known, int | float) and not math.isclose(known, asked):

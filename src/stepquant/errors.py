@@ -72,3 +72,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the closest known word, or an empty string: for the end of a message."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def no_layer_matches(pattern: str, layers: Iterable[str], *, option: str = "", kind: str = "layers") -> str:
+    """The message for a pattern that matches no layer's name: the nearest name or an example, and what lists them.
+
+    option: the setting that holds it; kind: what the names are of.
+    """
+    known = list(layers)
+    where = f" of {option}" if option else ""
+    example = f" The first is {known[0]!r}." if known else ""
+    return (
+        f"The pattern {pattern!r}{where} matches none of the {len(known)} {kind}."
+        f"{nearest(pattern.strip('*.'), known) or example} `stepquant quantize --dry-run` without it lists them."
+    )

@@ -217,6 +217,18 @@ def test_blocks_start_from_the_rounding_of_layers(method: str, rate: str) -> Non
     assert_equal(blocks, layers)
 
 
+def test_gac_runs_on_the_base_of_its_paper() -> None:
+    made = quantize(pipe_of(), recipe_of("gac", activation_ranges="ema", temporal_block=True), steps=STEPS)
+    figures = {entry["stage"]: entry for entry in made.figures}
+    temporal, others = figures["RoundTemporalBlock"], figures["RoundOtherBlocks"]
+    assert "time_embedding.linear_1" in temporal["layers"]
+    assert others["settled"] == temporal["layers"]
+    assert others["losses"]
+    assert all(each["weighting"]["effective_samples"] > 1 for each in others["losses"].values())
+    assert figures["FitStepRanges"]["rows"] == STEPS
+    assert made.pipe.unet.get_submodule("mid_block.resnets.0.conv1").input_quantizer.rows == STEPS
+
+
 def test_combined_takes_balance_branches_and_ranges_at_run_time(tmp_path: Path) -> None:
     options = {"balance": True, "low_rank": 2, "block_iterations": 0, "scale_iterations": 0, "window_iterations": 2}
     static = quantize(pipe_of(), recipe_of("combined", **options), steps=STEPS)

@@ -854,3 +854,32 @@ def test_a_correction_that_gains_nothing_is_told(
     said = capsys.readouterr().out
     for phrase in ("no better", "Nothing was better than no correction"):
         assert (phrase in said) is (phrase == word)
+    assert "stack" not in said
+
+
+@pytest.mark.parametrize(
+    ("chosen", "own", "wanted"),
+    [
+        ("as it is", "kept", ["Nothing was better than a as it is: b keeps", "do not stack"]),
+        (
+            "regression",
+            "replaced",
+            ["b is a with the correction regression", "that a has is replaced", "It was better"],
+        ),
+        ("none", "removed", ["b is a without one", "The correction that a has is removed"]),
+    ],
+)
+def test_what_becomes_of_a_correction_that_was_there_is_told(
+    capsys: pytest.CaptureFixture[str], chosen: str, own: str, wanted: list[str]
+) -> None:
+    rows = [
+        {"candidate": "none", "held_out_rms": 0.1, "relative": 1.0},
+        {"candidate": "as it is", "held_out_rms": 0.08, "relative": 0.8},
+        {"candidate": "regression", "held_out_rms": 0.09, "relative": 0.9},
+    ]
+    figures = [{"seconds": 1.0, "candidates": rows, "chosen": chosen, "own": own}]
+    views.show_compensated("a", Path("b"), figures, "")
+    said = capsys.readouterr().out
+    assert "80.0 %" in said
+    for phrase in wanted:
+        assert phrase in said

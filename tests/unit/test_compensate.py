@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
 import tiny
@@ -26,16 +27,20 @@ from stepquant.api import (
     with_correction,
 )
 from stepquant.calibrate.compensation import Compensate
-from stepquant.calibrate.stages import Record
+from stepquant.calibrate.correction_fit import Problem
+from stepquant.calibrate.stages import Record, calibration_seeds
 from stepquant.checkpoint import load_checkpoint
 from stepquant.cli.main import main
-from stepquant.errors import CheckpointError, ModelError, SpecError
+from stepquant.errors import CalibrationError, CheckpointError, ModelError, SpecError
+from stepquant.evaluate.seeds import calibrated_on
 from stepquant.inspection import inspect_checkpoint
 from stepquant.methods.baseline import rtn
 from stepquant.methods.cec import PRESETS, add_on, cec
-from stepquant.model.correction import CorrectedScheduler
+from stepquant.methods.ptqd import ptqd
+from stepquant.methods.tac import tac
+from stepquant.model.correction import CorrectedScheduler, StepCorrection
 from stepquant.model.pipeline import DenoiserPipeline
-from stepquant.recipe import Recipe
+from stepquant.recipe import Job, Recipe
 from stepquant.run import Run
 from stepquant.storage import write_summed
 
@@ -349,6 +354,186 @@ def test_it_fits_what_the_recipe_fits(folder: Path) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+# Candidates that have a correction already
+
+
+def errors_of(made: Compensated) -> dict[str, float]:
+    return {row["candidate"]: row["held_out_rms"] for row in made.figures[-1]["candidates"]}
+
+
+def same_tables(one: StepCorrection, other: StepCorrection) -> bool:
+    tables, others = one.tables(), other.tables()
+    return tables.keys() == others.keys() and all(torch.equal(tables[name], others[name]) for name in tables)
+
+
+@pytest.fixture
+def nothing_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What "auto" fits is shrunk to nothing."""
+    monkeypatch.setattr("stepquant.calibrate.correction_fit.Moments.share_to_keep", lambda *_: 0.0)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "method"),
+    [(DDIMScheduler, tac), (DDPMScheduler, ptqd)],
+    ids=["a shift of the sample", "less noise in the steps"],
+)
+def test_a_candidate_is_judged_with_the_correction_that_it_has(
+    scheduler: Callable[..., Any], method: Callable[..., Recipe]
+) -> None:
+    """Its row is the error of the very images that it samples."""
+
+    def full() -> DenoiserPipeline:
+        return DenoiserPipeline(net_of(), scheduler(clip_sample=False), (2, 4, 4))
+
+    candidate = quantize(full(), method(**SETTINGS), steps=STEPS).pipe
+    own = candidate.scheduler.correction
+    assert own.shift is not None if method is tac else own.scales_noise
+    made = compensate(candidate, full(), steps=STEPS, samples=4, batch=4, estimator="bias", run=Run(seed=5))
+    seeds = calibration_seeds(5, 4)
+
+    def latents(pipe: Any) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        output = pipe(batch_size=4, generator=generators, num_inference_steps=STEPS, output_type="latent")
+        found: Tensor = output.images
+        return found
+
+    plain = copy.copy(candidate)
+    plain.scheduler = candidate.scheduler.uncorrected
+    wanted = latents(full())[3:]  # every fourth image is held out
+    for row, pipe in (("as it is", candidate), ("none", plain)):
+        sampled = float((latents(pipe)[3:] - wanted).double().square().mean().sqrt())
+        assert errors_of(made)[row] == pytest.approx(sampled, rel=1e-5), row
+    assert errors_of(made)["as it is"] != pytest.approx(errors_of(made)["none"], rel=1e-4)
+    assert made.figures[-1]["evaluations"] == (2 + 2) * 4 * STEPS
+
+
+@pytest.mark.usefixtures("nothing_helps")
+def test_the_correction_that_is_there_is_kept_where_nothing_is_better(tmp_path: Path) -> None:
+    first = quantize(pipe_of(), tac(**SETTINGS), steps=STEPS, base_model="tiny")
+    first.save(tmp_path / "tac")
+    made = compensate(tmp_path / "tac", pipe_of(), steps=STEPS, samples=4, batch=2, run=Run(seed=3))
+    assert errors_of(made)["as it is"] < errors_of(made)["none"]
+    assert (made.figures[-1]["chosen"], made.figures[-1]["own"]) == ("as it is", "kept")
+    made.save(tmp_path / "kept")
+    loaded, manifest = load_checkpoint(tmp_path / "kept", denoiser=net_of())
+    before = load_checkpoint(tmp_path / "tac", denoiser=net_of())[1]
+    for pipe in (made.pipe, loaded):
+        assert same_tables(pipe.scheduler.correction, first.pipe.scheduler.correction)
+        assert not isinstance(pipe.scheduler.uncorrected, CorrectedScheduler)
+    assert manifest.recipe == before.recipe
+    # It was chosen by what images said that are no news any more, and holds for the arguments that it was fitted at.
+    judged = {"recipe": {}, "run": {"judged": manifest.run["judged"]}}
+    assert set(calibration_seeds(3, 4)) == calibrated_on(judged)
+    assert calibrated_on({"recipe": manifest.recipe, "run": manifest.run}) > calibrated_on(judged)
+    for pipe in (made.pipe, opened(tmp_path / "kept")):
+        sample(pipe, seeds=[1], steps=STEPS)
+        with pytest.raises(SpecError, match=r"was fitted with eta=0, and the pipeline is called with eta=1"):
+            sample(pipe, seeds=[1], steps=STEPS, arguments={"eta": 1.0})
+    # A named estimator is taken as it is.
+    named = compensate(tmp_path / "tac", pipe_of(), steps=STEPS, samples=4, batch=2, estimator="bias")
+    assert (named.figures[-1]["chosen"], named.figures[-1]["own"]) == ("bias; ridge 0.001", "replaced")
+
+
+def test_a_correction_that_is_worse_goes(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    quantized = quantize(pipe_of(), tac(**SETTINGS), steps=STEPS)
+    own = quantized.pipe.scheduler.correction
+    worse = copy.copy(quantized.pipe)
+    worse.scheduler = CorrectedScheduler(DDIMScheduler(clip_sample=False), replace(own, gain=own.gain + 0.5))
+    made = compensate(worse, pipe_of(), steps=STEPS, samples=4, batch=2)
+    assert errors_of(made)["as it is"] > errors_of(made)["none"] > min(errors_of(made).values())
+    assert made.figures[-1]["own"] == "replaced"
+    assert not isinstance(made.pipe.scheduler.uncorrected, CorrectedScheduler)
+    request.getfixturevalue("nothing_helps")
+    made = compensate(worse, pipe_of(), steps=STEPS, samples=4, batch=2)
+    assert (made.figures[-1]["chosen"], made.figures[-1]["own"]) == ("none", "removed")
+    assert type(made.pipe.scheduler) is DDIMScheduler
+    made.save_correction(tmp_path / "none")
+
+
+@pytest.mark.usefixtures("nothing_helps")
+def test_a_correction_at_other_arguments_is_not_judged(folder: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"steps": STEPS, "samples": 4, "batch": 2}
+    compensate(folder, pipe_of(), **how, estimator="bias", arguments={"eta": 1.0}).save(tmp_path / "noisy")
+    made = compensate(tmp_path / "noisy", pipe_of(), **how)
+    assert (made.figures[-1]["chosen"], made.figures[-1]["own"]) == ("none", "removed")
+    assert made.figures[-1]["own_not_judged"] == "The eta is 0 instead of 1."
+    assert "as it is" not in errors_of(made)
+    again = compensate(tmp_path / "noisy", pipe_of(), **how, arguments={"eta": 1.0})
+    assert again.figures[-1]["own"] == "kept"
+    again.save(tmp_path / "again")
+    manifests = [load_checkpoint(tmp_path / name, denoiser=net_of())[1] for name in ("noisy", "again")]
+    assert manifests[0].run["compensation"] == manifests[1].run["compensation"]
+
+
+def test_a_resumed_fit_remembers_how_good_the_candidate_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized = quantize(pipe_of(), tac(**SETTINGS), steps=STEPS)
+    full = pipe_of()
+    job = Job(full, full.denoiser, quantized.pipe.denoiser, Run(), STEPS)
+    Record(4, 2).run(job)
+    own = quantized.pipe.scheduler.correction
+    job.keeper = Keeping()
+    figures = []
+    for _ in range(2):
+        job.handed["correction"] = own
+        figures.append(Compensate().run(job))
+        monkeypatch.setattr("stepquant.calibrate.correction_fit.Problem.judge", None)
+        monkeypatch.setattr("stepquant.calibrate.correction_fit.Problem.fit", None)
+    assert figures[0] == figures[1]
+
+
+class Keeping:
+    def __init__(self) -> None:
+        self.kept: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        self.kept[name] = dict(tensors), json.loads(json.dumps(dict(meta)))
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return self.kept.get(name)
+
+
+@pytest.mark.parametrize("before", ["the recording", "the third fit"])
+def test_an_interrupted_fit_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: str) -> None:
+    how: dict[str, Any] = {"steps": STEPS, "samples": 4, "batch": 2}
+    undisturbed = compensate(folder, pipe_of(), **how)
+    work = tmp_path / "work"
+    done: list[int] = []
+    fit = Problem.fit
+
+    def interrupted(problem: Problem, estimator: Any, *, shrink: bool) -> Any:
+        if len(done) == (0 if before == "the recording" else 2):
+            raise KeyboardInterrupt
+        done.append(1)
+        return fit(problem, estimator, shrink=shrink)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Problem, "fit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compensate(folder, pipe_of(), **how, run=Run(work=work))
+    with pytest.raises(SpecError, match="unfinished run"):
+        compensate(folder, pipe_of(), **how, run=Run(work=work))
+    for changed in ({"samples": 6}, {"arguments": {"eta": 1.0}}):
+        with pytest.raises(SpecError, match="holds another run"):
+            compensate(folder, pipe_of(), **how | changed, run=Run(work=work), resume=True)
+    with pytest.raises(SpecError, match="holds another run: candidate"):
+        compensate(
+            quantize(pipe_of(), tac(**SETTINGS), steps=STEPS).pipe, pipe_of(), **how, run=Run(work=work), resume=True
+        )
+
+    fits: list[int] = []
+    monkeypatch.setattr(Record, "run", None)
+    monkeypatch.setattr(Problem, "fit", lambda *given, **options: fits.append(1) or fit(*given, **options))
+    resumed = compensate(folder, pipe_of(), **how, run=Run(work=work), resume=True)
+    assert len(fits) == len(undisturbed.figures[-1]["candidates"]) - 1 - len(done)
+    assert same_tables(resumed.pipe.scheduler.correction, undisturbed.pipe.scheduler.correction)
+    for one, other in zip(resumed.figures, undisturbed.figures, strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    # All is done: nothing is computed again.
+    monkeypatch.setattr(Compensate, "run", None)
+    again = compensate(folder, pipe_of(), **how, run=Run(work=work), resume=True)
+    assert same_tables(again.pipe.scheduler.correction, undisturbed.pipe.scheduler.correction)
+
+
 # The command
 
 
@@ -400,6 +585,48 @@ def test_the_command_makes_a_corrected_checkpoint(run: RunCommand, tmp_path: Pat
     assert load_checkpoint(out)[1].correction == (4, 1)
 
 
+def test_an_interrupted_command_goes_on_with_resume(
+    run: RunCommand, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base, out, work = tmp_path / "base", tmp_path / "out", tmp_path / "out.work"
+    DDIMPipeline(tiny.tiny_unet(), DDIMScheduler(clip_sample=False)).save_pretrained(base)
+    quantize(open_model(str(base)), tac(**SETTINGS), steps=STEPS, base_model=str(base)).save(tmp_path / "q")
+    command = ["compensate", tmp_path / "q", "-o", out, "--calibration-samples", "4", "--batch-size", "2"]
+    record, judge = Record.run, Problem.judge
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise CalibrationError("it failed.")
+
+    monkeypatch.setattr(Record, "run", fail)
+    assert run(*command)[0] == 1
+    assert not work.exists(), "a run that failed before anything was done leaves nothing in the way"
+    monkeypatch.setattr(Record, "run", record)
+    monkeypatch.setattr(Problem, "judge", interrupt)
+    status, _, err = run(*command)
+    assert status == 130
+    assert "go on with the same command and --resume" in err.replace("\n", " ")
+    assert not out.exists()
+    monkeypatch.setattr(Problem, "judge", judge)
+    status, _, err = run(*command)
+    assert status == 2
+    assert "--resume" in err
+    status, _, err = run(*command, "--resume", "--seed", "3")
+    assert status == 2
+    assert "holds another run: seed" in err.replace("\n", " ")
+    status, _, err = run("quantize", base, "-o", out, "--resume", "--steps", "4")
+    assert status == 2
+    assert "holds another run" in err.replace("\n", " ")
+    monkeypatch.setattr(Record, "run", fail)
+    status, text, err = run(*command, "--resume")
+    assert status == 0, err
+    assert "as it is" in text
+    assert load_checkpoint(out)[1].run["judged" if "keeps the correction" in text else "compensation"]
+    assert not work.exists()
+
+
 def test_the_command_corrects_a_folder_of_others(run: RunCommand, tmp_path: Path) -> None:
     base, rounded, out = tmp_path / "base", tmp_path / "rounded", tmp_path / "out"
     pipe = DDIMPipeline(tiny.tiny_unet(), DDIMScheduler(clip_sample=False))
@@ -437,11 +664,15 @@ def test_the_command_corrects_a_folder_of_others(run: RunCommand, tmp_path: Path
     assert status == 2
     assert "candidate itself" in err
     twice = tmp_path / "twice"
-    status, _, err = run("compensate", out, "-o", twice, *command[4:])
+    status, text, err = run("compensate", out, "-o", twice, *command[4:])
     assert status == 0, err
+    assert "as it is" in text
+    assert "is replaced: corrections do not stack." in text
+    assert "could not be judged" not in text
     assert torch.equal(pictures(open_model(str(twice))), pictures(corrected))
-    status, _, err = run(*["compensate", out, "-o", tmp_path / "five", *command[4:-1]], "5")
+    status, text, err = run(*["compensate", out, "-o", tmp_path / "five", *command[4:-1]], "5")
     assert status == 0, err
+    assert "could not be judged here. The number of inference steps is 5 instead of 4." in text
     assert bool(pictures(open_model(str(tmp_path / "five")), 5).isfinite().all()), "for other steps than before"
     assert run(*command, "--overwrite")[0] == 0
     status, _, err = run("compensate", out, "-o", rounded, *command[4:], "--overwrite")
@@ -496,12 +727,24 @@ def test_the_command_refuses_in_one_sentence(
 def test_the_command_wants_a_checkpoint_and_another_folder(run: RunCommand, folder: Path, tmp_path: Path) -> None:
     status, _, err = run("compensate", tmp_path / "nothing", "-o", tmp_path / "out")
     assert status == 2
-    assert "nothing" in err
+    assert f"There is no {tmp_path / 'nothing'}: expected a checkpoint" in err.replace("\n", " ")
+    for candidate, wanted in (
+        ("nothing", "There is no nothing:"),
+        ("no/thing", "no/thing is no folder here and is no"),
+    ):
+        status, _, err = run("compensate", candidate, "-o", tmp_path / "out")
+        assert status == 2
+        assert wanted in err.replace("\n", " ")
     status, _, err = run("compensate", folder, "-o", folder, "--overwrite")
     assert status == 2
     assert "candidate itself" in err
     assert run("compensate", folder)[0] == 2
-    assert run("compensate", folder, "-o", tmp_path / "out", "--calibration-samples", "1")[0] == 2
+    status, _, err = run("compensate", folder, "-o", tmp_path / "out", "--calibration-samples", "1")
+    assert status == 2
+    assert "--calibration-samples: expected 2 or more, found 1." in err.replace("\n", " ")
+    status, _, err = run("compensate", folder, "-o", tmp_path / "out", "--against", folder)
+    assert status == 1
+    assert "not a full-precision model: give the model that it was made from, tiny." in err.replace("\n", " ")
 
 
 def test_the_command_explains_itself(run: RunCommand) -> None:

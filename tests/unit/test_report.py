@@ -18,7 +18,7 @@ from stepquant.errors import EvaluationError
 from stepquant.report.comparable import reference_words, refuse_other_references
 from stepquant.report.figures import comparison_picture, difference, fitted, levels
 from stepquant.report.layers import error_map
-from stepquant.report.losses import loss_plots
+from stepquant.report.losses import loss_plots, weighting_rows
 from stepquant.report.page import render_report, write_report
 from stepquant.report.verdict import BORDERS, CLOSE, VISIBLE, verdict
 
@@ -114,10 +114,26 @@ def a_walk(candidates: int) -> dict[str, Any]:
     }
 
 
+A_WEIGHTING = {
+    "validation_loss": [1.0, 0.9],
+    "matching": [-0.1, -0.2],
+    "cosine": [0.125, 0.375],
+    "effective_samples": 30.25,
+    "mass": [0.5, 0.3, 0.2],
+    "mass_of_steps": {"0": 0.5, "1": 0.3, "2": 0.2},
+}
+SEARCHED = [
+    {"timestep": timestep, "entropy": entropy, "loss": 1.0}
+    for timestep, entropy in ((999.0, 2.0), (0.0, 1.5), (0.0, None))
+]
+
+
 def an_origin() -> dict[str, Any]:
     stages = [
         {"stage": "Record", "seconds": 1.25, "evaluations": 640, "seeds": [0, 31]},
         {"stage": "Round", "seconds": 2.0, "losses": {f"layer{n}": {"before": 1.0, "after": 0.5} for n in range(5)}},
+        {"stage": "Weigh", "losses": {"<mid>": {"before": 1.0, "after": 0.5, "weighting": A_WEIGHTING}}},
+        {"stage": "SearchGroups", "rounds": SEARCHED, "counts": [1, 0, 2], "timesteps": [999.0, 500.0, 0.0]},
         {"stage": "Fit", "windows": [[0, 5], [5, 10]], "losses": [[0, 1.0], [1, 2.0], [0, 0.5], [1, 0.0]]},
     ]
     times = {"milliseconds": 1.5, "reference_milliseconds": 3.375, "ratio": 2.25, "low": 2.125, "high": 2.5}
@@ -225,7 +241,8 @@ def test_every_part_has_its_place_in_order() -> None:
     parts = ["images", "figures", "films", "drift", "errors", "bytes", "rows", "calibration", "engines", "again"]
     places = [page.index(f'<h2 id="{part}">') for part in parts]
     assert places == sorted(places)
-    for wanted in ("a: Round losses", "a: Fit losses", "steps 5 to 9"):
+    searched = ("a: SearchGroups rounds", "a: SearchGroups entropy", "entropy of the shares", "timestep chosen")
+    for wanted in ("a: Round losses", "a: Fit losses", "steps 5 to 9", *searched):
         assert f"<!-- {wanted} -->" in page, wanted
     for wanted in (
         "runs/a.run.yaml",
@@ -449,6 +466,34 @@ def test_losses_of_unknown_shape_are_left_out() -> None:
     stages = [{"stage": "New", "losses": "none", "loss": [[1, 2, 3]], "history": [], "rounds": [{"loss": 1.0}]}]
     assert [re.findall(r"<!-- (New.*|a: .*?) -->", plot)[-1] for plot in loss_plots("a", stages, "#123456")] == [
         "a: New rounds"
+    ]
+
+
+def test_entropy_has_a_plot_where_rounds_choose_timesteps() -> None:
+    def titles(rounds: Any) -> list[str]:
+        plots = loss_plots("a", [{"stage": "S", "rounds": rounds}], "#123456")
+        return [re.findall(r"<!-- (a: .*?) -->", plot)[-1] for plot in plots]
+
+    assert titles(SEARCHED) == ["a: S rounds", "a: S entropy"]
+    assert titles([{"timestep": 1.0, "loss": 1.0}]) == ["a: S rounds"]
+    assert titles([{"entropy": 1.0, "loss": 1.0}, {"timestep": 1.0, "loss": 1.0}]) == ["a: S rounds"]
+    assert titles([{"timestep": 1.0, "entropy": 0.5}]) == ["a: S entropy"]
+    marks = loss_plots("a", [{"stage": "S", "rounds": SEARCHED}], "#123456")[1].count("<use")
+    fewer = loss_plots("a", [{"stage": "S", "rounds": SEARCHED[:2]}], "#123456")[1].count("<use")
+    assert marks > fewer
+
+
+def test_learnt_sample_weights_have_a_table() -> None:
+    page = a_whole_page("a")
+    text = " ".join(re.sub(r"<[^>]*>", " ", page).split())
+    assert "&lt;mid&gt; 30.2 0.125 0.375 50.0 30.0 20.0" in text
+    assert "effective samples" in text
+    stages: list[dict[str, Any]] = [{"stage": "Round", "losses": {"a": {"before": 1.0, "after": 0.5}}}, {"losses": [1]}]
+    assert weighting_rows(stages) == []
+    assert "effective samples" not in a_page("a")
+    broken = {"weighting": {"effective_samples": None, "cosine": [None, 0.5], "mass": [math.nan]}}
+    assert weighting_rows([{"losses": {"b": broken}}]) == [
+        {"unit": "b", "effective_samples": None, "cosine": None, "percent": []}
     ]
 
 

@@ -18,9 +18,12 @@ from stepquant.errors import CalibrationError, SpecError
 from stepquant.model.correction import StepCorrection
 from stepquant.recipe import Figures, Job
 
-__all__ = ["Compensate", "EstimatorChoice", "Regressor", "candidates"]
+__all__ = ["AS_IT_IS", "Compensate", "EstimatorChoice", "Regressor", "candidates"]
 
 EstimatorChoice = Literal["auto", "bias", "scale", "free_run", "closed_loop", "trajectory", "regression"]
+
+AS_IT_IS = "as it is"
+"""In figures, the candidate that is the model with the correction that it has already."""
 
 MIDDLE_RIDGE, STRONG_RIDGE = 1e-2, 1e-1
 """Further strengths that "auto" tries where several regressors may be almost the same. Ours."""
@@ -54,7 +57,9 @@ class Compensate:
     shared: one coefficient for all channels instead of one each.
     held_out: every how manyth image is held out.
 
-    It goes last in a recipe: it corrects the model as it finds it. Source: see `methods.cec`.
+    It goes last in a recipe: it corrects the model as it finds it. Corrections do not stack: one that the job has been
+    handed ("correction") is judged on the same held-out images, "auto" keeps it where nothing is better, and else it is
+    replaced. Source: see `methods.cec`.
     """
 
     estimator: EstimatorChoice = "auto"
@@ -95,9 +100,12 @@ class Compensate:
         )
         automatic = self.estimator == "auto"
         tried = candidates(one_step_solver=problem.one_step_solver) if automatic else (self._named(),)
-        search = _Search(problem, tried, job, shrink=automatic)
+        own: StepCorrection | None = job.handed.get("correction")
+        search = _Search(problem, tried, job, own, shrink=automatic)
         search.run()
         best = search.best(may_be_none=automatic)
+        if automatic and search.own_wins(best):
+            return self._figures(search, AS_IT_IS, [1.0] * len(problem.rows.timesteps)) | {"own": "kept"}
         if best is not None and not math.isfinite(search.found[best].held_out_rms):
             raise CalibrationError(
                 f"The quantized chain leaves the finite numbers with the correction {tried[best].label}: raise the "
@@ -105,23 +113,35 @@ class Compensate:
             )
         chosen = None if best is None else search.found[best]
         job.handed["correction"] = None if chosen is None else chosen.correction
+        kept = [1.0] * len(problem.rows.timesteps) if chosen is None else list(chosen.kept)
+        figures = self._figures(search, "none" if best is None else tried[best].label, kept)
+        return figures if own is None else figures | {"own": "removed" if best is None else "replaced"}
+
+    def _figures(self, search: _Search, chosen: str, kept: list[float]) -> Figures:
         return {
-            "chosen": "none" if best is None else tried[best].label,
+            "chosen": chosen,
             "candidates": search.report(),
-            "kept": [1.0] * len(problem.rows.timesteps) if chosen is None else list(chosen.kept),
+            "kept": kept,
             "evaluations": search.evaluations(),
         }
 
 
 class _Search:
-    """The candidates of one run of the stage, one after the other; what is done is kept."""
+    """The candidates of one run of the stage, one after the other; what is done is kept.
 
-    def __init__(self, problem: Problem, tried: Sequence[Estimator], job: Job, *, shrink: bool) -> None:
+    own: the correction that the model has already. as_it_is: its final error on the held-out images.
+    """
+
+    def __init__(
+        self, problem: Problem, tried: Sequence[Estimator], job: Job, own: StepCorrection | None, *, shrink: bool
+    ) -> None:
         self.problem = problem
         self.tried = tried
         self.job = job
+        self.own = own
         self.shrink = shrink
         self.uncorrected: float | None = None
+        self.as_it_is: float | None = None
         self.found: list[Fitted] = []
 
     def run(self) -> None:
@@ -131,6 +151,9 @@ class _Search:
             self.problem.advance = advance
             if self.uncorrected is None:
                 self.uncorrected = self.problem.walk(self.problem.table())
+                self._keep()
+            if self.own is not None and self.as_it_is is None:
+                self.as_it_is = self.problem.judge(self.own)
                 self._keep()
             for estimator in self.tried[len(self.found) :]:
                 self.found.append(self._fitted(estimator))
@@ -152,10 +175,18 @@ class _Search:
         best = min(range(len(errors)), key=errors.__getitem__)
         return None if may_be_none and not errors[best] < self.uncorrected else best
 
+    def own_wins(self, best: int | None) -> bool:
+        """Whether neither the best candidate nor no correction does better than the one that is there."""
+        assert self.uncorrected is not None
+        if self.as_it_is is None or not self.as_it_is < self.uncorrected:
+            return False
+        return best is None or self.as_it_is <= self.found[best].held_out_rms
+
     def report(self) -> list[dict[str, Any]]:
         """Every candidate's held-out final error, also relative to that without correction; null if it diverged."""
         assert self.uncorrected is not None
         labelled = [("none", self.uncorrected)]
+        labelled += [] if self.as_it_is is None else [(AS_IT_IS, self.as_it_is)]
         labelled += [(e.label, f.held_out_rms) for e, f in zip(self.tried, self.found, strict=True)]
         comparable = math.isfinite(self.uncorrected) and self.uncorrected > 0
         return [
@@ -168,9 +199,10 @@ class _Search:
         ]
 
     def passes(self) -> int:
-        """Every candidate has its own, but those at the recorded samples are shared."""
+        """Every candidate has its own, as has what is judged alone, but those at the recorded samples are shared."""
         at_recorded = sum(estimator.name in ("bias", "scale") for estimator in self.tried)
-        return 1 + sum(estimator.passes() for estimator in self.tried) - max(0, at_recorded - 1)
+        judged = 1 if self.own is None else 2
+        return judged + sum(estimator.passes() for estimator in self.tried) - max(0, at_recorded - 1)
 
     def evaluations(self) -> int:
         """Of the network, in rows of its calls."""
@@ -186,9 +218,10 @@ class _Search:
         }
         done = [[repr(fitted.held_out_rms), list(fitted.kept)] for fitted in self.found]
         # safetensors holds no empty file
-        self.job.keeper.save(
-            "compensation", tensors or {"none": torch.zeros(1)}, {"uncorrected": repr(self.uncorrected), "done": done}
-        )
+        meta = {"uncorrected": repr(self.uncorrected), "done": done}
+        if self.as_it_is is not None:
+            meta["as_it_is"] = repr(self.as_it_is)
+        self.job.keeper.save("compensation", tensors or {"none": torch.zeros(1)}, meta)
 
     def _resume(self) -> None:
         kept = self.job.keeper.load("compensation") if self.job.keeper else None
@@ -196,6 +229,7 @@ class _Search:
             return
         tensors, meta = kept
         self.uncorrected = float(meta["uncorrected"])
+        self.as_it_is = float(meta["as_it_is"]) if "as_it_is" in meta else None
         for number, (rms, shares) in enumerate(meta["done"]):
             own = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{number}.")}
             self.found.append(Fitted(StepCorrection(**own), float(rms), tuple(shares)))

@@ -46,13 +46,14 @@ from stepquant.calibrate.step_rows import StepRows
 from stepquant.calibrate.trajectory import (
     State,
     Trajectory,
+    advance,
     follow,
     predict,
     scheduler_output,
     state_at,
 )
 from stepquant.errors import CalibrationError, SpecError
-from stepquant.model.correction import StepCorrection
+from stepquant.model.correction import Corrector, StepCorrection
 
 __all__ = [
     "REGRESSORS",
@@ -341,6 +342,17 @@ class Problem:
                 given = correction.apply(prediction, step.timestep, chain.state.sample, chain.before)
                 chain.state = follow(chain.trajectory, index, chain.state, given)
             self.advance(1 + (estimator is not None and estimator.name == "closed_loop"))
+        return self._final_error(chains)
+
+    @torch.no_grad()
+    def judge(self, correction: StepCorrection) -> float:
+        """Final error of the held-out images with a correction that is there already, its noise and shift included."""
+        chains = self._chains()
+        correctors = [Corrector(correction) for _ in chains]
+        for index in range(len(self.rows.of_step)):
+            for chain, corrector in zip(chains, correctors, strict=True):
+                chain.state = advance(self.denoiser, chain.trajectory, index, chain.state, corrector)
+            self.advance(1)
         return self._final_error(chains)
 
     def _chains(self) -> list[_Chain]:

@@ -20,8 +20,9 @@ from stepquant.calibrate.informative import (
     median_kernel,
 )
 from stepquant.calibrate.noising import check_drawn_noise_target, noise_scales, noise_target, noisy
-from stepquant.calibrate.ranges import Observer, RangeRule, observing
+from stepquant.calibrate.ranges import SAMPLE_MARGIN_BITS, Observer, RangeRule, observing
 from stepquant.calibrate.reconstruct import adam_state, clocked, load_adam_state_, readers_of_sample
+from stepquant.calibrate.stages import Place
 from stepquant.calibrate.steps import Step, copy_sharing, prediction_of
 from stepquant.calibrate.timestep_groups import (
     ChannelBuckets,
@@ -32,13 +33,13 @@ from stepquant.calibrate.timestep_groups import (
     check_harden,
 )
 from stepquant.calibrate.trajectory import Trajectory
-from stepquant.errors import CalibrationError, SpecError, UnsupportedPipeline, nearest
+from stepquant.errors import CalibrationError, SpecError, UnsupportedPipeline, nearest, no_layer_matches
 from stepquant.model.assembly import channel_axis
 from stepquant.model.clock import StepClock
-from stepquant.model.families import make_attention_explicit_
+from stepquant.model.families import FIRST_LAYERS, make_attention_explicit_
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.quantizer import InputQuantizer
-from stepquant.model.surgery import Plan, quantizable, quantized_layers
+from stepquant.model.surgery import Plan, operand_specs, quantizable, quantized_layers
 from stepquant.numerics.spec import QuantSpec
 from stepquant.recipe import Figures, Job
 
@@ -120,21 +121,42 @@ class SearchGroups:
             raise SpecError("layers names no layer to search: give patterns, ('*',) for all layers.")
 
     def check(self, job: Job) -> None:
-        """Patterns that match nothing and targets that the scheduler does not define show before recording."""
+        """Patterns that match nothing, layers of which none can be searched, and targets that the scheduler does not
+        define show before recording.
+        """
         if self.target == "noise":
             check_drawn_noise_target(job.pipe.scheduler)
         copied = copy.deepcopy(job.full_precision)
         make_attention_explicit_(copied)
-        self._matching(list(quantizable(copied)))
+        matching = self._matching(list(quantizable(copied)))
+        for stage in job.stages:
+            if isinstance(stage, Place):
+                self._check_plan(stage.plan(copy.deepcopy(job.full_precision)), matching)
+
+    def _check_plan(self, plan: Plan, matching: list[str]) -> None:
+        """Raise SpecError where no layer that matches will have a quantizer to search."""
+        found = [name for name in matching if name in plan and operand_specs(plan[name])]
+        if not found:
+            raise SpecError(
+                f"SearchGroups has nothing to search: the activations of {_shown(matching)} are in floating point. "
+                "Give them 2 to 8 bits (--activations, or a rule), or choose a method that can do without, "
+                "such as q_diffusion."
+            )
+        # Layers of other names are seen to read the sample once the network runs.
+        reader = next((name for name in FIRST_LAYERS if name in plan), None)
+        spec = plan[found[0]].input
+        if found == [reader] and spec is not None and spec.bits >= SAMPLE_MARGIN_BITS:
+            raise SpecError(
+                f"SearchGroups has nothing to search: layers={list(self.layers)} matches {reader} alone, which reads "
+                "the sample and has a range of its own in every step. Name other layers, or leave the option out to "
+                "search all of them."
+            )
 
     def _matching(self, names: list[str]) -> list[str]:
         """The names that match one of the patterns. Every pattern must match something."""
         for pattern in self.layers:
             if not fnmatch.filter(names, pattern):
-                raise SpecError(
-                    f"The pattern {pattern!r} of layers matches none of the {len(names)} layers."
-                    f"{nearest(pattern.strip('*.'), names)}"
-                )
+                raise SpecError(no_layer_matches(pattern, names, option="layers"))
         return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.layers)]
 
     def run(self, job: Job) -> Figures:
@@ -313,6 +335,12 @@ class _Search:
         self.history, self.chooser.counts = list(meta["history"]), list(meta["counts"])
         self.evaluations = int(meta["evaluations"])
         return int(meta["round"])
+
+
+def _shown(names: list[str]) -> str:
+    """ "a, b and 5 more"."""
+    first = ", ".join(names[:2])
+    return first if len(names) <= 2 else f"{first} and {len(names) - 2} more"
 
 
 def _check_ends_at_the_image(trajectory: Trajectory) -> None:

@@ -18,7 +18,7 @@ from stepquant.calibrate.gram import columns, transformed_patches
 from stepquant.calibrate.ranges import RangeRule, fit_range, weight_params
 from stepquant.calibrate.reconstruct import float_layers
 from stepquant.calibrate.select import CalibrationSet, inputs
-from stepquant.errors import CalibrationError, SpecError, nearest
+from stepquant.errors import CalibrationError, SpecError, no_layer_matches
 from stepquant.model.layer import Geometry, QuantizedLayer, geometry_of
 from stepquant.model.quantizer import DynamicQuantizer, WeightQuantizer
 from stepquant.model.surgery import Plan, quantized_layers
@@ -88,9 +88,7 @@ def check_patterns(patterns: Sequence[str], layers: Iterable[str]) -> None:
     names = list(layers)
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            raise SpecError(
-                f"The pattern {pattern!r} matches none of the {len(names)} layers.{nearest(pattern.strip('*.'), names)}"
-            )
+            raise SpecError(no_layer_matches(pattern, names))
 
 
 def chosen_layers(job: Job, patterns: Sequence[str]) -> dict[str, QuantizedLayer]:

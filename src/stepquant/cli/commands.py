@@ -520,11 +520,12 @@ def compensate(
             "repeated.",
         ),
     ] = None,
-    calibration_samples: Annotated[int, typer.Option(min=2, help="Images sampled to fit on.")] = 64,
+    calibration_samples: Annotated[int, typer.Option(help="Images sampled to fit on, 2 or more.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Root of all random numbers.")] = 0,
     device: Device = "auto",
     batch_size: Batch = 16,
     argument: Arguments = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a fit that was interrupted.")] = False,
     overwrite: Overwrite = False,
     json_: Json = None,
 ) -> None:
@@ -533,6 +534,9 @@ def compensate(
     The full-precision model is sampled once more, and a few numbers for each step and channel are fitted so that the
     quantized model follows it. They are kept in OUT and cost next to nothing when sampling. They hold for one number of
     steps. Fit again after any change of the model.
+
+    Corrections do not stack. One that the model has already, of tac, ptqd, d2_dpm, cec or of this command, is judged on
+    the same images: auto keeps it where nothing is better, and otherwise the new one replaces it.
 
     The form of the paper is --estimator scale --set gamma=1 --set ridge=0.
 
@@ -558,6 +562,7 @@ def compensate(
         batch_size,
         tuple(argument or ()),
         tuple(set_ or ()),
+        resume,
     )
     compensation.compensate(request, _settings(ctx), json_, overwrite=overwrite)
 

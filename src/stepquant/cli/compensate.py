@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,23 +13,28 @@ from stepquant import api
 from stepquant.calibrate.compensation import Compensate, EstimatorChoice
 from stepquant.cli import views
 from stepquant.cli.arguments import parsed, ready
-from stepquant.cli.console import Settings, interruptible, progress_for, write_json
+from stepquant.cli.console import Settings, interruptible, json_text, progress_for, replace_text, write_json
 from stepquant.cli.outputs import (
+    WORK_MARK,
+    clear_work,
     evaluation_path,
     refuse_existing,
     refuse_no_checkpoint,
     refuse_unwritable_json,
+    remove_work,
     settings_path,
     speed_path,
+    work_folder,
     write_figures,
 )
-from stepquant.cli.work import base_model_of, device_named, prepare, steps_of
+from stepquant.cli.work import base_model_of, device_named, kept_if_worth_it, prepare, steps_of
 from stepquant.config import MOST_SEED, parse_yaml
 from stepquant.correction_folder import is_copy
 from stepquant.errors import CheckpointError, SpecError, nearest
 from stepquant.inspection import inspect_checkpoint
 from stepquant.manifest import MANIFEST_NAME
 from stepquant.run import Run
+from stepquant.work_folder import hold
 
 __all__ = ["CompensateRequest", "compensate"]
 
@@ -52,6 +58,7 @@ class CompensateRequest:
     batch_size: int
     arguments: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    resume: bool = False
 
     def fit(self) -> Compensate:
         """The stage. Raises SpecError for a setting that it does not have, or a value that it does not take."""
@@ -84,14 +91,28 @@ def compensate(
         known = get_args(EstimatorChoice)
         hint = nearest(request.estimator, known)
         raise SpecError(f"--estimator: there is none named {request.estimator!r}, only {', '.join(known)}.{hint}")
+    if request.samples < 2:
+        raise SpecError(
+            f"--calibration-samples: expected 2 or more, found {request.samples}. A correction is fitted to some "
+            "images and judged on others."
+        )
     if request.seed > MOST_SEED:
         raise SpecError(f"--seed: expected {MOST_SEED} or less, found {request.seed}.")
     fit = request.fit()
     arguments = ready(parsed(request.arguments), request.samples)
     base, steps = _base_and_steps(request)
+    work = work_folder(request.out)
+    with hold(work) if (work / WORK_MARK).is_file() else nullcontext():
+        clear_work(work, resume=request.resume, overwrite=overwrite)
     prepare(settings)
     device = device_named(request.device)
-    with interruptible(f"Nothing was written; {request.candidate} is as it was."):
+    with (
+        hold(work),
+        kept_if_worth_it(work),
+        interruptible(f"What is done so far is in {work}; go on with the same command and --resume."),
+    ):
+        if not (work / WORK_MARK).exists():
+            replace_text(work / WORK_MARK, json_text(asdict(request) | {"against": base, "steps": steps}, indent=1))
         made = api.compensate(
             request.candidate,
             api.open_base(base, request.candidate, device=device),
@@ -105,9 +126,11 @@ def compensate(
             shared=fit.shared,
             held_out=fit.held_out,
             arguments=arguments,
-            run=Run(seed=request.seed, progress=progress_for(settings)),
+            run=Run(seed=request.seed, work=work, progress=progress_for(settings)),
+            resume=request.resume,
         )
         made.save(request.out, overwrite=overwrite)
+        remove_work(work)
     # What is known of a checkpoint that was here before says nothing about this one.
     evaluation_path(request.out).unlink(missing_ok=True)
     speed_path(request.out).unlink(missing_ok=True)
@@ -134,11 +157,17 @@ def _base_and_steps(request: CompensateRequest) -> tuple[str, int]:
     if not (path / MANIFEST_NAME).is_file():
         if path.is_dir() and not (path / "model_index.json").is_file():
             raise CheckpointError(f"{path} is neither a checkpoint ({MANIFEST_NAME}) nor a diffusers folder.")
+        if not path.exists() and request.candidate not in api.SHIPPED_MODELS and not _may_be_on_the_hub(path):
+            raise SpecError(
+                f"There is no {request.candidate}: expected a checkpoint that `quantize` wrote, a diffusers folder or "
+                "a hub id such as owner/name."
+            )
         for option, value in (("--against MODEL", request.against), ("--steps N", request.steps)):
             if value is None:
+                missing = "" if path.exists() else "is no folder here and "
                 raise SpecError(
-                    f"{request.candidate} is no checkpoint of stepquant, so it does not say which full-precision model "
-                    f"it was made from, nor how many steps it is for: give {option}."
+                    f"{request.candidate} {missing}is no checkpoint of stepquant, so it does not say which "
+                    f"full-precision model it was made from, nor how many steps it is for: give {option}."
                 )
         return str(request.against), int(request.steps or 0)
     description = inspect_checkpoint(path)
@@ -146,3 +175,8 @@ def _base_and_steps(request: CompensateRequest) -> tuple[str, int]:
     if request.steps not in (None, steps):
         raise SpecError(f"--steps {request.steps}: {path} is calibrated for {steps}. Leave the option out.")
     return request.against or base_model_of(path, description), steps
+
+
+def _may_be_on_the_hub(path: Path) -> bool:
+    """Whether a name that is no path here may be a hub id, owner/name."""
+    return len(path.parts) == 2 and not path.is_absolute() and path.parts[0] != ".."

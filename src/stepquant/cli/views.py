@@ -202,12 +202,27 @@ def show_compensated(candidate: str, out: Path, figures: Sequence[Mapping[str, A
         )
     console.print(table)
     seconds = sum(float(figure["seconds"]) for figure in figures)
-    if fitted["chosen"] == "none":
+    own = fitted.get("own")
+    if own == "kept":
+        console.print(
+            f"Nothing was better than {candidate} as it is: {out} keeps the correction that it has. Corrections do not "
+            "stack, so another one would have replaced it."
+        )
+    elif fitted["chosen"] == "none":
         console.print(f"Nothing was better than no correction, so {out} is {candidate} without one.")
     else:
         console.print(f"{out} is {candidate} with the correction {fitted['chosen']}, made in {duration(seconds)}.")
+    if own in ("replaced", "removed"):
+        console.print(
+            f"The correction that {candidate} has is {own}: corrections do not stack."
+            + (f" It could not be judged here. {fitted['own_not_judged']}" if "own_not_judged" in fitted else "")
+        )
+    errors = {row["candidate"]: row["held_out_rms"] for row in fitted["candidates"]}
+    chosen, before = errors.get(fitted["chosen"]), errors.get("as it is")
     gained = next((row["relative"] for row in fitted["candidates"] if row["candidate"] == fitted["chosen"]), None)
-    if gained is not None and gained >= 1 and fitted["chosen"] != "none":
+    if own == "replaced" and chosen is not None and before is not None and before <= chosen:
+        console.print("It was better on the held-out images. The default estimator, auto, keeps it then.")
+    elif gained is not None and gained >= 1 and fitted["chosen"] != "none":
         console.print(
             "It makes the held-out images no better. The default estimator, auto, takes none then; more "
             "--calibration-samples may help."

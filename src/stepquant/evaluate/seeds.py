@@ -26,9 +26,10 @@ def calibrated_on(manifest: Mapping[str, Any]) -> set[int]:
     for stage in stages:
         if stage.get("stage") == "Record" and "seed" in run:
             seeds |= set(calibration_seeds(int(run["seed"]), int(stage["samples"]) * (1 + rounds)))
-    compensation = run.get("compensation") or {}
-    if "seed" in compensation:
-        seeds |= set(calibration_seeds(int(compensation["seed"]), _recorded(compensation)))
+    for part in ("compensation", "judged"):  # a correction fitted, or kept, by what these images said
+        corrected = run.get(part) or {}
+        if "seed" in corrected:
+            seeds |= set(calibration_seeds(int(corrected["seed"]), _recorded(corrected)))
     return seeds
 
 

@@ -22,27 +22,31 @@ Letters of the paper and our names: theta_Q are the rounding variables `SoftRoun
 
 Differs from the paper (which has no public code and does not publish eta, the outer optimizer and its rate, the number
 of outer iterations, the validation batch, or its Algorithm 2):
-- The objective above is minimised as it stands (`variant="explicit"`), the second derivative included. Its sum runs
-  over pairs once; the paper writes t != k with the same factor. `variant="first_order"` is a Reptile-like sweep over
-  the groups that aligns gradients implicitly, possibly what the paper's algorithm does.
+- `variant="explicit"` minimises the objective above, the second derivative included, but for a coefficient that we
+  give to the alignment term: `matching_weight` / (validation loss of the block * size of the mini-batch). Unscaled it
+  outweighs the loss in blocks with large outputs, and descends by making gradients larger, not alike: its inner
+  products have no bound. `matching="cosine"` has one. The sum runs over pairs once; the paper writes t != k with the
+  same factor.
+- `variant="first_order"` is a Reptile-like sweep over the groups that aligns gradients implicitly, possibly what the
+  paper's algorithm does. `sweep_lr` is its rate, and so the weight of the alignment.
 - eta is set by the length of the inner step (`inner_step`, the mean change of a rounding variable) and counts as a
   constant in derivatives.
 - theta, where the inner step starts, is the rounding to nearest, with `layer_rounding` that of `RoundLayers`; the paper
   says only theta_Q. AdaRound's own start is the full-precision weight, at which the block itself makes no error.
+  `hardness` moves theta between the two: 1 is rounded, 0 is AdaRound's start.
 - s is learnt by Adam, `lr_samples`, `meta_iterations` times a block, with moments that start anew at every block. Each
   time omega is the softmax over a mini-batch that has its share of every timestep.
 - The validation set is made of images of their own. They are recorded but not calibrated on; where every recorded
   image calibrates, the last ones are taken out.
-- The alignment term has a coefficient, `matching_weight` / (validation loss of the block * size of the mini-batch).
-  Unscaled it outweighs the loss in blocks with large outputs, and descends by making gradients larger, not alike: its
-  inner products have no bound. `matching="cosine"` has one.
 - Activations have one row of parameters for all timesteps, by range search over all of them. The paper follows TFMQ-DM:
-  a running mean of minimum and maximum at every timestep. `activations_over_time` gives each window of steps a row,
-  `rows="step"` each step, as the presets quick and standard do.
+  a running mean of minimum and maximum at every timestep, which `activation_ranges="ema"` is. `activations_over_time`
+  gives each window of steps a row by search, `rows="step"` each step, as the presets quick and standard do.
 - Activation scales are then learnt block by block as in our Q-Diffusion, on unweighted samples; the paper learns none.
   `iterations_activations=0` leaves that out.
-- TFMQ-DM's reconstruction of the time embedding as one unit with all its projections is not included, and no layer but
-  the first and last is kept from the nominal bits.
+- TFMQ-DM's reconstruction of the time embedding as one unit with all its projections is off by default;
+  `temporal_block=True` has it (`methods.tfmq_dm`), without sample weights: no image enters that block. No layer but
+  the first and last is kept from the nominal bits. The paper's base is thus `activation_ranges="ema",
+  temporal_block=True, iterations_activations=0`.
 - `layer_rounding` (off by default) first rounds every layer for its own output (`RoundLayers`); blocks start there.
   The presets quick and standard do.
 - The presets run far fewer iterations than the 20 000 a block of the public code that the paper builds on.
@@ -56,10 +60,12 @@ from typing import Literal
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
 from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place, Select
+from stepquant.calibrate.temporal_block import FitStepRanges, RoundOtherBlocks, RoundTemporalBlock, StepRangeRule
 from stepquant.calibrate.weighting import Derivative, Matching, SampleWeighting, Variant
+from stepquant.errors import SpecError
 from stepquant.methods.baseline import BLOCKS, layers_first, rows_over_time, start
 from stepquant.model.surgery import Ends
-from stepquant.recipe import Recipe
+from stepquant.recipe import Recipe, Stage
 
 __all__ = ["BIBTEX", "PRESETS", "gac"]
 
@@ -110,6 +116,8 @@ def gac(
     lr_samples: float = 1e-2,
     temperature: float = 1.0,
     inner_step: float = 0.03,
+    sweep_lr: float = 1.0,
+    hardness: float = 1.0,
     matching: Matching = "product",
     matching_weight: float = 1.0,
     normalise_groups: bool = False,
@@ -118,6 +126,8 @@ def gac(
     derivative: Derivative = "forward",
     activations_over_time: Sequence[int] | None = None,
     rows: Literal["shared", "step"] = "shared",
+    activation_ranges: StepRangeRule | None = None,
+    temporal_block: bool = False,
     quantized_prefix: bool = True,
     layer_rounding: bool = False,
     together: int = 1,
@@ -132,8 +142,16 @@ def gac(
     activations_over_time: lengths of consecutive windows of steps, noise first, that get activation parameters of
         their own; they must add up to the scheduler's steps. Where it is None, `rows` says: one for all, or one for
         each step.
+    activation_ranges: how each timestep gets a range of its own: "ema" (the paper's), "minmax" or "mse", see
+        `FitStepRanges`. None searches ranges (`ranges`) for the rows that the two options above ask for.
+    temporal_block: round the weights of the time embedding and of all its projections together, before the blocks.
     The options from `variant` to `derivative` are those of `SampleWeighting`.
     """
+    if activation_ranges is not None and activations_over_time is not None:
+        raise SpecError(
+            f"activation_ranges={activation_ranges!r} gives every timestep a range of its own, and "
+            f"activations_over_time={list(activations_over_time)} gives windows of steps one: leave out one of them."
+        )
     select = Select(every=every, samples_per_step=samples_per_step)
     place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
     beginning = start(select, place, samples=samples, batch=batch, ranges=ranges)
@@ -144,6 +162,8 @@ def gac(
         lr=lr_samples,
         temperature=temperature,
         inner_step=inner_step,
+        sweep_lr=sweep_lr,
+        hardness=hardness,
         matching=matching,
         matching_weight=matching_weight,
         normalise_groups=normalise_groups,
@@ -152,7 +172,11 @@ def gac(
         derivative=derivative,
     )
     layers, keep = layers_first(layer_rounding, weights=weights, batch=batch, together=together)
-    blocks = RoundBlocks(
+    temporal: tuple[RoundTemporalBlock, ...] = ()
+    if temporal_block and weights is not None:
+        temporal = (RoundTemporalBlock(iterations=iterations_weights, batch=batch, lr=lr_weights, keep_rounding=keep),)
+    rounding = RoundOtherBlocks if temporal else RoundBlocks
+    blocks = rounding(
         iterations=iterations_weights,
         batch=batch,
         lr=lr_weights,
@@ -163,7 +187,10 @@ def gac(
     )
     # The lengths go first: whoever gives them to a preset should not have to take back its rows.
     windows = rows_over_time(rows) if activations_over_time is None else tuple(activations_over_time)
+    fitted: Stage = FitInputRanges(ranges, windows=windows)
+    if activation_ranges is not None:
+        fitted = FitStepRanges(rule=activation_ranges, samples=samples)
     scales: tuple[ScaleBlocks, ...] = ()
     if iterations_activations:
         scales = (ScaleBlocks(iterations=iterations_activations, batch=batch, lr=lr_activations),)
-    return Recipe("gac", (*beginning, *layers, blocks, FitInputRanges(ranges, windows=windows), *scales))
+    return Recipe("gac", (*beginning, *layers, *temporal, blocks, fitted, *scales))

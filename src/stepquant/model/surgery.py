@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stepquant.errors import ModelError, SpecError, nearest
+from stepquant.errors import ModelError, SpecError, nearest, no_layer_matches
 from stepquant.model.families import block_classes, end_layers
 from stepquant.model.layer import Matmul, QuantizedLayer, QuantizedMatmul, geometry_of
 from stepquant.numerics.affine import grouped
@@ -134,10 +134,7 @@ def make_plan(denoiser: nn.Module, rules: Sequence[Rule]) -> Plan:
     for rule in rules:
         matches = fnmatch.filter(layers, rule.pattern)
         if not matches:
-            raise SpecError(
-                f"The pattern {rule.pattern!r} matches none of the {len(layers)} quantizable layers."
-                f"{nearest(rule.pattern.strip('*.'), layers)} `stepquant quantize --dry-run` without it lists them."
-            )
+            raise SpecError(no_layer_matches(rule.pattern, layers, kind="quantizable layers"))
         for name in matches:
             module, scheme = layers[name], rule.scheme
             explicit = isinstance(module, Matmul) and scheme.second is not None

@@ -1,4 +1,4 @@
-"""What the stages of a calibration reported: a table of their cost, and plots of their losses.
+"""What the stages of a calibration reported: a table of their cost, plots of their losses, and learnt sample weights.
 
 Figures of a stage are JSON values. A loss is what stands under a key that ends in "loss" or "losses", under "rounds"
 or "history", or under "candidates"; its shape says how it is drawn:
@@ -8,6 +8,10 @@ or "history", or under "candidates"; its shape says how it is drawn:
     [{"loss": a, ...}, ...]                  one curve for the values under "loss"
     [a, b, ...]                              one curve
     [{"candidate": name, "held_out_rms": a}] one bar for each candidate
+
+Rounds that also have "entropy" and "timestep" (`SearchGroups`) get a second plot: one curve of the entropy, and a mark
+for the timestep that each round chose. A "weighting" beside "before" and "after" (`RoundBlocks` with `SampleWeighting`)
+is a row of a table.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from matplotlib.figure import Figure
 
 from stepquant.report.figures import COLOURS, INK, as_svg, literal, unobtrusive
 
-__all__ = ["loss_plots", "stage_rows"]
+__all__ = ["loss_plots", "stage_rows", "weighting_rows"]
 
 Pairs = Sequence[tuple[float, float]]
 
@@ -33,6 +37,31 @@ def stage_rows(figures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {"stage": str(entry.get("stage", "")), "seconds": entry.get("seconds"), "evaluations": entry.get("evaluations")}
         for entry in figures
     ]
+
+
+def weighting_rows(figures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of every unit whose sample weights were learnt, in order; see `WeightLearner.update_`.
+
+    effective_samples; cosine: before and after; percent: of all weight, in each timestep group, noise first. None, or
+    an empty list, for what is not there or not finite.
+    """
+    rows = []
+    for entry in figures:
+        losses = entry.get("losses")
+        for name, each in losses.items() if isinstance(losses, Mapping) else ():
+            found = each.get("weighting") if isinstance(each, Mapping) else None
+            if isinstance(found, Mapping):
+                mass, cosine = _numbers(found.get("mass")), _numbers(found.get("cosine"))
+                effective = found.get("effective_samples")
+                rows.append(
+                    {
+                        "unit": str(name),
+                        "effective_samples": effective if _number(effective) else None,
+                        "cosine": cosine if len(cosine) == 2 else None,
+                        "percent": [100 * share for share in mass],
+                    }
+                )
+    return rows
 
 
 def loss_plots(name: str, figures: Sequence[Mapping[str, Any]], colour: str) -> list[str]:
@@ -46,7 +75,21 @@ def loss_plots(name: str, figures: Sequence[Mapping[str, Any]], colour: str) -> 
             figure = _drawn(value, entry, colour)
             if figure is not None:
                 plots.append(_finished(figure, title))
+            if key == "rounds" and (rounds := _searched(value)):
+                plots.append(_finished(_entropy(rounds, colour), f"{name}: {entry.get('stage', '')} entropy"))
     return plots
+
+
+def _searched(value: Any) -> list[tuple[float, float]]:
+    """(entropy, chosen timestep) of every round, NaN for null; empty if a round has no timestep, or none an entropy."""
+    if not isinstance(value, Sequence) or not all(isinstance(each, Mapping) for each in value):
+        return []
+    found = [(each.get("entropy"), each.get("timestep")) for each in value]
+    if not any(_number(entropy) for entropy, _ in found):
+        return []
+    if not all(_number(timestep) and (entropy is None or _number(entropy)) for entropy, timestep in found):
+        return []
+    return [(_float(entropy), float(timestep)) for entropy, timestep in found]
 
 
 def _drawn(value: Any, entry: Mapping[str, Any], colour: str) -> Figure | None:
@@ -81,6 +124,13 @@ def _drawn(value: Any, entry: Mapping[str, Any], colour: str) -> Figure | None:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _numbers(value: Any) -> list[float]:
+    """A list of finite numbers as it is, anything else empty."""
+    if not isinstance(value, Sequence) or not all(_number(each) and math.isfinite(each) for each in value):
+        return []
+    return [float(each) for each in value]
 
 
 def _float(value: float | None) -> float:
@@ -124,6 +174,24 @@ def _curves(curves: Mapping[str, Pairs], colour: str) -> Figure:
         axes.plot(across, _positive(up), "-", color=shade, linewidth=1.3, label=literal(label) if label else None)
     axes.set_xlabel("iteration", fontsize=9, color=INK)
     _logarithmic(axes, np.concatenate([np.asarray(points, dtype=float)[:, 1] for points in curves.values()]))
+    return figure
+
+
+def _entropy(rounds: Pairs, colour: str) -> Figure:
+    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
+    axes = figure.add_subplot()
+    entropy, timesteps = np.asarray(rounds, dtype=float).T
+    axes.plot(entropy, "-", color=colour, linewidth=1.3, label="entropy of the shares")
+    axes.plot([], [], "o", color=INK, markersize=3, label="timestep chosen")  # for the legend
+    axes.set_xlabel("round", fontsize=9, color=INK)
+    axes.set_ylabel("entropy, nats", fontsize=9, color=INK)
+    beside = axes.twinx()
+    beside.plot(timesteps, "o", color=INK, markersize=3, alpha=0.7)
+    beside.set_ylabel("timestep chosen", fontsize=9, color=INK)
+    unobtrusive(beside)
+    beside.grid(visible=False)
+    beside.spines["left"].set_visible(False)
+    beside.spines["right"].set_visible(True)
     return figure
 
 

@@ -18,7 +18,7 @@ from stepquant.report.comparable import differences, reference_words, refuse_oth
 from stepquant.report.figures import COLOURS, INK, Curve, curves_svg, difference, fitted, image_data_uri, levels
 from stepquant.report.groups import Rows
 from stepquant.report.layers import bits_text, byte_kinds, engine_table, error_map, layer_table, row_map
-from stepquant.report.losses import loss_plots, stage_rows
+from stepquant.report.losses import loss_plots, stage_rows, weighting_rows
 from stepquant.report.strips import film_uri
 from stepquant.report.verdict import BORDERS, verdict
 
@@ -272,6 +272,7 @@ def _candidate(
         "stages": stage_rows(kept),
         # The text in the figure was escaped by matplotlib's SVG writer.
         "losses": [Markup(plot) for plot in loss_plots(name, origin.get("figures") or [], colour)],
+        "weighting": weighting_rows(origin.get("figures") or []),
         "settings": origin.get("settings", ""),
         "settings_file": origin.get("settings_file", ""),
     }

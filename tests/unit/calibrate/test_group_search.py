@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, EDMEulerScheduler
 from torch import Tensor, nn
 
+import tiny
 import tiny_pipelines
 from stepquant.api import Quantized, load, quantize, sample
 from stepquant.calibrate import group_search
 from stepquant.calibrate.group_search import SearchGroups, _Search
-from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, Place, Record, Select
+from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, LayerRule, Place, Record, Select
 from stepquant.calibrate.timestep_groups import TimestepGroups
 from stepquant.errors import SpecError, UnsupportedPipeline
 from stepquant.methods import STAGES
@@ -310,8 +311,35 @@ def test_what_cannot_work_shows_before_recording() -> None:
 
     refused(r"pattern 'conv\*' of layers matches none of the 2 layers", layers=("inner", "conv*"))
     refused("full_precision", pipe=pipe_of(scheduler=EDMEulerScheduler()))
-    with pytest.raises(SpecError, match="nothing to search"):
-        quantize(pipe_of(), recipe_of(activations=None), steps=STEPS)
+    with pytest.raises(SpecError, match=r"the activations of inner, outer are in floating point.*--activations"):
+        quantize(pipe_of(), recipe_of(activations=None, samples=10**9), steps=STEPS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activations": None}, r"activations of conv_in, .* and \d+ more are in floating point"),
+        ({"layers": ("conv_in",)}, r"layers=\['conv_in'\] matches conv_in alone, which reads the sample"),
+        ({"layers": ("conv_out",), "ends": "full"}, "activations of conv_out are in floating point"),
+        ({"layers": ("*foo*",)}, r"none of the \d+ layers. The first is 'conv_in'. `stepquant quantize --dry-run`"),
+    ],
+)
+def test_adp_dm_says_before_anything_is_recorded_that_it_has_nothing_to_search(
+    options: dict[str, Any], message: str
+) -> None:
+    pipe = DDIMPipeline(tiny.tiny_unet(), DDIMScheduler(clip_sample=False))
+    with pytest.raises(SpecError, match=message):
+        quantize(pipe, adp_dm(samples=10**9, **options), steps=STEPS)
+
+
+def test_the_layer_that_reads_the_sample_is_searched_where_it_has_no_margin() -> None:
+    pipe = DDIMPipeline(tiny.tiny_unet(), DDIMScheduler(clip_sample=False))
+    few: dict[str, Any] = {"samples": 2, "batch": 2, "rounds": 1, "groups": 2, "rounding": "nearest"}
+    made = quantize(pipe, adp_dm(**few, activations=4, ends="same", layers=("conv_in",)), steps=STEPS)
+    assert made.figures[-1]["quantizers"] == 1
+    rules = (LayerRule("conv_out", None, 4),)
+    made = quantize(pipe, adp_dm(**few, activations=None, rules=rules), steps=STEPS)
+    assert list(made.figures[-1]["rows"]) == ["conv_out.input_quantizer"]
 
 
 def test_the_loss_is_summed_beyond_the_range_of_float16() -> None:

@@ -597,3 +597,30 @@ def test_a_recipe_without_weighting_is_that_of_plain_reconstruction() -> None:
     assert over_time.windows == (3, 2)  # type: ignore[attr-defined]
     assert gac(rows="step").stages[5].windows == "step"  # type: ignore[attr-defined]
     assert gac(rows="step", activations_over_time=(3, 2)).stages[5].windows == (3, 2)  # type: ignore[attr-defined]
+
+
+def test_the_base_of_the_paper_can_be_asked_for() -> None:
+    base = gac(**PRESETS["quick"], activation_ranges="ema", temporal_block=True)  # type: ignore[arg-type]
+    assert [type(stage).__name__ for stage in base.stages][4:] == [
+        "RoundLayers",
+        "RoundTemporalBlock",
+        "RoundOtherBlocks",
+        "FitStepRanges",
+        "ScaleBlocks",
+    ]
+    temporal, others, ranges = base.stages[5:8]
+    assert temporal.keep_rounding == others.keep_rounding == 0.6  # type: ignore[attr-defined]
+    assert others.weighting == gac(**PRESETS["quick"]).stages[5].weighting  # type: ignore
+    assert (ranges.layers, ranges.rule, ranges.samples) == ("all", "ema", 32)  # type: ignore[attr-defined]
+    assert recipe_from_dict(base.to_dict(), STAGES) == base
+    with pytest.raises(SpecError, match=r"activation_ranges='ema' .* activations_over_time=\[3, 2\]"):
+        gac(activation_ranges="ema", activations_over_time=(3, 2))
+    with pytest.raises(SpecError, match="rule must be one of ema, minmax, mse, found 'search'"):
+        gac(activation_ranges="search")  # type: ignore[arg-type]
+    assert "RoundTemporalBlock" not in str(gac(weights=None, temporal_block=True).to_dict())
+
+
+def test_the_sweep_and_the_start_of_the_inner_step_can_be_set() -> None:
+    weighting = gac(variant="first_order", sweep_lr=3.0, hardness=0.25).stages[4].weighting  # type: ignore[attr-defined]
+    assert (weighting.sweep_lr, weighting.hardness) == (3.0, 0.25)
+    assert gac().stages[4].weighting == SampleWeighting(iterations=50)  # type: ignore[attr-defined]
