@@ -23,7 +23,7 @@ from stepquant.calibrate.window_fitting import FitWindows
 from stepquant.errors import SpecError
 from stepquant.methods import METHODS, PRESETS, STAGES
 from stepquant.model.assembly import describe
-from stepquant.model.correction import CorrectedScheduler
+from stepquant.model.correction import CorrectedScheduler, StepCorrection
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.quantizer import DynamicQuantizer, InputQuantizer
 from stepquant.model.surgery import quantized_layers
@@ -193,13 +193,51 @@ def test_short_presets_have_a_row_for_every_step(method: str) -> None:
         assert [stage.windows for stage in fitted] == ["step"]
 
 
-@pytest.mark.parametrize("method", ["q_diffusion", "accuquant", "gac", "combined", "ptq4dm", "eda_dm"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loaded_checkpoint_samples_what_was_calibrated(
+    method: str, finished: dict[str, Quantized], tmp_path: Path
+) -> None:
+    finished[method].save(tmp_path / "q")
+    loaded = load(tmp_path / "q", engine="simulated")
+    assert_equal(bytes_of(replace(finished[method], pipe=loaded)), bytes_of(finished[method]))
+    images = [torch.as_tensor(sample(pipe, seeds=[1, 2], steps=STEPS)) for pipe in (finished[method].pipe, loaded)]
+    assert torch.equal(*images)
+
+
+WEIGHTS, SCALES, ROWS = "conv1.weight", "conv1.input_quantizer.scale", "conv1.input_quantizer.row_of_bin"
+LEARNT: dict[str, tuple[str, ...]] = {
+    "layerwise": (WEIGHTS, "conv1.bias"),
+    **dict.fromkeys(("q_diffusion", "accuquant", "gac", "ptq4dm", "pqd", "eda_dm"), (WEIGHTS, SCALES)),
+    "combined": (WEIGHTS, SCALES),
+    "pcr": (WEIGHTS, ROWS),
+    "tfmq_dm": (WEIGHTS, "time_emb_proj.weight", ROWS),
+    "tdq": (WEIGHTS, ROWS),
+    "adp_dm": (WEIGHTS, ROWS),
+    "tcaq_dm": (WEIGHTS, "conv1.input_transform.scale"),
+    "ptq4dit": (WEIGHTS, "to_q.input_transform.scale"),
+    "vidit_q": (WEIGHTS, "to_q.input_transform.scale"),
+    "svdquant": (WEIGHTS, "branch.up"),
+    "lsgquant": (WEIGHTS, "branch.up"),
+    "ptqd": (WEIGHTS, SCALES, "correction.gain"),
+    "d2_dpm": (WEIGHTS, SCALES, "correction.gain"),
+    "cec": ("correction.offset",),
+    "tac": ("correction.gain", "correction.shift"),
+}
+"""What is not that of rounding to nearest, in at least one layer. Tensors that only the method has count."""
+
+
+@pytest.mark.parametrize("method", LEARNT)
 def test_learning_methods_differ_from_rounding(method: str, finished: dict[str, Quantized]) -> None:
     rounded, learnt = bytes_of(finished["rtn"]), bytes_of(finished[method])
-    assert rounded.keys() == learnt.keys()
-    for ending in ("conv1.weight", "conv1.input_quantizer.scale"):
+    identity = StepCorrection.identity(torch.arange(float(STEPS)), 1).tables()
+    rounded |= {f"correction.{name}": tensor for name, tensor in identity.items()}
+    for ending in LEARNT[method]:
         names = [name for name in learnt if name.endswith(ending)]
-        assert any(not torch.equal(learnt[name], rounded[name]) for name in names), ending
+        assert any(name not in rounded or not torch.equal(learnt[name], rounded[name]) for name in names), ending
+
+
+def test_all_but_rounding_and_its_bits_learn() -> None:
+    assert set(LEARNT) == set(METHODS) - {"rtn", "mixdq"}  # mixdq chooses bits, and rounds to nearest
 
 
 @pytest.mark.parametrize(
