@@ -52,6 +52,7 @@ def test_it_beats_rounding_to_nearest(method: str, rounded: list[float]) -> None
     assert all(own < other for own, other in zip(errors, rounded, strict=True)), (errors, rounded)
 
 
+@pytest.mark.slow
 def test_bits_by_sensitivity_beat_equal_bits() -> None:
     for seed in range(3):
         mixed = made("mixdq", seed, **MIXED, **MIXED_BITS)

@@ -21,6 +21,8 @@ from stepquant.methods import METHODS
 from stepquant.run import Run
 from tiny_trained import trained_pipe
 
+pytestmark = pytest.mark.slow
+
 STEPS = 5
 SEEDS = range(16)
 
