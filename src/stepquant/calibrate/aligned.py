@@ -59,7 +59,7 @@ class AlignLayers:
         evaluations = 0
         for number in range(1, self.rounds + 1):
             trajectories = self._sampled(job, number)
-            evaluations += sum(len(one.seeds) * len(one.steps) for one in trajectories)
+            evaluations += sum(one.evaluations for one in trajectories)
             # Without a keeper: what it keeps has no place for the round.
             inner = replace(job, handed={**job.handed, "trajectories": trajectories}, keeper=None)
             rounded, ranged = rounding.run(inner), fitting.run(inner)

@@ -13,6 +13,8 @@ A stage in front of the others: `Allocate` stands where `Place` stood in a recip
 3. Refinement: pairs of changes (one item up, one down, still within the budget) that the prediction can hardly tell
    apart from the solution are tried: the network rounded to nearest with them runs freely on recorded images that the
    sensitivities have not seen. A bound on the drift is verified in the same way, and moved until it holds.
+4. With `beside_uniform`: the same bits in every free layer, as many as the budget has room for, are measured in the
+   same way, and taken unless the solution is better.
 
 What counts:
 - Average bits of weights are weighted by their number, over all layers that can be quantized, the first and last ones
@@ -37,13 +39,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from stepquant.calibrate.bit_costs import Choice, Costs, Problem, costs_of
 from stepquant.calibrate.decoupled import decoupled_scores
 from stepquant.calibrate.integer_program import solve
+from stepquant.calibrate.judging import clearly_less
 from stepquant.calibrate.outlier_token import KeepFirstToken
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import clocked
@@ -103,9 +106,9 @@ class Allocate:
     """Find bits for every layer under a budget, and place quantized layers accordingly.
 
     place: what to place where nothing is allocated, and the policy for first and last layer and the softmax.
-    weight_bits: average bits of weights. max_bytes: bytes of the checkpoint's layers. max_drift: final drift, as
-        `stepquant evaluate` gives it, of the network rounded to nearest. One of the three, or none with
-        activation_bits.
+    weight_bits: average bits of weights; "place" is what `place` alone has. max_bytes: bytes of the checkpoint's
+        layers. max_drift: final drift, as `stepquant evaluate` gives it, of the network rounded to nearest. One of the
+        three, or none with activation_bits.
     activation_bits: average bits of activations; None leaves them as `place` has them.
     step_groups: consecutive groups of timesteps, as equal as possible, whose activations have bits of their own; 1
         gives a layer the same bits in all steps. The average counts every step the same.
@@ -114,13 +117,15 @@ class Allocate:
     samples: recorded images for the sensitivities, up to whole mini-batches. projections: random vectors for each.
     held_out: recorded images to measure on, the last ones, up to whole mini-batches; never those above.
     refine: changes of the solution to measure. measured_runs: the most for `max_drift`.
+    beside_uniform: whether to measure equal bits for all as well, and to take them unless the solution's drift is less
+        by more than a standard error. On the images of the sensitivities where no other mini-batch was recorded.
     ranges: rule of weight and activation ranges, as for the stages behind.
     first_token: keep the first token of prompts out of quantizers while bits are found, as the same stage behind this
         one does; with the score "decoupled" only, which samples with the layers as they will be.
     """
 
     place: Place
-    weight_bits: float | None = None
+    weight_bits: float | Literal["place"] | None = None
     activation_bits: float | None = None
     step_groups: int = 1
     max_bytes: int | None = None
@@ -134,6 +139,7 @@ class Allocate:
     measured_runs: int = 6
     ranges: RangeRule = "mse"
     first_token: KeepFirstToken | None = None
+    beside_uniform: bool = False
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories"})
     gives: ClassVar[frozenset[str]] = frozenset({"model", "plan"})
@@ -146,11 +152,16 @@ class Allocate:
                 "An allocation needs one budget: average bits of weights (target), max_bytes or max_drift; found "
                 f"{' and '.join(given) or 'none'}."
             )
+        if isinstance(self.weight_bits, str) and (self.weight_bits != "place" or self.place.weights is None):
+            raise SpecError(
+                'weight_bits must be a number, or "place" where Place has bits for weights; found '
+                f"{self.weight_bits!r} with weights={self.place.weights} there."
+            )
         for name, value in {**budgets, "activation_bits": self.activation_bits}.items():
-            if value is not None and not (math.isfinite(value) and value > 0):
+            if value is not None and not isinstance(value, str) and not (math.isfinite(value) and value > 0):
                 raise SpecError(f"{name} must be a positive number, found {value}.")
         for name, value in {"weight_bits": self.weight_bits, "activation_bits": self.activation_bits}.items():
-            if value is not None and value > _FLOAT_BITS:
+            if value is not None and not isinstance(value, str) and value > _FLOAT_BITS:
                 raise SpecError(f"{name} must be at most {_FLOAT_BITS}, which is floating point, found {value:g}.")
         if not self.bits or any(not 2 <= bits <= 8 for bits in self.bits) or sorted(set(self.bits)) != [*self.bits]:
             raise SpecError(f"Candidate bits must be from 2 to 8, each once and ascending, found {list(self.bits)}.")
@@ -173,6 +184,11 @@ class Allocate:
             raise SpecError(
                 "The score decoupled samples with one layer quantized in all steps, so it says nothing about groups of "
                 "them: leave step_groups at 1, or choose another score, such as final."
+            )
+        if self.beside_uniform and (self.max_bytes is not None or self.max_drift is not None):
+            raise SpecError(
+                "beside_uniform compares plans of the same average bits: give weight_bits or activation_bits as the "
+                "budget, or leave it off."
             )
         counts = {"samples": self.samples, "projections": self.projections, "held_out": self.held_out}
         if min(counts.values()) < 1 or self.refine < 0 or self.measured_runs < 1:
@@ -209,6 +225,8 @@ class Allocate:
         if self.score == "decoupled":
             own = 1 + len(self.bits) * len(self._unrun_problem(job)[1].items)
         runs = self.measured_runs if self.max_drift is not None else self.refine + 1 if self.refine else 0
+        if self.beside_uniform:
+            runs = max(runs, 1) + 1
         return job.steps * (self.samples * own + self.held_out * (runs + 1))
 
     def run(self, job: Job) -> Figures:
@@ -222,6 +240,9 @@ class Allocate:
             choice = self._bounded(problem, scores, costs, meter)
         else:
             choice = self._refined(self._chosen(problem, scores, costs), scores, costs, meter)
+        beside: dict[str, object] | None = None
+        if self.beside_uniform:
+            choice, beside = self._beside_uniform(choice, problem, costs, meter)
         rules = _rules(problem, choice, self.place)
         found = replace(self.place, rules=(*rules, *self.place.rules)).run(job)
         return {
@@ -233,6 +254,7 @@ class Allocate:
             "predicted_drift": math.sqrt(_total(scores, choice)) if self.score in ("final", "incoherent") else None,
             "measured_drift": meter.drift_of(choice),
             "measured": meter.rows,
+            **({"beside_uniform": beside} if beside else {}),
             "rules": [asdict(rule) for rule in rules],
             "scores": {_key(item): dict(values) for item, values in scores.items()},
             **({"until": list(problem.until)} if problem.until else {}),
@@ -259,6 +281,8 @@ class Allocate:
         until = timeline.split(self.step_groups)
         probe = Probe(shadow.denoiser, full, self.ranges, until)
         evaluations = probe.observe([*used, *held], job.run)
+        if self.beside_uniform and not held:
+            held = used
         floating = copy.deepcopy(job.full_precision)
         make_attention_explicit_(floating)
         problem = replace(self._problem(floating, full, base), until=until, timeline=timeline)
@@ -294,9 +318,9 @@ class Allocate:
     def _check_budgets(self, problem: Problem, costs: Costs) -> None:
         """Raise SpecError with the smallest budget that is possible."""
         least: Choice = {item: item.bits[0] for item in problem.items}
-        for operand, asked in (("weights", self.weight_bits), ("activations", self.activation_bits)):
+        for operand, asked in self._averages(problem, costs).items():
             found = costs.average(operand, least)
-            if asked is not None and any(i.operand == operand for i in problem.items) and found > asked + 1e-9:
+            if any(i.operand == operand for i in problem.items) and found > asked + 1e-9:
                 raise SpecError(
                     f"An average of {asked:g} bits for {operand} is not possible: with {self.bits[0]} bits in every "
                     f"layer that is free to choose it is {found:.4g}. Ask for at least that much, or free more layers "
@@ -308,6 +332,13 @@ class Allocate:
                 f"with {self.bits[0]} bits in every layer that is free to choose, and about "
                 f"{costs.total_bytes(least) + costs.beside_bytes} for the denoiser's part of the checkpoint."
             )
+
+    def _averages(self, problem: Problem, costs: Costs) -> dict[str, float]:
+        """Operand -> the average of bits that was asked for."""
+        found = {"weights": self.weight_bits, "activations": self.activation_bits}
+        if self.weight_bits == "place":
+            found["weights"] = costs.average("weights", _equal(problem, "weights", self.place.weights))
+        return {operand: float(asked) for operand, asked in found.items() if asked is not None}
 
     def _check_mini_batches(self, count: int) -> None:
         """Raise SpecError if `_split` would leave none to measure on."""
@@ -333,9 +364,7 @@ class Allocate:
     def _limits(self, problem: Problem, costs: Costs) -> list[tuple[list[list[float]], float]]:
         """Costs of all items' candidates and budgets."""
         limits: list[tuple[list[list[float]], float]] = []
-        for operand, asked in (("weights", self.weight_bits), ("activations", self.activation_bits)):
-            if asked is None:
-                continue
+        for operand, asked in self._averages(problem, costs).items():
             fixed, elements = costs.fixed[operand]
             own = [
                 [costs.bits(item, bits) if item.operand == operand else 0.0 for bits in item.candidates]
@@ -358,22 +387,22 @@ class Allocate:
             places = solve(_bytes(problem, costs), [*limits, (objective, bound**2)])
         return {item: item.candidates[place] for item, place in zip(problem.items, places, strict=True)}
 
-    def _fits(self, costs: Costs, choice: Choice) -> bool:
-        return (
-            (self.weight_bits is None or costs.average("weights", choice) <= self.weight_bits + 1e-9)
-            and (self.activation_bits is None or costs.average("activations", choice) <= self.activation_bits + 1e-9)
-            and (self.max_bytes is None or costs.total_bytes(choice) <= self.max_bytes)
+    def _fits(self, problem: Problem, costs: Costs, choice: Choice) -> bool:
+        averages = self._averages(problem, costs)
+        return all(costs.average(operand, choice) <= asked + 1e-9 for operand, asked in averages.items()) and (
+            self.max_bytes is None or costs.total_bytes(choice) <= self.max_bytes
         )
 
     def _refined(self, choice: Choice, scores: Scores, costs: Costs, meter: _Meter) -> Choice:
         """Keep those of the most doubtful changes that lower the measured drift by more than a standard error."""
         if not self.refine:
             return choice
+        problem = meter.problem
         present = meter.measure(choice, "the solution")
-        doubtful = _doubtful(choice, scores, lambda trial: self._fits(costs, trial))
+        doubtful = _doubtful(choice, scores, lambda trial: self._fits(problem, costs, trial))
         for change in list(islice(doubtful, self.refine)):
             trial = {**choice, **change}
-            if not self._fits(costs, trial):  # an earlier change took the room
+            if not self._fits(problem, costs, trial):  # an earlier change took the room
                 continue
             found = meter.measure(trial, _told(choice, change))
             gain = present - found
@@ -381,6 +410,35 @@ class Allocate:
                 choice, present = trial, found
                 meter.rows[-1]["kept"] = True
         return choice
+
+    def _beside_uniform(
+        self, choice: Choice, problem: Problem, costs: Costs, meter: _Meter
+    ) -> tuple[Choice, dict[str, object]]:
+        """The better of the solution and of equal bits for all that is free, and what was measured.
+
+        A sum of what single layers do to the end does not see that their errors cancel or add up when all are rounded,
+        so the least sum may sample worse than no choice at all.
+        """
+        uniform: Choice = {}
+        bits: dict[str, int] = {}
+        for operand, asked in self._averages(problem, costs).items():
+            own = self.place.weights if operand == "weights" else self.place.activations
+            known = sorted({*self.bits, *(() if own is None else (own,))}, reverse=True)
+            equal = [(one, _equal(problem, operand, one)) for one in known]
+            # Some fit: `_check_budgets` has refused what the fewest bits cannot keep.
+            bits[operand], part = next(one for one in equal if costs.average(operand, one[1]) <= asked + 1e-9)
+            uniform.update(part)
+        rows = len(meter.rows)
+        present = meter.measure(choice, "the solution")
+        others = meter.measure(uniform, "the same bits everywhere")
+        better = clearly_less(present, others)
+        meter.rows[rows if better else rows + 1]["kept"] = True
+        return choice if better else uniform, {
+            "bits": bits,
+            "drift": float(others.mean()),
+            "solution_drift": float(present.mean()),
+            "kept": "solution" if better else "uniform",
+        }
 
     def _bounded(self, problem: Problem, scores: Scores, costs: Costs, meter: _Meter) -> Choice:
         """Fewest bytes whose measured drift keeps `max_drift`, by bisection of the bound on the predicted drift."""
@@ -473,6 +531,11 @@ def _split(trajectories: list[Trajectory], samples: int, held_out: int) -> tuple
         if sum(len(one.seeds) for one in held) < held_out:
             held.insert(0, trajectory)
     return used, held
+
+
+def _equal(problem: Problem, operand: str, bits: int | None) -> Choice:
+    """The same bits for all that is free of an operand."""
+    return {item: bits for item in problem.items if item.operand == operand}
 
 
 def _bytes(problem: Problem, costs: Costs) -> list[list[float]]:

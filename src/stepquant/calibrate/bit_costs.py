@@ -119,6 +119,11 @@ def _at(spec: QuantSpec | None, bits: int | None) -> QuantSpec | None:
     return None if spec is None or bits is None else replace(spec, bits=bits)
 
 
+def _bits_of(spec: QuantSpec | None) -> tuple[int, ...]:
+    """What the base plan has: may be no candidate, and is compared with."""
+    return () if spec is None else (spec.bits,)
+
+
 def _weight_at(spec: QuantSpec | None, bits: int | None) -> QuantSpec | None:
     return None if spec is None or bits is None else weight_at(spec, bits)
 
@@ -161,7 +166,7 @@ def costs_of(
         sample = (sample_rows or {}).get(name)
         for item in items.get(("activations", name), ()):
             of_item[item] = {None: 0}
-            for bits in item.bits:
+            for bits in (*item.bits, *_bits_of(base.input)):
                 specs = [_at(spec, bits) for _, spec in operand_specs(full)]
                 of_item[item][bits] = sum(_table_bytes(spec, sample, item.group) for spec in specs)
         bins = 0 if problem.timeline is None else len(problem.timeline.times)
@@ -178,7 +183,7 @@ def costs_of(
         fixed_bytes += 0 if module.bias is None else _plain_bytes(module, "bias")
         if ("weights", name) in items:
             (item,) = items["weights", name]
-            of_weight = {bits: _weight_at(full.weight, bits) for bits in (*item.bits, None)}
+            of_weight = {bits: _weight_at(full.weight, bits) for bits in (*item.bits, *_bits_of(base.weight), None)}
             of_item[item] = {bits: _weight_bytes(module, weight, spec) for bits, spec in of_weight.items()}
         else:
             fixed_bytes += _weight_bytes(module, weight, base.weight)

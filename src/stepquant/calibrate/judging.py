@@ -24,12 +24,24 @@ from stepquant.calibrate.final_state import final_drifts, final_states
 from stepquant.calibrate.trajectory import Trajectory
 from stepquant.recipe import Job
 
-__all__ = ["Judge", "judged_images"]
+__all__ = ["Judge", "clearly_less", "judged_images"]
 
 
 def judged_images(asked: int, *, images: int, batch: int) -> int:
     """How many images of so many that were recorded in mini-batches of `batch` are sampled: whole mini-batches."""
     return min(images, -(-asked // batch) * batch)
+
+
+def clearly_less(errors: Tensor, others: Tensor) -> bool:
+    """Whether the mean of `errors` is less, by more than the standard error of the paired difference; each `[images]`.
+
+    Finite errors are less than any that are not.
+    """
+    if not others.isfinite().all():
+        return bool(errors.isfinite().all())
+    difference = errors - others
+    noise = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
+    return float(difference.mean()) < -noise
 
 
 @dataclass
@@ -80,12 +92,7 @@ class Judge:
 
     def better(self, candidate: float, other: float) -> bool:
         """Whether its errors are less in the mean, by more than the standard error of the difference."""
-        errors, others = self.errors[candidate], self.errors[other]
-        if not others.isfinite().all():
-            return bool(errors.isfinite().all())
-        difference = errors - others
-        noise = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
-        return float(difference.mean()) < -noise
+        return clearly_less(self.errors[candidate], self.errors[other])
 
     def finite(self, candidate: float) -> bool:
         """Whether sampling ended in finite numbers."""

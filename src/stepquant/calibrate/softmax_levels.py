@@ -26,8 +26,10 @@ from torch import Tensor
 from stepquant.calibrate.ranges import SHRINK_NORM, Observer, RangeRule, fit_range
 from stepquant.calibrate.reconstruct import clocked
 from stepquant.calibrate.select import inputs
-from stepquant.calibrate.stages import row_of_bins
+from stepquant.calibrate.stages import Select, planned, row_of_bins
+from stepquant.calibrate.windows import expected_steps
 from stepquant.errors import CalibrationError, SpecError, nearest
+from stepquant.model.families import several_denoisers
 from stepquant.model.layer import QuantizedMatmul
 from stepquant.model.quantizer import InputQuantizer, LogQuantizer
 from stepquant.model.surgery import Plan, quantized_layers
@@ -99,13 +101,34 @@ class ChooseSoftmaxLevels:
             if getattr(self, name) < 1:
                 raise SpecError(f"{name} of ChooseSoftmaxLevels must be at least 1, found {getattr(self, name)}.")
 
+    def check(self, job: Job) -> None:
+        """Groups of steps that calibration leaves out show before anything is recorded, where the steps are known."""
+        selects = [stage for stage in job.stages if isinstance(stage, Select)]
+        least, most = expected_steps(job)
+        if len(selects) != 1 or least != most or len(several_denoisers(job.pipe)) > 1:
+            return
+        plan = planned(job) or {}
+        if not any(name.endswith("values") and one.weight is None and one.input for name, one in plan.items()):
+            return  # no softmax output is quantized
+        every = selects[0].stride(least)
+        seen = range(0, least, every)
+        first = 0
+        for group, length in enumerate(self._windows(least), 1):
+            if not any(first <= step < first + length for step in seen):
+                raise SpecError(
+                    f"groups={self.groups} of ChooseSoftmaxLevels divides {least} steps, but calibration sees only "
+                    f"{len(seen)} of them (one in {every}), and none in group {group}: take at most {len(seen)} "
+                    "groups, or every=1."
+                )
+            first += length
+
     def run(self, job: Job) -> Figures:
         clock = clocked(job.denoiser)
         layers = _softmax_layers(job)
         if not layers:
             return {"layers": {}, "evaluations": 0}
         seen, count = self._watch(job, layers)
-        rows = row_of_bins(clock, job.handed["trajectories"], self._windows(job))
+        rows = row_of_bins(clock, job.handed["trajectories"], self._windows(len(job.handed["trajectories"][0].steps)))
         figures: dict[str, Any] = {}
         for name, (layer, before) in layers.items():
             bits = before.spec.bits if self.bits is None else self.bits
@@ -130,8 +153,7 @@ class ChooseSoftmaxLevels:
                 layer.input_quantizer = quantizer.to(clock.edges.device)
         return {"layers": figures, "evaluations": count}
 
-    def _windows(self, job: Job) -> tuple[int, ...]:
-        steps = len(job.handed["trajectories"][0].steps)
+    def _windows(self, steps: int) -> tuple[int, ...]:
         groups = min(self.groups, steps)
         ends = [round(steps * number / groups) for number in range(groups + 1)]
         return tuple(after - before for before, after in itertools.pairwise(ends))

@@ -45,6 +45,7 @@ __all__ = [
     "Record",
     "Select",
     "calibration_seeds",
+    "planned",
 ]
 
 CALIBRATION_SEED = 1_000_000
@@ -120,9 +121,13 @@ class Select:
                 f"Select takes `every` or at least one of `steps`, found every={self.every} and steps={self.steps}."
             )
 
+    def stride(self, steps: int) -> int:
+        """Every how many of so many recorded steps calibrate."""
+        return self.every if self.steps is None else max(1, steps // self.steps)
+
     def run(self, job: Job) -> Figures:
         trajectories: list[Trajectory] = job.handed["trajectories"]
-        every = self.every if self.steps is None else max(1, len(trajectories[0].steps) // self.steps)
+        every = self.stride(len(trajectories[0].steps))
         chosen = uniform(trajectories, every=every, samples_per_step=self.samples_per_step)
         job.handed["calibration"] = chosen
         return {"samples": len(chosen)}
@@ -242,6 +247,15 @@ class Place:
         """What `run` would place, without running the model (layers in order of registration). Changes `denoiser`."""
         make_attention_explicit_(denoiser)
         return self._resolve(denoiser, list(quantizable(denoiser)))
+
+
+def planned(job: Job) -> dict[str, LayerScheme] | None:
+    """What the recipe is going to place, before anything has run; None where activations' bits are yet to be found."""
+    for stage in job.stages:
+        inner = stage if isinstance(stage, Place) else getattr(stage, "place", None)
+        if isinstance(inner, Place) and getattr(stage, "activation_bits", None) is None:
+            return inner.plan(copy.deepcopy(job.full_precision))
+    return None
 
 
 def _check_timesteps(plan: dict[str, LayerScheme], clock: StepClock, trajectories: list[Trajectory]) -> None:

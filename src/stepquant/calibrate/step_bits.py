@@ -26,6 +26,7 @@ from stepquant.calibrate.noising import check_noise_prediction, noise_predicted,
 from stepquant.calibrate.ranges import Observer, RangeRule, observing
 from stepquant.calibrate.reconstruct import clocked
 from stepquant.calibrate.select import inputs
+from stepquant.calibrate.stages import planned
 from stepquant.calibrate.steps import Step
 from stepquant.calibrate.trajectory import Trajectory, predict, state_at
 from stepquant.errors import SpecError
@@ -80,8 +81,16 @@ class ChooseStepBits:
             )
 
     def check(self, job: Job) -> None:
-        """Predictions that do not say which noise they mean show before anything is recorded."""
+        """Predictions that do not say which noise they mean, and bits that no activation is placed at, show before
+        anything is recorded.
+        """
         check_noise_prediction(job.pipe.scheduler)
+        plan = planned(job)
+        if plan is None:
+            return
+        specs = [spec for scheme in plan.values() for _, spec in operand_specs(scheme)]
+        if not any(spec.bits == self.bits[0] and not spec.dynamic for spec in specs):
+            raise self._nothing_placed()
 
     def run(self, job: Job) -> Figures:
         clock: StepClock = clocked(job.denoiser)
@@ -123,11 +132,14 @@ class ChooseStepBits:
             and isinstance(_quantizer(job, name, attribute), InputQuantizer)
         }
         if not found:
-            raise SpecError(
-                f"No static activation was placed at {self.bits[0]} bits, the first of the bits {list(self.bits)}: "
-                f"quantize with activations={self.bits[0]}, or name other bits."
-            )
+            raise self._nothing_placed()
         return found
+
+    def _nothing_placed(self) -> SpecError:
+        return SpecError(
+            f"No static activation was placed at {self.bits[0]} bits, the first of the bits {list(self.bits)}: "
+            f"quantize with activations={self.bits[0]}, or name other bits."
+        )
 
     def _kept(self, job: Job) -> set[Operand]:
         """What is at 8 bits for the sake of its place, and at 8 cannot be told from the others by its bits."""

@@ -6,10 +6,8 @@ Source: Lee et al. 2025 (AccuQuant); what is ours is listed in `stepquant.method
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,10 +39,9 @@ from stepquant.calibrate.rounding import (
 from stepquant.calibrate.split import row_by_row
 from stepquant.calibrate.trajectory import State, Trajectory, replay
 from stepquant.calibrate.weight_scales import closed_scale_, learnt_scale_, rescale_
-from stepquant.calibrate.windows import GradientMode, equal_windows, window_gradient, windows_of
+from stepquant.calibrate.windows import GradientMode, equal_windows, expected_steps, window_gradient, windows_of
 from stepquant.errors import CalibrationError, SpecError, nearest
 from stepquant.model.layer import QuantizedLayer
-from stepquant.model.pipeline import SCHEDULE_ARGUMENTS
 from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
 from stepquant.model.surgery import quantized_layers
 from stepquant.recipe import Figures, Job
@@ -136,15 +133,9 @@ class FitWindows:
         """Window lengths that cannot add up to the steps. Some schedulers make more calls than steps (Heun, PNDM), and
         image to image walks a part of them. Timesteps that the caller gives are counted once they are recorded.
         """
-        if self.windows is None or any(name in job.arguments for name in SCHEDULE_ARGUMENTS):
+        if self.windows is None:
             return
-        scheduler = copy.deepcopy(getattr(job.pipe, "scheduler", None))
-        most = math.inf
-        if scheduler is not None:
-            with suppress(Exception):  # one that wants more than a number of steps is known once it has sampled
-                getattr(scheduler, "uncorrected", scheduler).set_timesteps(job.steps)
-                most = len(scheduler.timesteps)
-        least = 1 if "strength" in job.arguments else job.steps
+        least, most = expected_steps(job)
         if not least <= sum(self.windows) <= most:
             raise SpecError(
                 f"windows {list(self.windows)} cover {sum(self.windows)} steps, but {job.steps} are sampled: their "

@@ -17,8 +17,11 @@ Gradient modes (derived in docs/methods/accuquant.md):
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Literal
 
 import torch
@@ -26,10 +29,37 @@ from torch import Tensor, nn
 
 from stepquant.calibrate.trajectory import State, Trajectory, advance, replay, state_at
 from stepquant.errors import CalibrationError, SpecError
+from stepquant.model.pipeline import SCHEDULE_ARGUMENTS
+from stepquant.recipe import Job
 
-__all__ = ["GradientMode", "equal_windows", "unrolled_loss", "window_gradient", "window_loss", "windows_of"]
+__all__ = [
+    "GradientMode",
+    "equal_windows",
+    "expected_steps",
+    "unrolled_loss",
+    "window_gradient",
+    "window_loss",
+    "windows_of",
+]
 
 GradientMode = Literal["identity", "exact", "per_step"]
+
+
+def expected_steps(job: Job) -> tuple[int, float]:
+    """The least and the most steps that a recording can have, as far as is known before it is made.
+
+    Some schedulers make more calls than steps (Heun, PNDM), and image to image walks a part of them. Timesteps that the
+    caller gives are counted once they are recorded.
+    """
+    if any(name in job.arguments for name in SCHEDULE_ARGUMENTS):
+        return 1, math.inf
+    scheduler = copy.deepcopy(getattr(job.pipe, "scheduler", None))
+    most = math.inf
+    if scheduler is not None:
+        with suppress(Exception):  # one that wants more than a number of steps is known once it has sampled
+            getattr(scheduler, "uncorrected", scheduler).set_timesteps(job.steps)
+            most = len(scheduler.timesteps)
+    return (1 if "strength" in job.arguments else job.steps), most
 
 
 def equal_windows(steps: int, length: int) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ def export_torchao(source: Any, folder: Path | str, *, dtype: torch.dtype = torc
 
     Raises SpecError if the folder exists or torchao is missing, ModelError for a denoiser that is not one of
     diffusers' models, is not quantized, or has layers that are more than a weight (transforms of the input, low-rank
-    branches, stored first tokens).
+    branches, stored first tokens, split inputs).
     """
     target = Path(folder)
     if target.exists():
@@ -99,11 +99,12 @@ def refuse_additions(denoiser: nn.Module) -> None:
     """Raise ModelError for layers that are more than a weight."""
     for name, layer in quantized_layers(denoiser).items():
         if isinstance(layer, QuantizedLayer) and any(
-            part is not None for part in (layer.input_transform, layer.branch, layer.first_token)
+            part is not None for part in (layer.input_transform, layer.branch, layer.first_token, layer.split)
         ):
             raise ModelError(
-                f"{name} has a transform of its input, a low-rank branch or a stored first token, for which stock "
-                "formats have no place. Quantize with a method without them to export."
+                f"{name} has a transform of its input, a low-rank branch, a stored first token or an input that is "
+                "split between two quantizers, for which stock formats have no place. Quantize with a method without "
+                "them to export."
             )
     adapted = [name for name, module in denoiser.named_modules() if hasattr(module, "base_layer")]
     if adapted:

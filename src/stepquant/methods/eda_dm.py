@@ -37,7 +37,8 @@ Differs from the paper:
   takes a running mean.
 - First and last layer are named, and at 8 bits. The code finds them by order of registration, which hits the first
   layer of the time embedding.
-- Shortcuts are not split.
+- Shortcuts are split only with `split_shortcuts`, and not in the presets: integer engines refuse such layers. The two
+  quantizers of a split weight are scales for groups of as many channels as divide both parts.
 - `layer_rounding` (off by default) first rounds every layer for its own output (`RoundLayers`); blocks start there. The
   presets quick and standard do, at a lower rate.
 - `rows="step"` gives every timestep activation ranges of its own; the paper has one for all. The presets quick and
@@ -52,6 +53,7 @@ from stepquant.calibrate.density_variety import SelectDensityVariety
 from stepquant.calibrate.qdrop import QDrop
 from stepquant.calibrate.ranges import RangeRule
 from stepquant.calibrate.reconstruct import RoundBlocks
+from stepquant.calibrate.split_shortcuts import SplitShortcuts
 from stepquant.calibrate.stages import FitInputRanges, LayerRule, Place
 from stepquant.methods.baseline import DRAWN_PRESETS, layers_first, rows_over_time, start
 from stepquant.model.surgery import Ends
@@ -84,6 +86,7 @@ def eda_dm(
     lr_scales: float = 4e-3,
     drop: float = 0.5,
     drop_inputs: float = 0.5,
+    split_shortcuts: bool = False,
     layer_rounding: bool = False,
     rows: Literal["shared", "step"] = "shared",
     together: int = 1,
@@ -96,7 +99,8 @@ def eda_dm(
     """Calibrate by density and variety of features, then rounding and scales together with a loss of layers."""
     select = SelectDensityVariety(radius=radius, variety_weight=variety_weight, draws=draws)
     place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
-    beginning = start(select, place, samples=samples, batch=batch, ranges=ranges)
+    split = (SplitShortcuts(),) if split_shortcuts else ()
+    beginning = start(select, place, *split, samples=samples, batch=batch, ranges=ranges)
     layers, keep = layers_first(layer_rounding, weights=weights, batch=batch, together=together)
     blocks = RoundBlocks(
         iterations=iterations,

@@ -22,7 +22,14 @@ Differs from the paper (from a summary of it; where that is silent the choice is
   group and tries shares of the budget between them.
 - The sums are of 1 - SSIM and of noise over signal, which are 0 in full precision; the paper adds up SSIM and SQNR.
 - Both are measured on the final state of sampling (the latent where there is one), with SSIM's windows unweighted.
-- `weights` is the average over all layers; first and last layer have 8 bits and count, unless `ends="same"`.
+- The budget is the average over all layers that `weights` bits everywhere would have, first and last layer at 8 bits
+  included (unless `ends="same"`): the program takes no more than rounding to nearest at the same `weights` does.
+  `weight_bits` is an average over all layers, too.
+- The network with the program's bits and the one with equal bits in all free layers (as many as the budget has room
+  for) are sampled on recorded images that the sensitivities have not seen, where there are such, and equal bits are
+  taken unless the program's are better by more than a standard error (`Allocate.beside_uniform`): a sum over layers
+  does not see how errors of different layers add up or cancel, and the program's bits can end above rounding to
+  nearest. The paper chooses among several solutions by their images.
 - Activations have the bits that `activations` says in every layer. The paper leaves the most sensitive 1 % in floating
   point; `activation_bits` gives an average for the same program instead, and `rules` name layers.
 - Rows whose prompt begins with another token (the zeros of an empty prompt) compute that token with its input in
@@ -33,6 +40,8 @@ Differs from the paper (from a summary of it; where that is silent the choice is
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 from stepquant.calibrate.allocation import Allocate
 from stepquant.calibrate.outlier_token import KeepFirstToken
@@ -81,12 +90,14 @@ def mixdq(
 ) -> Recipe:
     """Bits by content and quality, the first token kept out of quantizers, everything else rounded to nearest.
 
-    weight_bits: average bits of weights, where it is not to be `weights`.
+    weight_bits: average bits of all weights, where it is not to be that of `weights` in every layer that is free.
     """
     select = Select(every=every, samples_per_step=samples_per_step)
     place = Place(weights, activations, ends=ends, softmax_bits=softmax_bits, group_size=group_size, rules=rules)
     keep = KeepFirstToken()
-    average = weights if weight_bits is None else weight_bits
+    average: float | Literal["place"] | None = weight_bits
+    if weight_bits is None and weights is not None:
+        average = "place"
     placed: Place | Allocate = place
     if average is not None or activation_bits is not None:
         placed = Allocate(
@@ -99,6 +110,7 @@ def mixdq(
             refine=0,
             ranges=ranges,
             first_token=keep if first_token else None,
+            beside_uniform=True,
         )
     kept = (keep,) if first_token else ()
     beginning = start(select, placed, *kept, samples=samples, batch=batch, ranges=ranges)

@@ -21,8 +21,8 @@ Differs from the paper (from a summary of it; where that is silent the choice is
 - softplus keeps step sizes positive, and s_0 in front makes one rate fit all layers. The last layer starts at weight 0
   so that s(t) = s_0 exactly; hidden layers are drawn as He et al. propose. Zero points stay where they were calibrated.
 - `rows="step"` takes s_0 and the zero point from a range of every step, and the network learns what to multiply it by.
-  The presets quick and standard do: with the zero point of one range for all steps, 4-bit activations make one-step
-  errors that add up along the trajectory, and samples run away (docs/methods/tdq.md).
+  The presets all do: with the zero point of one range for all steps, 4-bit activations make one-step errors that add up
+  along the trajectory, and samples run away (docs/methods/tdq.md). The default is the paper's one range.
 - 64 hidden units, 32 frequencies, Adam at 1e-3 with cosine decay, 5000 iterations.
 - Weights are rounded for the least error of each layer's output (`RoundLayers`, `layer_rounding=False` rounds to
   nearest).
@@ -69,7 +69,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "lr": 3e-3,
         "together": 4,
     },
-    "full": {"samples": 256},
+    "full": {"samples": 256, "rows": "step"},
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import tiny_pipelines
 from stepquant.api import quantize, sample
 from stepquant.calibrate import aligned
 from stepquant.calibrate.aligned import AlignLayers
@@ -51,6 +52,18 @@ def test_each_round_sees_samples_of_the_model_as_it_is_then(monkeypatch: pytest.
     plainly = quantize(tiny_dit_pipe(), Recipe("test", stages), steps=3)
     weights = [one.pipe.denoiser.state_dict() for one in (plainly, quantized)]
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if name.endswith("weight"))
+
+
+def test_a_round_costs_what_recording_rounding_and_ranges_cost_before_it() -> None:
+    """Also with guidance, where each step of an image is two rows of the network's calls."""
+    beginning = start(Select(), Place(4, 4), samples=2, batch=2, ranges="minmax")
+    stages = (*beginning, RoundLayers(together=4, batch=2), FitInputRanges("minmax"))
+    align = AlignLayers(rounds=1, batch=2, together=4, ranges="minmax")
+    arguments = {"guidance_scale": 3.0, "class_labels": [1, 2]}
+    made = quantize(tiny_pipelines.dit(), Recipe("test", (*stages, align)), steps=2, arguments=arguments)
+    spent = {entry["stage"]: entry.get("evaluations", 0) for entry in made.figures}
+    assert spent["Record"] == 2 * 2 * 2  # images, steps, halves
+    assert spent["AlignLayers"] == spent["Record"] + spent["RoundLayers"] + spent["FitInputRanges"]
 
 
 def test_settings_are_checked() -> None:

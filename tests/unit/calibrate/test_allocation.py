@@ -164,11 +164,14 @@ def test_impossible_activations_are_found_once_their_sizes_are_known() -> None:
         ({"weight_bits": 4.0, "score": "mes"}, "Did you mean 'mse'"),
         ({"max_drift": 1.0, "score": "mse"}, "needs a score in units of the final state"),
         ({"weight_bits": 4.0, "projections": 0}, "at least 1"),
+        ({"weight_bits": "placed"}, "weight_bits must be a number, or \"place\" .*'placed' with weights=4"),
+        ({"weight_bits": "place", "place": Place(None, 8)}, "'place' with weights=None"),
+        ({"max_bytes": 10, "beside_uniform": True}, "same average bits"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        Allocate(Place(), **settings)
+        Allocate(**{"place": Place(), **settings})
 
 
 def test_measuring_needs_images_of_its_own() -> None:
@@ -259,6 +262,55 @@ def test_a_change_is_kept_only_if_it_measures_better(unet_allocation: Quantized)
     assert len(changes) <= 2
     assert found["measured_drift"] == (kept[-1] if kept else first["drift"])
     assert [first["drift"], *kept] == sorted([first["drift"], *kept], reverse=True)
+
+
+@pytest.mark.parametrize(("score", "kept"), [("mse", "uniform"), ("final", "solution")])
+@pytest.mark.parametrize("samples", [4, 2])  # with images to measure on, and on those of the sensitivities
+def test_equal_bits_are_taken_unless_the_solution_samples_better(score: str, kept: str, samples: int) -> None:
+    """The error of its output says that `loud` needs bits, which in the end costs all that `quiet` does."""
+    recipe = rtn(samples=samples, weight_bits=5.0, activations=None, score=score, beside_uniform=True)
+    quantized = quantize(chain_pipe(), recipe, steps=STEPS)
+    found = figures_of(quantized)
+    beside = found["beside_uniform"]
+    assert (beside["kept"], beside["bits"]) == (kept, {"weights": 4})
+    assert (beside["solution_drift"] < beside["drift"]) == (kept == "solution")
+    assert found["measured_drift"] == min(beside["solution_drift"], beside["drift"])
+    assert [row["kept"] for row in found["measured"]] == [kept == "solution", kept == "uniform"]
+    expected = {"loud": 2, "quiet": 8} if kept == "solution" else {"loud": 4, "quiet": 4}
+    assert weight_bits(quantized) == expected
+    assert {name: layer.scheme.weight.bits for name, layer in describe(quantized.pipe.denoiser).layers.items()} == (  # type: ignore[union-attr]
+        expected
+    )
+
+
+def test_equal_bits_need_not_be_a_candidate() -> None:
+    base = METHODS["rtn"](samples=4, batch=2, ranges="minmax", weights=5, activations=None, ends="same")
+    recipe = allocated(base, **{**QUICK, "weight_bits": "place", "score": "mse", "beside_uniform": True})
+    quantized = quantize(chain_pipe(), recipe, steps=STEPS)
+    found = figures_of(quantized)
+    assert found["beside_uniform"]["bits"] == {"weights": 5}
+    assert weight_bits(quantized) == {"loud": 5, "quiet": 5}
+    assert found["weight_bits"] == 5
+    assert found["layer_bytes"] == figures_of(quantize(chain_pipe(), _fixed_at(5), steps=STEPS))["layer_bytes"]
+
+
+def _fixed_at(bits: int) -> Recipe:
+    return rtn(weight_bits=float(bits), activations=None, bits=(bits,))
+
+
+def test_the_budget_of_the_place_counts_what_it_keeps_at_8_bits() -> None:
+    """The bits that `rtn` has at the same settings, so that equal bits are within the budget."""
+    pipe = DDIMPipeline(tiny.tiny_unet(), DDIMScheduler())
+    base = METHODS["rtn"](samples=4, batch=2, ranges="minmax", weights=4)
+    recipe = allocated(base, **{**QUICK, "weight_bits": "place", "score": "mse", "beside_uniform": True})
+    found = figures_of(quantize(pipe, recipe, steps=STEPS))
+    plain = describe(quantize(pipe, base, steps=STEPS).pipe.unet).layers
+    sizes = {name: module.weight.numel() for name, module in pipe.unet.named_modules() if hasattr(module, "weight")}
+    placed = {name: layer.scheme.weight.bits for name, layer in plain.items() if layer.scheme.weight is not None}
+    average = sum(sizes[name] * bits for name, bits in placed.items()) / sum(sizes[name] for name in placed)
+    assert average > 4
+    assert average - 0.1 < found["weight_bits"] <= average + 1e-6
+    assert found["beside_uniform"]["bits"] == {"weights": 4}
 
 
 def test_a_bound_on_the_drift_is_measured() -> None:

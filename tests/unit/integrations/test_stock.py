@@ -14,7 +14,7 @@ from torch import nn
 import tiny
 import tiny_pipelines
 from stepquant.errors import ModelError, SpecError
-from stepquant.integrations.stock import export_torchao, levels_of
+from stepquant.integrations.stock import export_torchao, levels_of, refuse_additions
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.quantizer import WeightQuantizer
 from stepquant.model.surgery import quantized_layers
@@ -95,6 +95,23 @@ def test_what_has_no_place_in_the_format_is_refused(tmp_path: Path, monkeypatch:
     with pytest.raises(ModelError, match="nothing to export"):
         export_torchao(conv, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["input_transform", "branch", "first_token", "split"])
+def test_layers_that_are_more_than_a_weight_are_refused(part: str) -> None:
+    unet = tiny.quantize_(tiny.tiny_unet())
+    refuse_additions(unet)
+    name, layer = next(
+        (name, one)
+        for name, one in quantized_layers(unet).items()
+        if isinstance(one, QuantizedLayer) and one.geometry.kind == "conv2d" and one.in_features > 1
+    )
+    if part == "split":
+        layer.split_input_(layer.in_features // 2)
+    else:
+        setattr(layer, part, nn.Identity())
+    with pytest.raises(ModelError, match=rf"{name} has .*an input that is split between two quantizers"):
+        refuse_additions(unet)
 
 
 def test_without_torchao_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
