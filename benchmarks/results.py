@@ -152,6 +152,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "layerwise+ptqd": ("layerwise+ptqd", {}),
     "layerwise+d2_dpm": ("layerwise+d2_dpm", {}),
     "layerwise+tac": ("layerwise+tac", {}),
+    "rtn+ptqd": ("rtn+ptqd", {}),
+    "rtn+d2_dpm": ("rtn+d2_dpm", {}),
+    "rtn+tac": ("rtn+tac", {}),
     **{name: ("q_diffusion", options) for name, options in BY_BLOCKS.items()},
     **{
         name + STRAIGHT: ("q_diffusion", options | {"scale_gradient": "straight"})
