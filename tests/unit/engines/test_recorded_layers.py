@@ -6,6 +6,15 @@ spreads it. So every layer gets what the simulation gave it, and is held to a bo
     16 e s_a sum |a - z_a| |w|  roundings e = 2^-24 of scales, bias and whole sums behind an exact integer sum
     s_a sum over near |w|       inputs that float32 may take over the border of two levels, by one level each (OpenVINO
                                 multiplies by 1 / s_a where the simulation divides)
+
+In bfloat16, inputs are rounded before they are quantized, to multiples of h = 2^(e - 7) with 2^e <= |x| < 2^(e+1).
+Evenly spread, that moves x by h / 4 in the mean, and so over a border with probability h / (4 s_a), by one level.
+Rounding y itself adds u^2 y^2 / 3 at most, u = 2^-8. So the square of a layer's error, in the mean over its outputs, is
+held to
+
+    2 s_a^2 sum h / (4 s_a) w^2 + 2 u^2 / 3 (y_0^2 + y^2 + b^2)     y_0 before the bias b, y with it: each rounded twice
+
+with 2 for inputs that are copies of one another, as behind an up-sampling: they move together.
 """
 
 from __future__ import annotations
@@ -23,7 +32,7 @@ from stepquant import quantize, sample
 from stepquant.api import open_model
 from stepquant.calibrate.stages import FitInputRanges, FitWeightRanges, Place, Record, Select
 from stepquant.engines.base import engines, place
-from stepquant.engines.openvino import has_vnni
+from stepquant.engines.openvino import has_bf16, has_vnni
 from stepquant.model.clock import attach_clock, clock_of
 from stepquant.model.families import find_denoiser
 from stepquant.model.layer import QuantizedLayer, QuantizedMatmul
@@ -37,6 +46,9 @@ pytestmark = pytest.mark.skipif(not has_vnni(), reason="int8 layers need a proce
 STEPS = 3
 ROUNDINGS = 16
 CENTRE = 128
+SHORT_EPSILON = 2.0**-8
+"""Largest relative error of one rounding to bfloat16."""
+TOGETHER = 2
 FACES = Path(__file__).resolve().parents[3] / "benchmarks" / "faces64_model.py"
 
 Calls = dict[str, tuple[Tensor, ...]]
@@ -163,6 +175,65 @@ def check(pipe: Any, weights: int, engine: str) -> None:
     assert noticed > 0.9 * STEPS * len(taken)
 
 
+def short_operand(x: Tensor, quantizer: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """A layer's input on its grid, and the mean square of what rounding it to bfloat16 before that changes."""
+    assert isinstance(quantizer, InputQuantizer)
+    params = quantizer.current(x)
+    scale, zero_point = params.scale.double(), params.zero_point.double()
+    position = x.double() / scale
+    inside = (position + zero_point > -1) & (position + zero_point < 2 * CENTRE)
+    spacing = torch.where(x == 0, 0, 2.0 ** (torch.frexp(x.double()).exponent - 1 - 7))
+    return operand(x, quantizer)[0], TOGETHER * spacing / 4 * scale * inside
+
+
+def expected_and_mean_square(layer: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """What a layer returns by its definition, in float64, and the mean square of its error in bfloat16."""
+    rounding = 2 * SHORT_EPSILON**2 / 3
+    if isinstance(layer, QuantizedMatmul):
+        quantizers = (layer.input_quantizer, layer.second_quantizer)
+        (left, moved_left), (right, moved_right) = map(short_operand, given, quantizers)
+        expected = left @ right
+        moved = moved_left @ (right.square() + moved_right) + left.square() @ moved_right
+        return expected, moved + 2 * rounding * expected.square()
+    assert isinstance(layer, QuantizedLayer)
+    assert isinstance(layer.weight_quantizer, WeightQuantizer)
+    expected, _ = expected_and_bound(layer, given, borders=False)
+    values, moved = short_operand(given[0], layer.input_quantizer)
+    weight, run = layer.weight.double(), layer.geometry.apply
+    bare = run(values, weight, None)
+    squares = bare.square() + expected.square() + (expected - bare).square()
+    return expected, run(moved, weight.square(), None) + rounding * squares
+
+
+def check_short(pipe: Any, weights: int) -> None:
+    denoiser, steps = recorded(pipe, weights)
+    clock, layers = clock_of(denoiser), quantized_layers(denoiser)
+    assert clock is not None
+    apart = Apart(dict(layers))
+    attach_clock(apart, clock)
+    compiled, _ = place(apart, "openvino-bf16")
+    noticed = 0
+    for bin_, calls in steps:
+        given = [calls[name] for name in layers]
+        with torch.no_grad():
+            found = compiled(torch.zeros(1), timestep_in(clock, bin_), given)
+            other = compiled(torch.zeros(1), timestep_in(clock, (bin_ + 1) % STEPS), given)
+            clock.bin = torch.tensor([bin_])
+            for number, (name, layer) in enumerate(layers.items()):
+                expected, mean_square = expected_and_mean_square(layer, given[number])
+                error, wrong = ((one[number].double() - expected).square().mean() for one in (found, other))
+                assert float(error) <= float(mean_square.mean()), (name, bin_, float(error / mean_square.mean()))
+                noticed += float(wrong) > float(mean_square.mean())
+    assert noticed > 0.8 * STEPS * len(layers)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_bf16(), reason="the processor does not multiply bfloat16")
+@pytest.mark.parametrize("weights", [8, 4])
+def test_digits_in_bfloat16(weights: int) -> None:
+    check_short(open_model("digits-unet"), weights)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "weights"), [("openvino", 8), ("openvino", 4), ("onednn", 8), ("int_mm", 8)])
 def test_digits(engine: str, weights: int) -> None:
@@ -172,7 +243,7 @@ def test_digits(engine: str, weights: int) -> None:
 @pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("engine", ["openvino", "onednn"])
+@pytest.mark.parametrize("engine", ["openvino", "openvino-bf16", "onednn"])
 def test_faces(engine: str) -> None:
     spec = importlib.util.spec_from_file_location("faces64_model", FACES)
     assert spec is not None
@@ -181,4 +252,8 @@ def test_faces(engine: str) -> None:
     spec.loader.exec_module(model)
     if not model.WEIGHTS.exists():
         pytest.skip("the file of weights is not here")
-    check(model.faces64_pipeline(model.load_faces64()), 8, engine)
+    pipe = model.faces64_pipeline(model.load_faces64())
+    if engine == "openvino-bf16":
+        check_short(pipe, 8)
+    else:
+        check(pipe, 8, engine)
