@@ -23,6 +23,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from stepquant.report.figures import COLOURS, INK, as_svg, literal, unobtrusive
 
@@ -158,6 +159,7 @@ def _before_and_after(pairs: Pairs, colour: str) -> Figure:
     axes.plot(numbers, _positive(before), "o", color=INK, markersize=3, label="before")
     axes.plot(numbers, _positive(after), "o", color=colour, markersize=3.5, label="after")
     axes.set_xlabel("layers or blocks, in order", fontsize=9, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _logarithmic(axes, np.concatenate([before, after]))
     return figure
 
@@ -173,6 +175,7 @@ def _curves(curves: Mapping[str, Pairs], colour: str) -> Figure:
         across, up = np.asarray(points, dtype=float).T
         axes.plot(across, _positive(up), "-", color=shade, linewidth=1.3, label=literal(label) if label else None)
     axes.set_xlabel("iteration", fontsize=9, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _logarithmic(axes, np.concatenate([np.asarray(points, dtype=float)[:, 1] for points in curves.values()]))
     return figure
 
@@ -184,6 +187,7 @@ def _entropy(rounds: Pairs, colour: str) -> Figure:
     axes.plot(entropy, "-", color=colour, linewidth=1.3, label="entropy of the shares")
     axes.plot([], [], "o", color=INK, markersize=3, label="timestep chosen")  # for the legend
     axes.set_xlabel("round", fontsize=9, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("entropy, nats", fontsize=9, color=INK)
     beside = axes.twinx()
     beside.plot(timesteps, "o", color=INK, markersize=3, alpha=0.7)
