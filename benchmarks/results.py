@@ -4,6 +4,7 @@
     python benchmarks/results.py table --into docs/results.md
     python benchmarks/results.py pages --folder docs/methods
     python benchmarks/results.py memory [--methods "rtn;rtn+cec"]
+    python benchmarks/results.py grid [--methods "rtn;combined"] [--bits W4A8] --into FILE.png
 
 `run` appends one line per (bits, method, calibration seed) and skips what is there, so it can be killed and started
 again, and several parts can run side by side. Lines of other weights, revisions, budgets or numbers of images stay in
@@ -38,6 +39,7 @@ from stepquant.checkpoint import TENSORS_NAME
 from stepquant.evaluate.drift import measure_drift
 from stepquant.evaluate.features import DigitFeatures, weights_identity
 from stepquant.evaluate.frechet import FeatureStatistics, frechet_distance
+from stepquant.evaluate.images import to_grid
 from stepquant.evaluate.paired import PairedMetrics
 from stepquant.methods import ADD_ONS, METHODS, PRESETS
 from stepquant.model.correction import correction_of
@@ -155,6 +157,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn+ptqd": ("rtn+ptqd", {}),
     "rtn+d2_dpm": ("rtn+d2_dpm", {}),
     "rtn+tac": ("rtn+tac", {}),
+    "rtn+tac, gains at the input": ("rtn+tac", {"correction": {"target": "input"}}),
     **{name: ("q_diffusion", options) for name, options in BY_BLOCKS.items()},
     **{
         name + STRAIGHT: ("q_diffusion", options | {"scale_gradient": "straight"})
@@ -586,6 +589,24 @@ def baselines(names: set[str]) -> set[str]:
     return {"rtn", "layerwise", *bases, *(base for name, base in built_on.items() if any(name in one for one in bases))}
 
 
+def grid(args: argparse.Namespace) -> None:
+    """A picture: images of full precision, and of each method below them, at equal seeds."""
+    tune_allocator()
+    weights, activations = parse_bits(args.bits)
+    reference = Reference(args.model, args.images)
+    rows = [reference.images]
+    for variant in args.methods.split(";"):
+        recipe = recipe_of(variant, weights, activations, settings(variant, args.evaluations))
+        quantized = quantize(
+            reference.pipe, recipe, steps=STEPS, arguments=reference.arguments, run=Run(seed=args.seed)
+        )
+        rows.append(reference.sampled(quantized.pipe))
+        print(variant, reference.compare(quantized.pipe), flush=True)
+    picture = to_grid(torch.cat(rows), args.images)
+    picture = picture.convert("L") if reference.images.shape[1] == 1 else picture
+    picture.resize((2 * picture.width, 2 * picture.height), 0).save(args.into, optimize=True)
+
+
 def memory(args: argparse.Namespace) -> None:
     """Largest resident set of a short calibration, above that with the model opened and sampled, in MiB."""
     for variant in args.methods.split(";"):
@@ -641,12 +662,21 @@ def main() -> None:
     fourth.add_argument("--json", type=Path, default=ROWS)
     fourth.add_argument("--model", default="digits-unet")
     fourth.add_argument("--folder", type=Path, default=Path("docs/methods"))
+    fifth = commands.add_parser("grid")
+    fifth.add_argument("--model", default="digits-unet")
+    fifth.add_argument("--bits", default="W4A8")
+    fifth.add_argument("--methods", default="rtn;q_diffusion;accuquant identity M=5;combined")
+    fifth.add_argument("--seed", type=int, default=0)
+    fifth.add_argument("--evaluations", type=int, default=8000)
+    fifth.add_argument("--images", type=int, default=16)
+    fifth.add_argument("--into", type=Path, required=True)
     for name in ("memory", "memory-of"):
         third = commands.add_parser(name)
         third.add_argument("--model", default="digits-unet")
         third.add_argument("--methods", default=";".join(DEFAULT))
     args = parser.parse_args()
-    {"run": run, "table": table, "pages": pages, "memory": memory, "memory-of": memory_of}[args.command](args)
+    known = {"run": run, "table": table, "pages": pages, "grid": grid, "memory": memory, "memory-of": memory_of}
+    known[args.command](args)
 
 
 if __name__ == "__main__":
