@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib.resources
 import inspect
+import io
 import json
 import logging
 import math
@@ -772,11 +773,13 @@ def _digest(*modules: nn.Module) -> str:
     for module in modules:
         for key, tensor in module.state_dict().items():
             digest.update(key.encode())
-            try:
+            plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+            if plain and not tensor.is_quantized:
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-            except (RuntimeError, TypeError, AttributeError, NotImplementedError):
-                # Others' formats, and what is no tensor at all, need not have bytes that torch can show.
-                digest.update(repr(tensor).encode())
+            else:  # others' formats, and extra state that is no tensor, as they would be saved
+                whole = io.BytesIO()
+                torch.save(tensor, whole)
+                digest.update(whole.getvalue())
     return digest.hexdigest()
 
 

@@ -18,6 +18,7 @@ import tiny
 from stepquant.api import (
     Compensated,
     Quantized,
+    _digest,
     calibrations_of,
     compensate,
     load,
@@ -762,3 +763,37 @@ def test_recording_is_that_of_quantize() -> None:
         pipe_of(), Recipe("one", (Record(2, 2), *rtn(**SETTINGS).stages[1:])), steps=STEPS, run=Run(seed=1)
     )
     assert made.figures[0]["seeds"] == within.figures[0]["seeds"]
+
+
+class WithExtraState(nn.Module):
+    """Keeps something that is no tensor of torch's own beside its weights, as other software's formats do."""
+
+    def __init__(self, levels: Tensor) -> None:
+        super().__init__()
+        self.levels = {"levels": levels}
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        return self.levels
+
+
+def test_all_of_a_foreign_state_tells_candidates_apart() -> None:
+    """A value in the middle of thousands, which no summary shows."""
+    levels = torch.zeros(5_000)
+    other = levels.clone()
+    other[2_500] = 1
+    one, again, another = (_digest(WithExtraState(each)) for each in (levels, levels.clone(), other))
+    assert one == again
+    assert one != another
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # deprecated, and still in candidates
+@pytest.mark.parametrize("kind", ["quantized", "sparse"])
+def test_tensors_without_bytes_of_their_own_are_told_apart(kind: str) -> None:
+    found = []
+    for value in (1.0, 2.0):
+        module = nn.Module()
+        values = torch.full((3,), value)
+        special = torch.quantize_per_tensor(values, 0.5, 0, torch.qint8) if kind == "quantized" else values.to_sparse()
+        module.register_buffer("special", special)
+        found.append(_digest(module))
+    assert found[0] != found[1]
