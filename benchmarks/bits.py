@@ -36,9 +36,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from faces64_model import open_by_name
 
 from stepquant.allocator import tune_allocator
-from stepquant.api import open_model
 from stepquant.calibrate.allocation import Allocate, allocated
 from stepquant.calibrate.sensitivity import final_drift
 from stepquant.calibrate.stages import Record, calibration_seeds
@@ -67,14 +67,6 @@ QUICK: dict[str, Any] = {
     "projections": 4,
     "refine": 0,
 }
-
-
-def open_by_name(name: str, weights: Path | None) -> Any:
-    if name != "faces64":
-        return open_model(name)
-    from faces64_model import WEIGHTS, faces64_pipeline, load_faces64  # needs weights that are not shipped
-
-    return faces64_pipeline(load_faces64(WEIGHTS if weights is None else weights))
 
 
 def settings(args: argparse.Namespace, method: str) -> dict[str, Any]:

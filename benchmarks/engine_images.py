@@ -28,11 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from faces64_model import Faces64, faces64_pipeline, field_colours, load_faces64
 from torch import Tensor, nn
 
 from stepquant.allocator import tune_allocator
 from stepquant.api import load, open_model, quantize, sample
-from stepquant.evaluate.features import DigitFeatures, Features, ModuleFeatures
+from stepquant.evaluate.features import DigitFeatures, Features
 from stepquant.evaluate.frechet import FeatureStatistics, frechet_distance
 from stepquant.evaluate.paired import PairedMetrics
 from stepquant.methods import METHODS
@@ -104,10 +105,7 @@ def _opened(model: str) -> tuple[Any, Features, nn.Module | None]:
     """The full-precision pipeline, what sees its images, and the denoiser that `load` needs for plain modules."""
     if model == "digits-unet":
         return open_model(model), DigitFeatures(), None
-    from faces64_model import Faces64, faces64_pipeline, load_faces64
-
-    fields = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten()).eval()
-    return faces64_pipeline(load_faces64()), ModuleFeatures(fields, "colours of 4 x 4 fields", dim=48), Faces64()
+    return faces64_pipeline(load_faces64()), field_colours(), Faces64()
 
 
 def _compared(images: dict[str, Tensor], features: Features) -> dict[str, Any]:

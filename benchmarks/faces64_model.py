@@ -17,10 +17,12 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from stepquant.api import open_model
+from stepquant.evaluate.features import Features, ModuleFeatures
 from stepquant.model.layer import Matmul
 from stepquant.model.pipeline import DenoiserPipeline
 
-__all__ = ["WEIGHTS", "Faces64", "faces64_pipeline", "load_faces64"]
+__all__ = ["WEIGHTS", "Faces64", "faces64_pipeline", "field_colours", "load_faces64", "open_by_name"]
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "models" / "faces64_u8.safetensors"
 
@@ -171,3 +173,16 @@ def faces64_pipeline(denoiser: nn.Module) -> DenoiserPipeline:
         num_train_timesteps=TRAINING_STEPS, beta_schedule="squaredcos_cap_v2", clip_sample=True, set_alpha_to_one=True
     )
     return DenoiserPipeline(denoiser, scheduler, (3, 64, 64), max_timestep=LAST_SAFE_TIMESTEP)
+
+
+def open_by_name(name: str, weights: Path | None = None) -> Any:
+    """`faces64`, which needs weights that are not shipped, or what `open_model` takes."""
+    if name != "faces64":
+        return open_model(name)
+    return faces64_pipeline(load_faces64(WEIGHTS if weights is None else weights))
+
+
+def field_colours() -> Features:
+    """What Fréchet distances of these images see: colours averaged over 4 x 4 fields, 48 numbers."""
+    fields = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten()).eval()
+    return ModuleFeatures(fields, "colours of 4 x 4 fields", dim=48)

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from faces64_model import open_by_name
 
 from stepquant.allocator import tune_allocator
-from stepquant.api import open_model, quantize
+from stepquant.api import quantize
 from stepquant.calibrate.propagation import MODES, propagate
 from stepquant.calibrate.trajectory import record, seal
 from stepquant.methods import METHODS
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     tune_allocator()
-    pipe = _pipe(args.model)
+    pipe = open_by_name(args.model)
     _, full_precision = find_denoiser(pipe)
     full_precision.eval()
     seeds = list(range(EVALUATION_SEED, EVALUATION_SEED + args.images))
@@ -69,14 +70,6 @@ def main() -> None:
         }
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def _pipe(model: str) -> Any:
-    if model != "faces64":
-        return open_model(model)
-    from faces64_model import WEIGHTS, faces64_pipeline, load_faces64
-
-    return faces64_pipeline(load_faces64(WEIGHTS))
 
 
 def _line(args: argparse.Namespace, result: dict[str, Any]) -> str:

@@ -10,7 +10,8 @@
 again, and several parts can run side by side. Lines of other weights, revisions, budgets or numbers of images stay in
 the file; `table` shows those of the present revision that agree with the last line. The rows that the pages show are in
 `benchmarks/results.jsonl`, part of the repository. Every learning method gets the same number of network evaluations
-(`--evaluations`, forward passes of one image; a backward pass counts as two).
+(`--evaluations`, forward passes of one image; a backward pass counts as two). `--model faces64` needs weights that are
+not part of the repository, and has its own, smaller numbers (`CASES`).
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from faces64_model import field_colours, open_by_name
 
 from stepquant.allocator import tune_allocator
-from stepquant.api import Quantized, compensate, open_model, quantize, sample
+from stepquant.api import Quantized, compensate, quantize, sample
 from stepquant.calibrate import ranges
 from stepquant.calibrate.trajectory import record, seal
 from stepquant.checkpoint import TENSORS_NAME
@@ -67,14 +70,38 @@ OLDER = 'Of an older revision (CHANGELOG.md, "Numbers changed"): not measured ag
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 MOST_BITS = 8
-STEPS = 20
-SAMPLES = 64
-BATCH = 8
 EVALUATION_SEED = 1000
-DRIFT_IMAGES = 64
 
-ARGUMENTS: dict[str, dict[str, Any]] = {"digits-dit": {"guidance_scale": 1.5}}
-"""Of the pipeline's call, by model. Its classes follow from the seeds."""
+
+@dataclass(frozen=True)
+class Case:
+    """What a model is calibrated with and judged on."""
+
+    steps: int = 20
+    samples: int = 64
+    """Images of calibration, and `batch` of them at a time."""
+    batch: int = 8
+    judged: int = 32
+    """Images on which a method compares what it made with what it had."""
+    evaluations: int = 8000
+    """Of the network, for learning by gradients; `--evaluations` has another number."""
+    images: int = 128
+    """Held out, and `drift_images` of them for drift; `--images` has another number."""
+    drift_images: int = 64
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Of the pipeline's call. Classes follow from the seeds."""
+
+
+CASES = {
+    "digits-dit": Case(arguments={"guidance_scale": 1.5}),
+    "faces64": Case(steps=12, samples=8, batch=4, judged=8, evaluations=2400, images=16, drift_images=8),
+}
+"""Where a model has its own."""
+
+
+def case_of(model: str) -> Case:
+    return CASES.get(model, Case())
+
 
 ACCUQUANT: dict[str, Any] = {
     "gradient": "identity",
@@ -117,6 +144,9 @@ BLOCKS: dict[str, Any] = {"blocks": 2 / 3}
 
 BRANCHED: dict[str, Any] = STATIC | {"low_rank": 8}
 """The same with a branch of low rank beside every weight."""
+
+FEW_SAMPLES: dict[str, Any] = {"rounds": 2, "focus": 12}
+"""A search of 2 * (20 + 12) mini-batches of 8 samples, of which the choice of timesteps decides 24."""
 
 CORRECTIONS: dict[str, dict[str, Any]] = {
     "bias": {"estimator": "bias"},
@@ -182,6 +212,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         f"adp_dm, layers first, timesteps by {choose}": ("adp_dm", {"rounding": "layers", "choose": choose})
         for choose in ("count", "mmd", "random")
+    },
+    **{
+        f"adp_dm, layers first, 512 samples{name}": ("adp_dm", {"rounding": "layers"} | FEW_SAMPLES | options)
+        for name, options in (("", {}), (", timesteps by random", {"choose": "random"}))
     },
     **{
         f"accuquant {gradient} M={window}{extra}": (
@@ -253,7 +287,7 @@ LR_WEIGHTS = 1e-2
 """Adam's rate for rounding variables, the same for all methods: few iterations need a higher one than the papers'."""
 
 
-def settings(variant: str, evaluations: int) -> dict[str, Any]:
+def settings(variant: str, evaluations: int, case: Case) -> dict[str, Any]:
     """Keyword arguments of a variant that spends `evaluations` on learning by gradients.
 
     A block-wise iteration costs 3 * batch (forward 1, backward 2, once through all units), and so does an iteration
@@ -269,8 +303,10 @@ def settings(variant: str, evaluations: int) -> dict[str, Any]:
     whole, given = VARIANTS[variant]
     method = whole.partition("+")[0]
     options = {name: value for name, value in given.items() if name not in ("blocks", "correction")}
-    common = {"samples": SAMPLES, "batch": BATCH, "samples_per_step": 8}
-    iterations = evaluations // (3 * BATCH)
+    if options.get("judged"):
+        options["judged"] = case.judged
+    common = {"samples": case.samples, "batch": case.batch, "samples_per_step": 8}
+    iterations = evaluations // (3 * case.batch)
     if method in ("rtn", "layerwise"):
         return common | options | ({} if method == "rtn" else {"together": 4})
     if method in ("q_diffusion", "gac"):
@@ -286,11 +322,11 @@ def settings(variant: str, evaluations: int) -> dict[str, Any]:
         return common | own | options
     if method == "adp_dm":
         # A round of the search walks along all steps and 4 times along one.
-        rounds = max(1, evaluations // (3 * BATCH * (STEPS + 4)))
+        rounds = max(1, evaluations // (3 * case.batch * (case.steps + 4)))
         searching = {"rounds": rounds, "lr_logits": 0.2, "prior": 2.0, "target": "full_precision"}
         return common | searching | {"together": 4} | options
     if method not in ("accuquant", "combined"):
-        own = PRESETS[method]["quick"] | {"samples": SAMPLES}
+        own = PRESETS[method]["quick"] | {"samples": case.samples}
         return own | ({"iterations": iterations} if "iterations" in own else {}) | options
     share = given.get("blocks", 0)
     blocks = {"block_iterations": int(share * iterations), "block_lr": LR_WEIGHTS}
@@ -299,17 +335,17 @@ def settings(variant: str, evaluations: int) -> dict[str, Any]:
     if method == "combined":
         own = {"scale_iterations": 0, "search_rounds": 4, "compensation": False, "sample_weights": False}
         window = options.get("window", 5)
-        own |= {"window": window, "window_iterations": _windows(evaluations, window, 4, options["free_run"])}
+        own |= {"window": window, "window_iterations": _windows(evaluations, window, 4, options["free_run"], case)}
         return common | learning | own | options
     passes = 3 if options["gradient"] == "per_step" else 4
-    iterations = _windows(evaluations, options["window"], passes, options["free_run"])
+    iterations = _windows(evaluations, options["window"], passes, options["free_run"], case)
     windows = {"layer_rounding": True, "iterations": iterations}
     return common | learning | windows | options
 
 
-def _windows(evaluations: int, window: int, passes: int, free_run: float) -> int:
+def _windows(evaluations: int, window: int, passes: int, free_run: float, case: Case) -> int:
     """Iterations of windows: a free-run start walks from the noise, forward only, half of the steps on average."""
-    return int(evaluations / (BATCH * (passes * window + free_run * (STEPS - window) / 2)))
+    return int(evaluations / (case.batch * (passes * window + free_run * (case.steps - window) / 2)))
 
 
 def recipe_of(variant: str, weights: int | None, activations: int | None, options: Mapping[str, Any]) -> Recipe:
@@ -325,49 +361,54 @@ class Reference:
 
     def __init__(self, model: str, images: int) -> None:
         began = time.perf_counter()
-        self.pipe, self.arguments = open_model(model), ARGUMENTS.get(model, {})
+        self.pipe, self.case = open_by_name(model), case_of(model)
         self.seeds = list(range(EVALUATION_SEED, EVALUATION_SEED + images))
-        self.features = DigitFeatures()
+        self.features = field_colours() if model == "faces64" else DigitFeatures()
         self.images = self.sampled(self.pipe)
         _, denoiser = find_denoiser(self.pipe)
         self.weights = weights_identity(denoiser)[:12]
         recorded = record(
             self.pipe,
             denoiser,
-            seeds=self.seeds[:DRIFT_IMAGES],
-            steps=STEPS,
+            seeds=self.seeds[: self.case.drift_images],
+            steps=self.case.steps,
             batch_size=32,
-            arguments=self.arguments,
+            arguments=self.case.arguments,
             run=Run(),
         )
         self.trajectories = [seal(trajectory) for trajectory in recorded]
-        data = FeatureStatistics.from_moments(*self.features.data_statistics())
-        self.frechet_to_data = frechet_distance(self.statistics(self.images), data)
+        self.frechet_to_data = self.to_data(self.statistics(self.images))
         self.seconds = time.perf_counter() - began
 
     def sampled(self, pipe: Any) -> torch.Tensor:
-        return sample(pipe, seeds=self.seeds, steps=STEPS, batch_size=32, arguments=self.arguments)
+        case = self.case
+        return sample(pipe, seeds=self.seeds, steps=case.steps, batch_size=32, arguments=case.arguments)
 
     def statistics(self, images: torch.Tensor) -> FeatureStatistics:
         found = FeatureStatistics(self.features.dim)
         found.update(self.features(images))
         return found
 
-    def compare(self, pipe: Any) -> dict[str, float]:
+    def to_data(self, own: FeatureStatistics) -> float | None:
+        """The Fréchet distance to real images; None where there are none at hand."""
+        if not isinstance(self.features, DigitFeatures):
+            return None
+        return frechet_distance(own, FeatureStatistics.from_moments(*self.features.data_statistics()))
+
+    def compare(self, pipe: Any) -> dict[str, float | None]:
         images = self.sampled(pipe)
         paired = PairedMetrics()
         paired.update(images, self.images)
         result = paired.result()
         _, denoiser = find_denoiser(pipe)
         drift = measure_drift(denoiser, self.trajectories, correction_of(pipe.scheduler))
-        data = FeatureStatistics.from_moments(*self.features.data_statistics())
         own = self.statistics(images)
         return {
             "psnr": result.psnr.mean,
             "ssim": result.ssim.mean,
             "mae": result.mae.mean,
             "frechet_to_fp": frechet_distance(own, self.statistics(self.images)),
-            "frechet_to_data": frechet_distance(own, data),
+            "frechet_to_data": self.to_data(own),
             "drift_final": drift.accumulated[-1],
             "coherent": drift.coherent[-1],
             "incoherent": drift.incoherent[-1],
@@ -392,6 +433,8 @@ def run(args: argparse.Namespace) -> None:
         for bits in args.bits.split(",")
         for base in bases
     ]
+    case = case_of(args.model)
+    args.evaluations, args.images = args.evaluations or case.evaluations, args.images or case.images
     reference = Reference(args.model, args.images)
     for number, (bits, base, seed) in enumerate(wanted):
         variants = [name for name in (base, f"{base}+cec") if name in asked]
@@ -399,10 +442,10 @@ def run(args: argparse.Namespace) -> None:
             continue
         began = time.perf_counter()
         weights, activations = parse_bits(bits)
-        options = settings(base, args.evaluations)
+        options = settings(base, args.evaluations, case)
         recipe = recipe_of(base, weights, activations, options)
         options |= {key: value for key, value in VARIANTS[base][1].items() if key == "correction"}
-        quantized = quantize(reference.pipe, recipe, steps=STEPS, arguments=reference.arguments, run=Run(seed=seed))
+        quantized = quantize(reference.pipe, recipe, steps=case.steps, arguments=case.arguments, run=Run(seed=seed))
         spent, pipe = _evaluations(quantized.figures), quantized.pipe
         seconds = time.perf_counter() - began
         share = share_of_bytes(quantized, reference)
@@ -414,10 +457,10 @@ def run(args: argparse.Namespace) -> None:
                 fitted = compensate(
                     pipe,
                     reference.pipe,
-                    steps=STEPS,
-                    samples=SAMPLES,
+                    steps=case.steps,
+                    samples=case.samples,
                     batch=16,
-                    arguments=reference.arguments,
+                    arguments=case.arguments,
                     run=Run(seed=seed),
                     **CORRECTION,
                 )
@@ -451,8 +494,8 @@ def _keep(args: argparse.Namespace, reference: Reference, row: dict[str, Any], p
         "model": args.model,
         "weights": reference.weights,
         "revision": revision_of(row["bits"], row["method"]),
-        "steps": STEPS,
-        "arguments": reference.arguments,
+        "steps": reference.case.steps,
+        "arguments": reference.case.arguments,
         "n": args.images,
         "evaluation_seeds": [reference.seeds[0], reference.seeds[-1]],
         "reference_frechet_to_data": reference.frechet_to_data,
@@ -572,7 +615,7 @@ def pages(args: argparse.Namespace) -> None:
         elif args.model in parts and OLDER not in parts[args.model]:
             first, _, rest = parts[args.model].partition("\n")
             parts[args.model] = f"{first} {OLDER}\n{rest}"
-        ordered = [parts[model] for model in ("digits-unet", "digits-dit") if model in parts]
+        ordered = [parts[model] for model in ("digits-unet", "digits-dit", "faces64") if model in parts]
         put(page, "\n\n".join(ordered) or "Not measured yet.", "<!-- figures -->", "<!-- /figures -->")
 
 
@@ -593,12 +636,13 @@ def grid(args: argparse.Namespace) -> None:
     """A picture: images of full precision, and of each method below them, at equal seeds."""
     tune_allocator()
     weights, activations = parse_bits(args.bits)
+    case = case_of(args.model)
     reference = Reference(args.model, args.images)
     rows = [reference.images]
     for variant in args.methods.split(";"):
-        recipe = recipe_of(variant, weights, activations, settings(variant, args.evaluations))
+        recipe = recipe_of(variant, weights, activations, settings(variant, args.evaluations, case))
         quantized = quantize(
-            reference.pipe, recipe, steps=STEPS, arguments=reference.arguments, run=Run(seed=args.seed)
+            reference.pipe, recipe, steps=case.steps, arguments=case.arguments, run=Run(seed=args.seed)
         )
         rows.append(reference.sampled(quantized.pipe))
         print(variant, reference.compare(quantized.pipe), flush=True)
@@ -616,14 +660,14 @@ def memory(args: argparse.Namespace) -> None:
 
 
 def memory_of(args: argparse.Namespace) -> None:
-    pipe, variant = open_model(args.model), args.methods
-    sample(pipe, seeds=list(range(BATCH)), steps=2, batch_size=BATCH)
+    pipe, variant, case = open_by_name(args.model), args.methods, case_of(args.model)
+    sample(pipe, seeds=list(range(case.batch)), steps=2, batch_size=case.batch)
     base = variant.removesuffix("+cec")
     # Long enough for every stage to reach its peak; iterations after the first do not add to it.
-    recipe = recipe_of(base, 4, 8, settings(base, 1500))
+    recipe = recipe_of(base, 4, 8, settings(base, 1500, case))
     recipe = recipe if base == variant else recipe.then(*ADD_ONS["cec"](**CORRECTION))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    quantize(pipe, recipe, steps=STEPS, run=Run())
+    quantize(pipe, recipe, steps=case.steps, run=Run())
     print(round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
 
 
@@ -642,8 +686,8 @@ def main() -> None:
     first.add_argument("--bits", default=",".join(BITS))
     first.add_argument("--methods", default=";".join(DEFAULT))
     first.add_argument("--seeds", default="0,1,2")
-    first.add_argument("--evaluations", type=int, default=8000)
-    first.add_argument("--images", type=int, default=128)
+    first.add_argument("--evaluations", type=int, help="of the network, for learning by gradients")
+    first.add_argument("--images", type=int, help="held out")
     first.add_argument("--part", default="1/1")
     first.add_argument("--json", type=Path, default=ROWS)
     second = commands.add_parser("table")

@@ -200,6 +200,9 @@ def test_overwrite_starts_anew(stepquant: Stepquant, here: Path) -> None:
     work.mkdir()
     (work / "evaluation.json").write_text("{}")
     assert stepquant("images", "--against", "images")[0] == 2
+    assert stepquant("images", "--against", "images", "--overwrite", "--fail-if", "lpips>0.1")[0] == 2
+    assert stepquant("images", "--against", "nowhere", "--overwrite")[0] != 0
+    assert work.exists(), "what is refused costs nothing that was measured"
     assert stepquant("images", "--against", "images", "--overwrite")[0] == 0
     assert written(here) == ["images.evaluation.json"]
 

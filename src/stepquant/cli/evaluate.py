@@ -86,8 +86,6 @@ def evaluate(
     gates = parse_gates(measuring.gates, METRICS)
     refuse_unwritable_json(json_target)
     processes = joined()
-    if measuring.overwrite:
-        processes.from_first(lambda: discard(_evaluation_work(candidate)))
     try:
         results = measure(candidate, against, sampling, settings, measuring)
     except NotFiniteImages as error:
@@ -167,6 +165,8 @@ def measure(
         **({} if sampling.onto is None else {"onto": str(sampling.onto)}),
     }
     work, processes = _evaluation_work(candidate), joined()
+    if measuring.overwrite:  # only now: what was mistyped has been refused by here, and costs nothing that was measured
+        processes.from_first(lambda: discard(work))
     with (
         _evaluation_kept(work) if processes.first else nullcontext(),
         interruptible(f"What is measured so far is in {work}; go on with the same command and --resume."),

@@ -125,8 +125,9 @@ def load_png_folder(folder: Path) -> tuple[list[int], Tensor]:
     Files that do not end in `.png` or `.PNG` are passed over, and so is `grid.png`. Grey images have one channel, RGB
     images three.
 
-    Raises EvaluationError: no such folder, no PNG files, a name that is not a seed, a seed that is there twice, a file
-    that is not a readable 8-bit grey or RGB image, or images of different sizes or channels.
+    Raises EvaluationError: no such folder, no PNG files, a name that is not a seed, a seed that is there twice or that
+    only an image of another kind has, a file that is not a readable 8-bit grey or RGB image, or images of different
+    sizes or channels.
     """
     by_seed = paths_by_seed(folder)
     seeds = sorted(by_seed)
@@ -143,9 +144,13 @@ def png_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".png")
 
 
+def _others(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _OTHER_KINDS)
+
+
 def other_images(folder: Path) -> str:
     """A sentence about images of other kinds in a folder, and how to convert them; empty if there are none."""
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _OTHER_KINDS)
+    found = _others(folder)
     if not found:
         return ""
     pattern = json.dumps(str(Path(glob.escape(str(folder))) / f"*{found[0].suffix}"), ensure_ascii=False)
@@ -163,7 +168,8 @@ def other_images(folder: Path) -> str:
 def paths_by_seed(folder: Path) -> dict[int, Path]:
     """The images of a folder by the seed in their names: `000017.png`, `sample-17.png`.
 
-    Raises EvaluationError: no such folder, no PNG files, a name without a seed or with several numbers, a seed twice.
+    Raises EvaluationError: no such folder, no PNG files, a name without a seed or with several numbers, a seed twice,
+    a seed that only an image of another kind has.
     """
     if not folder.is_dir():
         raise EvaluationError(f"{folder} is not a folder: expected one with images like 000017.png.")
@@ -182,6 +188,13 @@ def paths_by_seed(folder: Path) -> dict[int, Path]:
         by_seed[seed] = path
     if not by_seed:
         raise EvaluationError(f"{folder} has no PNG files: expected images like 000017.png.{other_images(folder)}")
+    for path in _others(folder):
+        named = _SEED_NAME.fullmatch(path.stem)
+        if named and int(named[1]) not in by_seed:
+            raise EvaluationError(
+                f"{folder} has seed {int(named[1])} as {path.name} only, which would be passed over."
+                f"{other_images(folder)}"
+            )
     return by_seed
 
 

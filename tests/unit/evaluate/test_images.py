@@ -137,6 +137,9 @@ def test_a_folder_of_images_of_other_kinds(suffix: str, tmp_path: Path) -> None:
     subprocess.run([sys.executable, *command[1:]], check=True)
     seeds, found = load_png_folder(folder)
     assert (seeds, tuple(found.shape)) == ([3, 17], (2, 3, 4, 4))
+    (folder / "000017.png").unlink()
+    with pytest.raises(EvaluationError, match=rf"has seed 17 as 000017\{suffix} only.* Expected PNG"):
+        load_png_folder(folder)
 
 
 def test_a_folder_with_nothing_but_the_grid(tmp_path: Path) -> None:
@@ -178,7 +181,7 @@ def test_damaged_file(cut: int, tmp_path: Path) -> None:
 
 
 def test_names_in_upper_case(tmp_path: Path) -> None:
-    for name in ("3.png", "4.PNG", "Grid.PNG", ".5.PNG", "6.jpg"):
+    for name in ("3.png", "4.PNG", "Grid.PNG", ".5.PNG", "4.jpg"):
         save(tmp_path, "x.png")
         (tmp_path / "x.png").rename(tmp_path / name)
     assert list(paths_by_seed(tmp_path)) == [3, 4]
