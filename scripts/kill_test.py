@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Kill `stepquant quantize` and `evaluate` again and again, go on with `--resume`, and compare with undisturbed runs.
+"""Kill `stepquant quantize`, `evaluate` and `compensate` again and again, go on with `--resume`, and compare.
 
     .venv/bin/python scripts/kill_test.py --kills 50
 
 A process that has imported everything is forked for each run, so a run costs seconds; the kills are SIGKILL all the
 same. They come in two ways: at random times, and right after a file or folder was renamed (counted, so that every place
 where a run commits to something is hit), which times alone would hardly ever meet. Compared are all bytes of the
-checkpoint but the date, the settings, the figures but the seconds, and the evaluation; and that nothing else is left.
+checkpoint but the date, the settings, the figures but the seconds, and the evaluation, with those of undisturbed runs;
+and that nothing else is left.
 
 Exits with 1 and says what differs if a run does not end as the undisturbed one did.
 """
@@ -53,7 +54,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="stepquant-kill-") as name:
         folder = Path(name)
         make_model(folder, short=options.short)
-        tasks = [Quantize(folder)] if options.short else [Quantize(folder), Evaluate(folder)]
+        tasks: list[Task] = [Quantize(folder), Compensate(folder)]
+        if not options.short:
+            tasks.insert(1, Evaluate(folder))
         for task in tasks:
             chance = random.Random(options.seed)
             took = undisturbed(task)
@@ -97,17 +100,7 @@ class Quantize(Task):
 
     def contents(self) -> dict[str, Any]:
         """The checkpoint's bytes, the settings and the figures."""
-        root = self.folder / "out"
-        found: dict[str, Any] = {
-            str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
-        }
-        manifest = json.loads(found["stepquant.json"])
-        del manifest["created"]
-        found["stepquant.json"] = manifest
-        found["settings"] = (self.folder / "out.run.yaml").read_text()
-        lines = [json.loads(line) for line in (self.folder / "out.figures.jsonl").read_text().splitlines()]
-        found["figures"] = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-        return found
+        return checkpoint_of(self.folder / "out") | {"settings": (self.folder / "out.run.yaml").read_text()}
 
     def clear(self) -> None:
         """Remove the checkpoint and what is beside it."""
@@ -134,12 +127,53 @@ class Evaluate(Task):
         (self.folder / "out.evaluation.json").unlink()
 
 
+class Compensate(Task):
+    """Of the checkpoint that `Quantize` left last. May differ: the date and the seconds."""
+
+    name = "compensate"
+    arguments = (
+        *("compensate", "out", "-o", "corrected", "--calibration-samples", "4", "--batch-size", "2"),
+        *("--resume", "--quiet"),
+    )
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What the tasks before have left stays."""
+        made = ("corrected", "corrected.figures.jsonl", "corrected.compensate.json")
+        return (*(name for name in Evaluate.files if (self.folder / name).exists()), *made)
+
+    def contents(self) -> dict[str, Any]:
+        """The checkpoint's bytes, the settings and the figures."""
+        settings = (self.folder / "corrected.compensate.json").read_text()
+        return checkpoint_of(self.folder / "corrected") | {"settings": settings}
+
+    def clear(self) -> None:
+        """Remove the corrected checkpoint and what is beside it."""
+        shutil.rmtree(self.folder / "corrected")
+        for name in ("corrected.figures.jsonl", "corrected.compensate.json"):
+            (self.folder / name).unlink()
+
+
+def checkpoint_of(root: Path) -> dict[str, Any]:
+    """The bytes of a checkpoint but its date, and its figures but their seconds."""
+    found: dict[str, Any] = {
+        str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
+    }
+    manifest = json.loads(found["stepquant.json"])
+    del manifest["created"], found["stepquant.json.sha256"]
+    lines = root.with_name(f"{root.name}.figures.jsonl").read_text().splitlines()
+    figures = [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    return found | {"stepquant.json": manifest, "figures": figures}
+
+
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Kill quantize at many points; see the head of this file.")
     parser.add_argument("--kills", type=int, default=50, help="kills at random times")
     parser.add_argument("--renames", type=int, default=50, help="kills right after a rename")
-    parser.add_argument("--short", action="store_true", help="only quantize, in a second: for continuous integration")
+    parser.add_argument(
+        "--short", action="store_true", help="a smaller model, without evaluate: for continuous integration"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the points")
     return parser.parse_args()
 
@@ -150,6 +184,7 @@ def import_everything() -> None:
 
     torch.set_num_threads(1)
     import stepquant.api
+    import stepquant.cli.compensate
     import stepquant.cli.evaluate  # noqa: F401
 
 

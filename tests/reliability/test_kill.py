@@ -23,5 +23,6 @@ def test_a_killed_run_ends_with_the_same_bytes() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "quantize, 2 kills at random times: the same bytes and figures" in done.stdout
-    assert "quantize, 12 kills after a rename: the same bytes and figures" in done.stdout
+    for command in ("quantize", "compensate"):
+        assert f"{command}, 2 kills at random times: the same bytes and figures" in done.stdout
+        assert f"{command}, 12 kills after a rename: the same bytes and figures" in done.stdout

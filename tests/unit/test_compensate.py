@@ -628,6 +628,48 @@ def test_an_interrupted_command_goes_on_with_resume(
     assert not work.exists()
 
 
+def test_a_command_that_was_stopped_after_saving_is_concluded_by_resume(
+    run: RunCommand, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base, out, work = tmp_path / "base", tmp_path / "out", tmp_path / "out.work"
+    DDIMPipeline(tiny.tiny_unet(), DDIMScheduler(clip_sample=False)).save_pretrained(base)
+    quantize(open_model(str(base)), rtn(weights=3, activations=8, samples=4), steps=STEPS, base_model=str(base)).save(
+        tmp_path / "q"
+    )
+    command = ["compensate", tmp_path / "q", "-o", out, "--calibration-samples", "4", "--batch-size", "2"]
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise CalibrationError("nothing is left to compute.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stepquant.cli.compensate.write_figures", interrupt)
+        assert run(*command)[0] == 130
+    assert out.exists()
+    assert work.exists()
+    saved = (out / "stepquant.json").read_bytes()
+    monkeypatch.setattr("stepquant.api.compensate", fail)
+    status, _, err = run(*command)
+    assert status == 2
+    assert "exists already" in err.replace("\n", " ")
+    status, _, err = run(*command, "--resume", "--seed", "3")
+    assert status == 2
+    assert "exists already" in err.replace("\n", " ")
+    assert work.exists(), "what was refused changed nothing"
+    for _ in range(2):  # the second time, everything had been there
+        status, text, err = run(*command, "--resume")
+        assert status == 0, err
+        assert "nothing was left to do" in text.replace("\n", " ")
+        assert not work.exists()
+    assert (out / "stepquant.json").read_bytes() == saved
+    assert json.loads((tmp_path / "out.compensate.json").read_text())["samples"] == 4
+    figures = [json.loads(line) for line in (tmp_path / "out.figures.jsonl").read_text().splitlines()]
+    assert [entry["stage"] for entry in figures] == ["Record", "Compensate"]
+    assert json.loads(run(*command, "--resume", "--json", "-")[1])["figures"] == figures
+
+
 def test_the_command_corrects_a_folder_of_others(run: RunCommand, tmp_path: Path) -> None:
     base, rounded, out = tmp_path / "base", tmp_path / "rounded", tmp_path / "out"
     pipe = DDIMPipeline(tiny.tiny_unet(), DDIMScheduler(clip_sample=False))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -13,11 +15,23 @@ from stepquant import api
 from stepquant.calibrate.compensation import Compensate, EstimatorChoice
 from stepquant.cli import views
 from stepquant.cli.arguments import parsed, ready
-from stepquant.cli.console import Settings, interruptible, json_text, progress_for, replace_text, write_json
+from stepquant.cli.console import (
+    Settings,
+    interruptible,
+    json_text,
+    progress_for,
+    replace_text,
+    stdout_console,
+    write_json,
+)
 from stepquant.cli.outputs import (
+    FINISHED_STAGES,
+    SAVING_MARK,
     WORK_MARK,
     clear_work,
     evaluation_path,
+    fit_path,
+    read_origin,
     refuse_existing,
     refuse_no_checkpoint,
     refuse_unwritable_json,
@@ -82,7 +96,9 @@ def compensate(
     request: CompensateRequest, settings: Settings, json_target: str | None, *, overwrite: bool = False
 ) -> None:
     """Fit a correction for a quantized model, write the corrected one, and say what it gained."""
-    refuse_existing(request.out, overwrite=overwrite)
+    maybe_finished = request.resume and not overwrite and request.out.exists()
+    if not maybe_finished:
+        refuse_existing(request.out, overwrite=overwrite)
     refuse_unwritable_json(json_target)
     _refuse_others(request.out)
     if request.out.resolve() == Path(request.candidate).resolve():
@@ -101,7 +117,13 @@ def compensate(
     fit = request.fit()
     arguments = ready(parsed(request.arguments), request.samples)
     base, steps = _base_and_steps(request)
+    asked: dict[str, Any] = json.loads(json_text(asdict(request) | {"against": base, "steps": steps, "resume": None}))
     work = work_folder(request.out)
+    if maybe_finished:
+        if not _is_finished(request.out, asked):
+            refuse_existing(request.out, overwrite=False)
+        _show_finished(request.out, asked, settings, json_target)
+        return
     with hold(work) if (work / WORK_MARK).is_file() else nullcontext():
         clear_work(work, resume=request.resume, overwrite=overwrite)
     prepare(settings)
@@ -112,7 +134,7 @@ def compensate(
         interruptible(f"What is done so far is in {work}; go on with the same command and --resume."),
     ):
         if not (work / WORK_MARK).exists():
-            replace_text(work / WORK_MARK, json_text(asdict(request) | {"against": base, "steps": steps}, indent=1))
+            replace_text(work / WORK_MARK, json_text(asked, indent=1))
         made = api.compensate(
             request.candidate,
             api.open_base(base, request.candidate, device=device),
@@ -129,20 +151,57 @@ def compensate(
             run=Run(seed=request.seed, work=work, progress=progress_for(settings)),
             resume=request.resume,
         )
+        if not request.out.exists():
+            (work / SAVING_MARK).touch()
         made.save(request.out, overwrite=overwrite)
-        remove_work(work)
-    # What is known of a checkpoint that was here before says nothing about this one.
-    evaluation_path(request.out).unlink(missing_ok=True)
-    speed_path(request.out).unlink(missing_ok=True)
-    settings_path(request.out).unlink(missing_ok=True)
+        _conclude(request.out, asked, made.figures)
     figures = list(made.figures)
-    write_figures(figures, request.out)
     if json_target is not None:
         write_json({"checkpoint": str(request.out), "against": base, "figures": figures}, json_target)
     if json_target != "-" and not settings.quiet:
         told = made.manifest is not None  # by the checkpoint itself
         further = "" if told else f" --against {base} --steps {steps}"
         views.show_compensated(request.candidate, request.out, figures, further)
+
+
+def _conclude(out: Path, asked: Mapping[str, Any], figures: Iterable[Mapping[str, Any]]) -> None:
+    """What is left to do once the corrected model is complete: the files beside it, then the work folder goes."""
+    replace_text(fit_path(out), json_text(asked, indent=1) + "\n")
+    write_figures(figures, out)
+    # What is known of a checkpoint that was here before says nothing about this one.
+    evaluation_path(out).unlink(missing_ok=True)
+    speed_path(out).unlink(missing_ok=True)
+    settings_path(out).unlink(missing_ok=True)
+    remove_work(work_folder(out))
+
+
+def _is_finished(out: Path, asked: Mapping[str, Any]) -> bool:
+    """Whether the corrected model `out` is there and is what a run with these settings made.
+
+    A run may be killed after it is complete, with the work folder still there or gone.
+    """
+    work = work_folder(out)
+    known = work / WORK_MARK if (work / SAVING_MARK).exists() else fit_path(out)
+    if not out.is_dir() or not known.is_file() or (work.exists() and known.parent != work):
+        return False
+    with suppress(ValueError, RecursionError):
+        return bool(json.loads(known.read_text(encoding="utf-8")) == asked)
+    return False
+
+
+def _show_finished(out: Path, asked: Mapping[str, Any], settings: Settings, json_target: str | None) -> None:
+    """`--resume` for a run that was killed after the model was complete, or that has nothing left to do at all."""
+    work = work_folder(out)
+    if work.exists():
+        with hold(work):
+            _conclude(out, asked, json.loads((work / FINISHED_STAGES).read_text(encoding="utf-8")))
+    else:
+        remove_work(work)
+    if json_target is not None:
+        figures = read_origin(out).get("figures", [])
+        write_json({"checkpoint": str(out), "against": asked["against"], "figures": figures}, json_target)
+    if json_target != "-" and not settings.quiet:
+        stdout_console().print(f"{out} is complete: nothing was left to do.")
 
 
 def _refuse_others(out: Path) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "clear_work",
     "evaluation_path",
     "figures_path",
+    "fit_path",
     "is_finished",
     "read_evaluation",
     "read_origin",
@@ -63,6 +64,11 @@ def work_folder(out: Path) -> Path:
 def settings_path(out: Path) -> Path:
     """`OUT.run.yaml`: every setting of the run that made the checkpoint."""
     return _beside(out, ".run.yaml")
+
+
+def fit_path(out: Path) -> Path:
+    """`OUT.compensate.json`: every setting of the `compensate` that corrected the checkpoint or copy."""
+    return _beside(out, ".compensate.json")
 
 
 def figures_path(out: Path) -> Path:

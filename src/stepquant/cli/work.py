@@ -24,6 +24,7 @@ from stepquant.cli.outputs import (
     WORK_MARK,
     clear_work,
     evaluation_path,
+    fit_path,
     is_finished,
     read_origin,
     refuse_existing,
@@ -315,6 +316,7 @@ def _conclude(resolved: Resolved, out: Path, figures: Iterable[Mapping[str, Any]
     # An evaluation of the checkpoint that was here before says nothing about this one.
     evaluation_path(out).unlink(missing_ok=True)
     speed_path(out).unlink(missing_ok=True)
+    fit_path(out).unlink(missing_ok=True)
     remove_work(work_folder(out))
 
 
