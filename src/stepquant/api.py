@@ -832,10 +832,11 @@ def load(
     engine: what runs the layers. "simulated" is the arithmetic of the calibration: the same bits as before saving, with
         gradients, on any device, and the only one whose pipeline takes adapters and `save_pretrained`. "openvino" runs
         the whole denoiser as one int8 graph, "openvino-bf16" with its float parts in bfloat16, and so does an
-        OpenVINOEngine with other settings. "auto" is "openvino" where that runs every layer with quantized weight and
-        input on integers, as on a CPU with VNNI ("openvino-bf16" if it multiplies bfloat16, too), and "simulated"
-        elsewhere, also if the first call shows that there is no graph of the denoiser (a warning says why). Pipelines
-        that switch between two denoisers are simulated. The log says what was chosen.
+        OpenVINOEngine with other settings. "auto" is "openvino" where that runs the layers with quantized weight and
+        input on integers, or those with half of their weights, as on a CPU with VNNI ("openvino-bf16" if it runs all of
+        them so and the processor multiplies bfloat16), and "simulated" elsewhere, also if the first call shows that
+        there is no graph of the denoiser (a warning says why). Pipelines that switch between two denoisers are
+        simulated. The log says what was chosen.
     denoiser: the float module, for a checkpoint of a plain torch denoiser.
     schedule: "strict" refuses to sample with other timesteps than those of the calibration; "nearest" lets every
         timestep use the parameters of the nearest calibrated one.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def inspect_checkpoint(folder: Path | str) -> dict[str, Any]:
     own = (*MANIFEST_FILES, manifest.denoiser.name)
     ours = sum(size for file, size in files.items() if file.parts[0] in own)
     float32_bytes = _float32_bytes(manifest, entries)
-    layers = _layers(manifest, entries)
+    layers, default_engine = _layers(manifest, entries)
     return {
         "schema": 1,
         "base_model": manifest.base_model,
@@ -73,7 +73,7 @@ def inspect_checkpoint(folder: Path | str) -> dict[str, Any]:
         "schedule": manifest.schedule,
         "manifest": manifest_json(manifest),
         "layers": layers,
-        "default_engine": _default_engine(layers),
+        "default_engine": default_engine,
         "bytes": sum(files.values()),
         "bytes_by_kind": _bytes_by_kind(manifest, entries, path, files),
         "float32_bytes": float32_bytes,
@@ -81,7 +81,8 @@ def inspect_checkpoint(folder: Path | str) -> dict[str, Any]:
     }
 
 
-def _layers(manifest: Manifest, entries: Mapping[str, Entry]) -> list[dict[str, Any]]:
+def _layers(manifest: Manifest, entries: Mapping[str, Entry]) -> tuple[list[dict[str, Any]], str | None]:
+    """Every layer, and the engine that `auto` takes, by name; None if the model is not known here."""
     model = skeleton(manifest, tensors=len(entries))
     modules = {} if model is None else quantized_layers(model)
     for layer in modules.values():
@@ -94,18 +95,12 @@ def _layers(manifest: Manifest, entries: Mapping[str, Entry]) -> list[dict[str, 
     for tensor, entry in entries.items():
         owner = _owner(tensor)
         sizes[owner] = sizes.get(owner, 0) + entry.bytes
-    return [
+    layers = [
         {**_layer(name, shape, group), "bytes": sizes.get(name, 0), **_engine(modules.get(name), default, reason)}
         for group in manifest.layers
         for name, shape in group.layers.items()
     ]
-
-
-def _default_engine(layers: Sequence[Mapping[str, Any]]) -> str | None:
-    known = {layer["engine"] for layer in layers} - {None}
-    if not known:
-        return None
-    return with_precision("openvino" if "openvino" in known else "simulated")
+    return layers, with_precision(default, modules) if modules else None
 
 
 def _switches(manifest: Manifest) -> bool:

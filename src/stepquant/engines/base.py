@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -112,6 +112,10 @@ class SimulatedEngine:
 
 _SHORT = "openvino-bf16"
 
+MOSTLY = 0.5
+"""Share of weights that must run on integers for `auto` to take a graph: a choice of ours. What is left runs inside the
+graph as it does without one, so a smaller share would do no harm, but gain little for the time that a graph takes."""
+
 
 def engines() -> dict[str, Engine | GraphEngine]:
     """Every engine by name."""
@@ -129,14 +133,14 @@ def engines() -> dict[str, Engine | GraphEngine]:
 def automatic(layers: Mapping[str, Layer]) -> tuple[str, str]:
     """The engine that `auto` takes for a denoiser with these quantized layers, and why, as a clause.
 
-    "openvino" if OpenVINO runs every layer whose weight and input are both quantized on integers, and there is such a
-    layer; so never without VNNI or elsewhere than on the CPU. "simulated" in every other case. Layers with a
-    floating-point weight or input, and the matmuls of attention, are not asked about: they run in floating point in
-    both. The other engines are used by name only: `reference` trades time for memory, `onednn` is for denoisers that
-    have no graph, and `int_mm` and `weight_only` have not been run on a GPU.
+    "openvino" if there are layers whose weight and input are both quantized, and OpenVINO runs those with half of their
+    weights or more (`MOSTLY`) on integers; so never without VNNI or elsewhere than on the CPU. "simulated" in every
+    other case, and where a layer has a hook, which a graph would not call. Layers with a floating-point weight or
+    input, and the matmuls of attention, are not asked about: they run in floating point in both. The other engines are
+    used by name only: `reference` trades time for memory, `onednn` is for denoisers that have no graph, and `int_mm`
+    and `weight_only` have not been run on a GPU.
 
-    What the graph computes in floating point is in bfloat16 on processors that multiply it (`has_bf16`), as OpenVINO
-    does by default, and in float32 on others. By name, "openvino" is in float32 and "openvino-bf16" in bfloat16.
+    `with_precision` says in what the graph computes the rest.
     """
     engine = OpenVINOEngine()
     wanted = _quantized_throughout(layers)
@@ -144,19 +148,39 @@ def automatic(layers: Mapping[str, Layer]) -> tuple[str, str]:
         return "simulated", "there is no layer whose weight and input are both quantized"
     refusals = {name: engine.refuses(layer, _device_of(layer)) for name, layer in wanted.items()}
     refused = {name: reason for name, reason in refusals.items() if reason is not None}
-    if refused:
-        name, reason = next(iter(refused.items()))
+    if not refused:
+        return engine.name, f"it runs all {len(wanted)} layers with quantized weights and inputs on integers"
+    name, reason = next(iter(refused.items()))
+    share = 1 - _weights_of(refused, wanted) / _weights_of(wanted, wanted)
+    if share < MOSTLY or any(refused_for_hooks(layer) is not None for layer in layers.values()):
         return (
             "simulated",
             f"OpenVINO does not run {len(refused)} of the {len(wanted)} layers with quantized weights and inputs on "
             f"integers. {name}, for one: {reason}",
         )
-    return engine.name, f"it runs all {len(wanted)} layers with quantized weights and inputs on integers"
+    return (
+        engine.name,
+        f"it runs {len(wanted) - len(refused)} of the {len(wanted)} layers with quantized weights and inputs on "
+        f"integers, which have {100 * share:.0f} % of the weights. Not {name}, for one: {reason}",
+    )
 
 
-def with_precision(name: str) -> str:
-    """What `auto` takes on this processor, by name: "openvino-bf16" for "openvino" where it multiplies bfloat16."""
-    return _SHORT if name == OpenVINOEngine.name and has_bf16() else name
+def _weights_of(names: Iterable[str], layers: Mapping[str, QuantizedLayer]) -> int:
+    return sum(layers[name].weight.numel() for name in names)
+
+
+def with_precision(name: str, layers: Mapping[str, Layer] | None = None) -> str:
+    """What `auto` takes on this processor, by name: "openvino-bf16" for "openvino" where it multiplies bfloat16.
+
+    What a graph computes in floating point is in bfloat16 then, as OpenVINO has it by default, unless some of these
+    layers run as simulated arithmetic inside the graph: bfloat16 cannot hold their levels. By name, "openvino" is in
+    float32 and "openvino-bf16" in bfloat16.
+    """
+    if name != OpenVINOEngine.name or not has_bf16():
+        return name
+    engine = OpenVINOEngine()
+    simulated = _quantized_throughout(layers or {}).values()
+    return name if any(engine.refuses(layer, _device_of(layer)) for layer in simulated) else _SHORT
 
 
 def choose(layer: Layer, device: torch.device, engine: str = "simulated") -> Placement:
@@ -236,7 +260,7 @@ def place(denoiser: nn.Module, engine: str | GraphEngine = "auto") -> tuple[nn.M
 def _placed_automatically(denoiser: nn.Module) -> tuple[nn.Module, dict[str, Placement]]:
     layers = quantized_layers(denoiser)
     chosen, reason = automatic(layers)
-    name = with_precision(chosen)
+    name = with_precision(chosen, layers)
     engine = OpenVINOEngine(precision="bf16" if name == _SHORT else "f32")
     logger.info("Engine %r: %s.", name, reason.removesuffix("."))
     placed = _placements(denoiser, chosen)

@@ -37,7 +37,7 @@ Differs from the paper:
   takes a running mean.
 - First and last layer are named, and at 8 bits. The code finds them by order of registration, which hits the first
   layer of the time embedding.
-- Shortcuts are split only with `split_shortcuts`, and not in the presets: integer engines refuse such layers. The two
+- Shortcuts are split only with `split_shortcuts`, and not in the presets: they do not run on integers then. The two
   quantizers of a split weight are scales for groups of as many channels as divide both parts.
 - `layer_rounding` (off by default) first rounds every layer for its own output (`RoundLayers`); blocks start there. The
   presets quick and standard do, at a lower rate.

@@ -33,7 +33,7 @@ Differs from the paper:
 - Activations are asymmetric; the code has symmetric ones for CIFAR-10 and LSUN-Bedroom.
 - Without `calibration_steps` every recorded step calibrates (every `every`-th one). The preset full sets S and n.
 - Where a shortcut is split, the two quantizers of its weight are scales for groups of as many channels as divide both
-  parts. Only the preset full splits: integer engines refuse such layers. The paper splits for CIFAR-10 and Stable
+  parts. Only the preset full splits: such layers do not run on integers. The paper splits for CIFAR-10 and Stable
   Diffusion and not for LSUN.
 - `rows="step"` gives every timestep an activation range of its own; the paper has one for all. The presets quick and
   standard do: at 4-bit activations one range for all steps loses the image, whatever the weights (docs/results.md).

@@ -123,8 +123,71 @@ def test_other_schemes_are_simulated_and_the_log_says_why(
         assert reason in warning
 
 
+class WideNet(nn.Module):
+    """Layers of 54, 108 and 8 weights, called as `TinyNet`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
+        self.last = nn.Conv2d(4, 2, 1, bias=False)
+
+    def forward(self, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
+        found: torch.Tensor = self.last(torch.relu(self.second(torch.relu(self.first(sample)))))
+        return found
+
+
+def wide_net(*dynamic: str) -> Any:
+    """Of these layers, the range of the input is found at run time."""
+    made: Any = quantize_(WideNet(), None, ends="same")
+    other: Any = quantize_(
+        WideNet(), LayerScheme(QuantSpec(4, "channel"), QuantSpec(8, "token", dynamic=True)), ends="same"
+    )
+    for name in dynamic:
+        made.get_submodule(name).input_quantizer = other.get_submodule(name).input_quantizer
+    return made
+
+
 @needs_vnni
-def test_one_refused_layer_of_several_decides_and_float_layers_do_not() -> None:
+def test_a_graph_is_taken_for_most_of_the_weights(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What it does not run on integers is simulated inside, in float32 whatever the processor multiplies."""
+    monkeypatch.setattr("stepquant.engines.base.has_bf16", lambda: True)
+    mixed = wide_net("first")
+    chosen, reason = automatic(quantized_layers(mixed))
+    assert chosen == "openvino"
+    assert "runs 2 of the 3 layers with quantized weights and inputs on integers, which have 68 % of the w" in reason
+    assert "Not first, for one:" in reason
+    assert automatic(quantized_layers(wide_net("second")))[0] == "simulated"
+    assert automatic(quantized_layers(wide_net("first", "last")))[0] == "openvino"
+    ran, placed = place(copy.deepcopy(mixed))
+    assert {name: placement.engine for name, placement in placed.items()} == {
+        "first": "simulated",
+        "second": "openvino",
+        "last": "openvino",
+    }
+    assert "Engine 'openvino': it runs 2 of the 3 layers" in caplog.text
+    assert warnings_of(caplog) == []
+    x = torch.randn(SAMPLE)
+    with torch.no_grad():
+        expected = mixed(x, 600)
+        assert (ran(x, 600) - expected).norm() < 0.02 * expected.norm()  # a flipped level or two
+    assert ran.precision == "f32"
+    assert "i8" in str(ran.runtime_precisions()).lower() or "u8" in str(ran.runtime_precisions()).lower()
+
+
+@needs_vnni
+def test_a_hook_keeps_the_denoiser_simulated() -> None:
+    """A graph would not call it."""
+    mixed = wide_net()
+    mixed.last.register_forward_hook(lambda *_: None)
+    chosen, reason = automatic(quantized_layers(mixed))
+    assert chosen == "simulated"
+    assert "last, for one: It has a forward hook" in reason
+
+
+@needs_vnni
+def test_refused_layers_with_most_weights_decide_and_float_layers_do_not() -> None:
     mixed = net()
     mixed.conv.input_quantizer = net(scheme_for(4, None)).conv.input_quantizer
     assert mixed.conv.input_quantizer is None
@@ -388,25 +451,34 @@ def test_inspect_says_what_auto_would_take(tmp_path: Path, monkeypatch: pytest.M
 def test_inspect_says_why_layers_that_openvino_takes_are_simulated(tmp_path: Path) -> None:
     pipe, quantized = small_pipe()
     other = quantize_(small_unet(), LayerScheme(QuantSpec(4, "channel"), QuantSpec(8, "token", dynamic=True)))
-    name = next(iter(quantized_layers(quantized)))
-    for layer in (quantized, other):
-        assert isinstance(quantized_layers(layer)[name], QuantizedLayer)
-    first = quantized_layers(quantized)[name]
-    first.input_quantizer = next(
+    found_at_run_time = next(
         layer.input_quantizer
         for layer in quantized_layers(other).values()
         if layer.input_quantizer is not None and layer.input_quantizer.spec.dynamic
     )
-    layers = {layer["name"]: layer for layer in inspect_checkpoint(saved(tmp_path / "q", pipe, quantized))["layers"]}
+    quantized_throughout = [name for name, layer in quantized_layers(quantized).items() if layer.input_quantizer]
+    first, *others = quantized_throughout
+    quantized_layers(quantized)[first].input_quantizer = found_at_run_time
+    inspected = inspect_checkpoint(saved(tmp_path / "one", pipe, quantized))
+    layers = {layer["name"]: layer for layer in inspected["layers"]}
+    assert inspected["default_engine"] == "openvino"
+    assert layers[first]["engine"] == "simulated"
+    assert "found at run time" in layers[first]["refusals"]["openvino"]
+    assert {layers[name]["engine"] for name in others} == {"openvino"}
+    assert not any("auto" in layer["remarks"] for layer in layers.values())
+
+    for name in quantized_throughout[:-1]:
+        quantized_layers(quantized)[name].input_quantizer = found_at_run_time
+    inspected = inspect_checkpoint(saved(tmp_path / "most", pipe, quantized))
+    layers = {layer["name"]: layer for layer in inspected["layers"]}
+    assert inspected["default_engine"] == "simulated"
     assert {layer["engine"] for layer in layers.values()} == {"simulated"}
-    assert "found at run time" in layers[name]["refusals"]["openvino"]
-    assert "auto" not in layers[name]["remarks"]
-    others = [layer for key, layer in layers.items() if key != name]
-    assert others
-    for layer in others:
-        assert "openvino" not in layer["refusals"]
-        assert f"does not run 1 of the {len(layers)} layers" in layer["remarks"]["auto"]
-        assert f"{name}, for one: " in layer["remarks"]["auto"]
+    assert not any("auto" in layers[name]["remarks"] for name in quantized_throughout[:-1])
+    last = layers[quantized_throughout[-1]]
+    assert "openvino" not in last["refusals"]
+    count = len(quantized_throughout)
+    assert f"does not run {count - 1} of the {count} layers" in last["remarks"]["auto"]
+    assert f"{first}, for one: " in last["remarks"]["auto"]
 
 
 @needs_vnni

@@ -31,8 +31,9 @@ from stepquant.engines.graph import GraphLayer, lower, refusal, tensors_of
 from stepquant.engines.openvino import FLOAT_MATMUL, GraphDenoiser, OpenVINOEngine, cache_folder
 from stepquant.errors import EngineError, ModelError, SpecError, UnknownEngine
 from stepquant.model.clock import StepClock, attach_clock
+from stepquant.model.first_token import FirstToken
 from stepquant.model.layer import LowRankBranch, Matmul, QuantizedLayer
-from stepquant.model.quantizer import InputQuantizer, WeightQuantizer
+from stepquant.model.quantizer import DynamicQuantizer, InputQuantizer, LogQuantizer, WeightQuantizer
 from stepquant.model.surgery import quantized_layers, swap_layers_
 from stepquant.model.transform import InputTransform
 from stepquant.numerics.affine import QParams, choose_qparams, range_of
@@ -785,6 +786,68 @@ def test_scales_per_input_channel_are_refused() -> None:
     with torch.no_grad():
         for timestep in (0, 600, torch.tensor([0, 600])):
             assert torch.allclose(compiled(sample, timestep), net(sample, timestep), rtol=1e-4, atol=1e-5)
+
+
+def split_input(net: Any) -> None:
+    spec, clock = QuantSpec(8), net.stepquant_clock
+    net.conv.split_input_(1)
+    rows = torch.arange(5) % 2
+    for attribute, wide in (("input_quantizer", 0.5), ("second_quantizer", 2.5)):
+        params = choose_qparams(torch.tensor([-wide, -2 * wide]), torch.tensor([wide, 2 * wide]), spec)
+        setattr(net.conv, attribute, InputQuantizer(spec, clock, params, rows))
+
+
+def first_token(net: Any) -> None:
+    net.tokens.first_token = FirstToken(torch.tensor([9.0, -7.0, 8.0, 6.0]), torch.tensor([1.0, 2.0]))
+
+
+def levels_at_powers_of_two(net: Any) -> None:
+    spec = QuantSpec(8, nonnegative=True, logarithmic=True)
+    scale, chosen = torch.tensor([0.8, 0.01]), torch.tensor([True, False])
+    net.tokens.input_quantizer = LogQuantizer(spec, net.stepquant_clock, scale, chosen, torch.arange(5) % 2)
+
+
+def channels_and_tokens(net: Any) -> None:
+    net.tokens.input_quantizer = DynamicQuantizer(QuantSpec(8, "channel_token", symmetric=True, dynamic=True))
+
+
+class ConvolutionAndTokens(nn.Module):
+    """The other layers of a network with one that no kernel runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.plain, self.tokens = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 2)
+
+    def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+        hidden = torch.sigmoid(self.plain(torch.tanh(self.conv(sample)))).flatten(2).transpose(1, 2)
+        known = torch.tensor([9.0, -7.0, 8.0, 6.0]).expand(len(sample), 1, -1)
+        result: Tensor = self.tokens(torch.cat([known, hidden], 1))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("changed", "make"),
+    [
+        ("conv", split_input),
+        ("tokens", first_token),
+        ("tokens", levels_at_powers_of_two),
+        ("tokens", channels_and_tokens),
+    ],
+)
+def test_layers_that_no_kernel_runs_are_simulated_beside_others(changed: str, make: Any) -> None:
+    torch.manual_seed(0)
+    net = quantize_(ConvolutionAndTokens(), ends="same")
+    make(net)
+    compiled, placed = place(net, "openvino")
+    assert {name for name, placement in placed.items() if placement.engine == "simulated"} == {changed}
+    with torch.no_grad():
+        for batch in (1, 3):
+            sample = torch.randn(batch, 2, 4, 4)
+            for timestep in (0, 300, 600, torch.arange(batch) * 400):
+                expected = net(sample, timestep)
+                assert torch.allclose(compiled(sample, timestep), expected, rtol=1e-3, atol=1e-4)
+    assert compiled.runtime_precisions().get(changed, "f32") == "f32"
+    assert compiled.runtime_precisions()["plain"] in ("u8", "i8")
 
 
 def test_a_processor_without_vnni(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
