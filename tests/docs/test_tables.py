@@ -28,12 +28,13 @@ def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the shipped U-Net: `results.py table` and `results.py pages` have nothing to change."""
+@pytest.mark.parametrize("model", ["digits-unet", "faces64"])
+def test_results(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`results.py table` and `results.py pages` have nothing to change."""
     results = benchmark("results", monkeypatch)
     docs = shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("figures", "*.png"))
     given = argparse.Namespace(
-        json=BENCHMARKS / "results.jsonl", model="digits-unet", into=docs / "results.md", folder=docs / "methods"
+        json=BENCHMARKS / "results.jsonl", model=model, into=docs / "results.md", folder=docs / "methods"
     )
     results.table(given)
     results.pages(given)

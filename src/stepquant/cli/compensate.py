@@ -117,7 +117,8 @@ def compensate(
     fit = request.fit()
     arguments = ready(parsed(request.arguments), request.samples)
     base, steps = _base_and_steps(request)
-    asked: dict[str, Any] = json.loads(json_text(asdict(request) | {"against": base, "steps": steps, "resume": None}))
+    asked: dict[str, Any] = json.loads(json_text(asdict(request) | {"against": base, "steps": steps}))
+    del asked["resume"]  # how the command was given, no setting of the fit
     work = work_folder(request.out)
     if maybe_finished:
         if not _is_finished(request.out, asked):
