@@ -158,7 +158,9 @@ class Faces64(nn.Module):
 
 
 def load_faces64(path: Path = WEIGHTS) -> Faces64:
-    """The model with its weights, `q * scale + min` of each 8-bit tensor."""
+    """The model with its weights, `q * scale + min` of each 8-bit tensor. Raises FileNotFoundError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: faces64 needs weights that are not part of this repository.")
     stored = load_file(path)
     names = [name for name in stored if not name.endswith((".scale", ".min"))]
     weights = {name: stored[name].float() * stored[f"{name}.scale"] + stored[f"{name}.min"] for name in names}

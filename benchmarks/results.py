@@ -640,7 +640,7 @@ def grid(args: argparse.Namespace) -> None:
     reference = Reference(args.model, args.images)
     rows = [reference.images]
     for variant in args.methods.split(";"):
-        recipe = recipe_of(variant, weights, activations, settings(variant, args.evaluations, case))
+        recipe = recipe_of(variant, weights, activations, settings(variant, args.evaluations or case.evaluations, case))
         quantized = quantize(
             reference.pipe, recipe, steps=case.steps, arguments=case.arguments, run=Run(seed=args.seed)
         )
@@ -711,7 +711,7 @@ def main() -> None:
     fifth.add_argument("--bits", default="W4A8")
     fifth.add_argument("--methods", default="rtn;q_diffusion;accuquant identity M=5;combined")
     fifth.add_argument("--seed", type=int, default=0)
-    fifth.add_argument("--evaluations", type=int, default=8000)
+    fifth.add_argument("--evaluations", type=int, help="of the network, for learning by gradients")
     fifth.add_argument("--images", type=int, default=16)
     fifth.add_argument("--into", type=Path, required=True)
     for name in ("memory", "memory-of"):

@@ -168,10 +168,11 @@ def test_a_run_that_is_killed_around_its_end(
     model: Path, stepquant: Stepquant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
 ) -> None:
     """After the checkpoint is complete, `--resume` only does what is left, and says so the second time."""
-    from stepquant.cli import work as commands
+    from stepquant.cli import outputs, work
 
     out = tmp_path / "out"
-    original = getattr(commands, place, None)
+    where = outputs if place == "remove_work" else work
+    original = getattr(where, place, None)
     if place == "save":
         from stepquant.api import Quantized
 
@@ -184,7 +185,7 @@ def test_a_run_that_is_killed_around_its_end(
                 raise Killed
             original(*arguments)  # type: ignore[misc]
 
-        monkeypatch.setattr(commands, place, killing)
+        monkeypatch.setattr(where, place, killing)
     with pytest.raises(Killed):
         main(["quantize", str(model), "-o", str(out), *QUICK])
     monkeypatch.undo()

@@ -645,7 +645,7 @@ def test_a_command_that_was_stopped_after_saving_is_concluded_by_resume(
         raise CalibrationError("nothing is left to compute.")
 
     with monkeypatch.context() as patch:
-        patch.setattr("stepquant.cli.compensate.write_figures", interrupt)
+        patch.setattr("stepquant.cli.outputs.write_figures", interrupt)
         assert run(*command)[0] == 130
     assert out.exists()
     assert work.exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -21,7 +21,6 @@ from stepquant.cli.console import (
     json_text,
     progress_for,
     replace_text,
-    stdout_console,
     write_json,
 )
 from stepquant.cli.outputs import (
@@ -29,17 +28,15 @@ from stepquant.cli.outputs import (
     SAVING_MARK,
     WORK_MARK,
     clear_work,
-    evaluation_path,
+    conclude,
     fit_path,
+    is_finished,
     read_origin,
     refuse_existing,
     refuse_no_checkpoint,
     refuse_unwritable_json,
     remove_work,
-    settings_path,
-    speed_path,
     work_folder,
-    write_figures,
 )
 from stepquant.cli.work import base_model_of, device_named, kept_if_worth_it, prepare, steps_of
 from stepquant.config import MOST_SEED, parse_yaml
@@ -121,7 +118,7 @@ def compensate(
     del asked["resume"]  # how the command was given, no setting of the fit
     work = work_folder(request.out)
     if maybe_finished:
-        if not _is_finished(request.out, asked):
+        if not is_finished(request.out, asked, kept=fit_path(request.out), read=_read_asked):
             refuse_existing(request.out, overwrite=False)
         _show_finished(request.out, asked, settings, json_target)
         return
@@ -168,26 +165,11 @@ def compensate(
 def _conclude(out: Path, asked: Mapping[str, Any], figures: Iterable[Mapping[str, Any]]) -> None:
     """What is left to do once the corrected model is complete: the files beside it, then the work folder goes."""
     replace_text(fit_path(out), json_text(asked, indent=1) + "\n")
-    write_figures(figures, out)
-    # What is known of a checkpoint that was here before says nothing about this one.
-    evaluation_path(out).unlink(missing_ok=True)
-    speed_path(out).unlink(missing_ok=True)
-    settings_path(out).unlink(missing_ok=True)
-    remove_work(work_folder(out))
+    conclude(out, figures, kept=fit_path(out))
 
 
-def _is_finished(out: Path, asked: Mapping[str, Any]) -> bool:
-    """Whether the corrected model `out` is there and is what a run with these settings made.
-
-    A run may be killed after it is complete, with the work folder still there or gone.
-    """
-    work = work_folder(out)
-    known = work / WORK_MARK if (work / SAVING_MARK).exists() else fit_path(out)
-    if not out.is_dir() or not known.is_file() or (work.exists() and known.parent != work):
-        return False
-    with suppress(ValueError, RecursionError):
-        return bool(json.loads(known.read_text(encoding="utf-8")) == asked)
-    return False
+def _read_asked(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _show_finished(out: Path, asked: Mapping[str, Any], settings: Settings, json_target: str | None) -> None:
@@ -202,7 +184,7 @@ def _show_finished(out: Path, asked: Mapping[str, Any], settings: Settings, json
         figures = read_origin(out).get("figures", [])
         write_json({"checkpoint": str(out), "against": asked["against"], "figures": figures}, json_target)
     if json_target != "-" and not settings.quiet:
-        stdout_console().print(f"{out} is complete: nothing was left to do.")
+        views.show_finished(out)
 
 
 def _refuse_others(out: Path) -> None:

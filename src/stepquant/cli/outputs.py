@@ -6,7 +6,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ __all__ = [
     "WORK_MARK",
     "card_path",
     "clear_work",
+    "conclude",
     "evaluation_path",
     "figures_path",
     "fit_path",
@@ -194,20 +195,29 @@ def remove_work(work: Path) -> None:
         shutil.rmtree(removed, ignore_errors=True)
 
 
-def is_finished(out: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether the checkpoint `out` is there and is what a run with these settings, in the form of `run.yaml`, made.
+def is_finished(out: Path, settings: Mapping[str, Any], *, kept: Path, read: Callable[[Path], Any]) -> bool:
+    """Whether the checkpoint `out` is there and is what a run with these settings made.
 
-    A run may be killed after its checkpoint is complete, with the work folder still there or gone.
+    kept: where the settings of a run that is complete are, beside `out`; those of one under way are in its work folder.
+    read: reads either. A run may be killed after its checkpoint is complete, with the work folder still there or gone.
     """
-    from stepquant.config import load_config
-
     work = work_folder(out)
-    known = work / WORK_MARK if (work / SAVING_MARK).exists() else settings_path(out)
+    known = work / WORK_MARK if (work / SAVING_MARK).exists() else kept
     if not out.is_dir() or not known.is_file() or (work.exists() and known.parent != work):
         return False
-    with suppress(SpecError):
-        return load_config(known) == dict(settings)
+    with suppress(SpecError, ValueError, RecursionError):
+        return bool(read(known) == dict(settings))
     return False
+
+
+def conclude(out: Path, figures: Iterable[Mapping[str, Any]], *, kept: Path) -> None:
+    """What is left to do once a checkpoint is complete and its settings are in `kept`, as for `is_finished`."""
+    write_figures(figures, out)
+    # What is known of a checkpoint that was here before says nothing about this one.
+    for path in (settings_path(out), fit_path(out), evaluation_path(out), speed_path(out)):
+        if path != kept:
+            path.unlink(missing_ok=True)
+    remove_work(work_folder(out))
 
 
 def read_evaluation(checkpoint: Path) -> dict[str, Any] | None:

@@ -188,6 +188,11 @@ def show_quantized(
         console.print("The preset was quick: --preset standard takes longer and loses less.")
 
 
+def show_finished(out: Path) -> None:
+    """`--resume` where the checkpoint is complete."""
+    stdout_console().print(f"{out} is complete: nothing was left to do.")
+
+
 def show_compensated(candidate: str, out: Path, figures: Sequence[Mapping[str, Any]], further: str) -> None:
     """What `compensate` tried, what it took, and what to type next. further: what `evaluate` needs beside the name."""
     console = stdout_console()

@@ -23,8 +23,7 @@ from stepquant.cli.outputs import (
     SAVING_MARK,
     WORK_MARK,
     clear_work,
-    evaluation_path,
-    fit_path,
+    conclude,
     is_finished,
     read_origin,
     refuse_existing,
@@ -33,9 +32,7 @@ from stepquant.cli.outputs import (
     refuse_used_folder,
     remove_work,
     settings_path,
-    speed_path,
     work_folder,
-    write_figures,
 )
 from stepquant.cli.scalars import Scalars
 from stepquant.config import Resolved, apply_overrides, dump, load_config, resolve
@@ -218,7 +215,7 @@ def _is_to_do(request: QuantizeRequest, out: Path, settings: Settings, json_targ
     work = work_folder(out)
     if request.resume and not request.overwrite and out.exists():
         resolved = request.resolved()
-        if is_finished(out, resolved.to_dict()):
+        if is_finished(out, resolved.to_dict(), kept=settings_path(out), read=load_config):
             _show_finished(resolved, out, settings, json_target)
             return False
     refuse_existing(out, overwrite=request.overwrite)
@@ -312,12 +309,7 @@ def _opened(resolved: Resolved, *, offload: bool) -> tuple[Any, Any]:
 def _conclude(resolved: Resolved, out: Path, figures: Iterable[Mapping[str, Any]]) -> None:
     """What is left to do once the checkpoint is complete: the files beside it, then the work folder goes."""
     dump(resolved, settings_path(out))
-    write_figures(figures, out)
-    # An evaluation of the checkpoint that was here before says nothing about this one.
-    evaluation_path(out).unlink(missing_ok=True)
-    speed_path(out).unlink(missing_ok=True)
-    fit_path(out).unlink(missing_ok=True)
-    remove_work(work_folder(out))
+    conclude(out, figures, kept=settings_path(out))
 
 
 def _show_finished(resolved: Resolved, out: Path, settings: Settings, json_target: str | None) -> None:
@@ -332,7 +324,7 @@ def _show_finished(resolved: Resolved, out: Path, settings: Settings, json_targe
     if json_target is not None:
         write_json({"checkpoint": str(out), "bytes": description.get("bytes"), "figures": figures}, json_target)
     if json_target != "-" and not settings.quiet:
-        stdout_console().print(f"{out} is complete: nothing was left to do.")
+        views.show_finished(out)
 
 
 @contextmanager

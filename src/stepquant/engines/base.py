@@ -113,8 +113,7 @@ class SimulatedEngine:
 _SHORT = "openvino-bf16"
 
 MOSTLY = 0.5
-"""Share of weights that must run on integers for `auto` to take a graph: a choice of ours. What is left runs inside the
-graph as it does without one, so a smaller share would do no harm, but gain little for the time that a graph takes."""
+"""Share of weights that must run on integers for `auto` to take a graph: a choice of ours, not measured."""
 
 
 def engines() -> dict[str, Engine | GraphEngine]:
@@ -173,8 +172,8 @@ def with_precision(name: str, layers: Mapping[str, Layer] | None = None) -> str:
     """What `auto` takes on this processor, by name: "openvino-bf16" for "openvino" where it multiplies bfloat16.
 
     What a graph computes in floating point is in bfloat16 then, as OpenVINO has it by default, unless some of these
-    layers run as simulated arithmetic inside the graph: bfloat16 cannot hold their levels. By name, "openvino" is in
-    float32 and "openvino-bf16" in bfloat16.
+    layers run as simulated arithmetic inside the graph: in bfloat16, their inputs would be rounded to other levels. By
+    name, "openvino" is in float32 and "openvino-bf16" in bfloat16.
     """
     if name != OpenVINOEngine.name or not has_bf16():
         return name

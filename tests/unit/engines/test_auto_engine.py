@@ -149,7 +149,7 @@ def wide_net(*dynamic: str) -> Any:
 
 @needs_vnni
 def test_a_graph_is_taken_for_most_of_the_weights(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it does not run on integers is simulated inside, in float32 whatever the processor multiplies."""
     monkeypatch.setattr("stepquant.engines.base.has_bf16", lambda: True)
