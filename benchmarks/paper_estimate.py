@@ -38,13 +38,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stepquant.calibrate.estimate import Costs
+from stepquant.calibrate.estimate import Costs, largest_inputs
 from stepquant.calibrate.offload import blocks_in_turn
 from stepquant.calibrate.reconstruct import RoundBlocks, ScaleBlocks
 from stepquant.calibrate.stages import Record
 from stepquant.calibrate.window_fitting import FitWindows
 from stepquant.methods import METHODS, PRESETS
-from stepquant.model.surgery import quantizable, units_of
 from stepquant.recipe import Recipe, Stage
 
 STEPS, SAMPLES = 20, 64
@@ -54,7 +53,10 @@ SPLIT = (Record, RoundBlocks, ScaleBlocks, FitWindows)
 
 @dataclass(frozen=True)
 class Network:
-    """flops: of one row. rows: of a step, for one image. outside, block: weights beside the blocks, of the largest."""
+    """flops: of one row. rows: of a step, for one image. outside, block: weights beside the blocks, of the largest.
+
+    inputs: of each reconstruction unit (`largest_inputs`).
+    """
 
     name: str
     rows: int
@@ -62,7 +64,7 @@ class Network:
     weights: int
     outside: int
     block: int
-    units: int
+    inputs: tuple[int, ...]
 
     @classmethod
     def of(cls, name: str, rows: int, build: Callable[[], nn.Module], call: Callable[[], dict[str, Any]]) -> Network:
@@ -71,8 +73,7 @@ class Network:
             flops = flops_of(network, call())
         blocks = [weights_of(block) for block in blocks_in_turn(network).values()]
         weights = weights_of(network)
-        units = len(units_of(network, list(quantizable(network))))
-        return cls(name, rows, flops, weights, weights - sum(blocks), max(blocks), units)
+        return cls(name, rows, flops, weights, weights - sum(blocks), max(blocks), largest_inputs(network))
 
 
 def flops_of(network: nn.Module, call: dict[str, Any]) -> int:
@@ -162,7 +163,7 @@ class Budget:
 
     @classmethod
     def of(cls, recipe: Recipe, network: Network, steps: int = STEPS) -> Budget:
-        costs = Costs.of(recipe, steps=steps, rows=network.rows, units=network.units)
+        costs = Costs.of(recipe, steps=steps, rows=network.rows, inputs=network.inputs)
         assert costs is not None
         total = cls()
         for stage in recipe.stages:
@@ -204,7 +205,7 @@ def table_of_networks(networks: list[Network]) -> str:
         offloaded = WEIGHT_BYTES * (2 * network.outside + network.block) / 1e9
         lines.append(
             f"| {network.name} | {network.weights / 1e9:.2f} billion | {network.flops / 1e12:.2f} | {network.rows} | "
-            f"{network.units} | {offloaded:.2f} GB | {2 * WEIGHT_BYTES * network.weights / 1e9:.2f} GB |"
+            f"{len(network.inputs)} | {offloaded:.2f} GB | {2 * WEIGHT_BYTES * network.weights / 1e9:.2f} GB |"
         )
     return "\n".join(lines)
 

@@ -35,7 +35,7 @@ from stepquant.model.surgery import quantizable, units_of
 from stepquant.recipe import Job, Recipe, Stage
 from stepquant.run import Run
 
-__all__ = ["Costs", "Estimate", "estimated"]
+__all__ = ["Costs", "Estimate", "estimated", "largest_inputs"]
 
 _PROBE_STEPS = 5
 """The first step of a trajectory keeps what is the same in all steps. Solvers of up to fourth order are past their
@@ -105,7 +105,7 @@ def estimated(job: Job, recipe: Recipe) -> Estimate | None:
     if recording is None:
         return None
     probe = _Probe.of(job, recording.samples)
-    costs = Costs.of(recipe, steps=probe.steps, rows=probe.rows, units=len(probe.units))
+    costs = Costs.of(recipe, steps=probe.steps, rows=probe.rows, inputs=largest_inputs(job.full_precision))
     assert costs is not None
     evaluations = [(stage, costs.evaluations(stage)) for stage in recipe.stages]
     network = _bytes_of(job.full_precision)
@@ -131,7 +131,7 @@ class Costs:
     recording: of the recipe. entries: calibration entries, chosen: the steps they are of; at most, where they are not
         chosen by `Select`.
     steps: that the scheduler makes. rows: of the network's calls in a step (two with guidance).
-    units: number of reconstruction units.
+    inputs: of each reconstruction unit, as `largest_inputs` has them.
     """
 
     recording: Record
@@ -139,10 +139,10 @@ class Costs:
     chosen: int
     steps: int
     rows: int
-    units: int
+    inputs: tuple[int, ...]
 
     @classmethod
-    def of(cls, recipe: Recipe, *, steps: int, rows: int, units: int) -> Costs | None:
+    def of(cls, recipe: Recipe, *, steps: int, rows: int, inputs: tuple[int, ...]) -> Costs | None:
         """None for a recipe that records nothing."""
         recording = next((stage for stage in recipe.stages if isinstance(stage, Record)), None)
         if recording is None:
@@ -152,7 +152,7 @@ class Costs:
             if isinstance(stage, Select):
                 every = stage.every if stage.steps is None else max(1, steps // stage.steps)
                 chosen, images = -(-steps // every), min(recording.samples, stage.samples_per_step or recording.samples)
-        return cls(recording, chosen * images * rows, chosen, steps, rows, units)
+        return cls(recording, chosen * images * rows, chosen, steps, rows, inputs)
 
     def evaluations(self, stage: Stage) -> float | None:
         """Rows that go through the network in a stage, a backward pass counted as two; None where that is not known."""
@@ -172,13 +172,21 @@ class Costs:
                 images=recorded.samples, batch=recorded.batch, steps=self.steps, rows=self.rows
             )
         if isinstance(stage, RoundLayers):
-            return -(-self.units // stage.together) * min(stage.samples, self.entries) / 2
+            return stage.passes(self.inputs) * min(stage.samples, self.entries) / 2
         if isinstance(stage, RoundBlocks | ScaleBlocks):
             return stage.evaluations_for(self.entries)
         if isinstance(stage, FitWindows):
             recorded = self.recording
             return self.rows * stage.evaluations_for(images=recorded.samples, batch=recorded.batch, steps=self.steps)
         return None
+
+
+def largest_inputs(denoiser: nn.Module) -> tuple[int, ...]:
+    """How many inputs an output of each reconstruction unit's largest layer has, in the order of `named_modules`."""
+    layers = quantizable(denoiser)
+    weights = {name: getattr(layer, "weight", None) for name, layer in layers.items()}
+    inputs = {name: 0 if weight is None else weight[0].numel() for name, weight in weights.items()}
+    return tuple(max(inputs[name] for name in unit.layers) for unit in units_of(denoiser, list(layers)))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,14 @@ so the data are needed once, to add up G. Turning weight i to its other neighbou
 and afterwards v grows by delta_i G_i. Outputs do not depend on one another, so each takes its best turn at once, until
 no turn of a single weight lowers its error. The error falls with every turn and never exceeds that of the start.
 
+G has the square of K numbers: too many for convolutions of a thousand channels. Such a layer is rounded in parts of its
+inputs, one after the other, each for the error of the whole output beside the other parts as they are by then. With d_p
+the error of the part's weights, u_p what they are multiplied with, and e what the output is off by without the part,
+
+    L(d_p) = d_p G_p d_p^T + 2 d_p r_p^T + sum_u e^2,    G_p = sum_u u_p u_p^T,    r_p = sum_u e u_p^T
+
+so every part takes a pass over the data, and the error falls with each.
+
 Source: the objective is AdaRound's (Nagel et al. 2020, eq. 13), with its two candidates for each weight. The descent
 is greedy coordinate descent as in CDQuant (Nair and Suggala 2024), here over those two candidates.
 
@@ -21,30 +29,27 @@ the layer sees comes from the rounded prefix, and its target is the full-precisi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepquant.calibrate.offload import brought
+from stepquant.calibrate.patches import add_products_, transformed_products
 from stepquant.calibrate.reconstruct import rounding_targets, without_input_quantizers
 from stepquant.calibrate.rounding import SoftRounding
 from stepquant.calibrate.select import CalibrationSet, inputs
 from stepquant.errors import CalibrationError, SpecError
-from stepquant.model.layer import Geometry, QuantizedLayer
+from stepquant.model.layer import QuantizedLayer
 from stepquant.model.quantizer import WeightQuantizer
 from stepquant.model.surgery import Unit, quantized_layers, units_of
-from stepquant.model.transform import InputTransform
 from stepquant.recipe import Figures, Job
 
-__all__ = ["RoundLayers", "columns", "descended", "layer_losses", "transformed_gram", "transformed_patches"]
-
-CHUNK = 1 << 24
-"""Elements of im2col columns that are in memory at a time."""
+__all__ = ["RoundLayers", "descended", "layer_losses"]
 
 LEAST_GAIN = 1e-6
 """A turn must lower an output's error by this share of it; what is below is rounding of float32."""
@@ -53,38 +58,43 @@ MOST_ROUNDS = 4
 """Descents, each from v computed anew: the last of many turns are decided on a v with their rounding errors."""
 
 
-def columns(geometry: Geometry, kernel: Sequence[int], x: Tensor) -> Tensor:
-    """The patches that a layer multiplies its weight with, `[groups, K, patches]`.
+@dataclass
+class Beside:
+    """What the inputs outside of a part add to the loss as a function of the part's error.
 
-    K runs over a group's channels and the kernel in the order of `weight.flatten(1)`.
+    slope: r_p, `[O, K_p]`. constant: sum_u e^2, `[O]`.
     """
-    if geometry.kind == "linear":
-        return x.reshape(1, -1, x.shape[-1]).mT
-    if geometry.padding == "same":
-        total = [d * (k - 1) for d, k in zip(geometry.dilation, kernel, strict=True)]
-        sides = [(width // 2, width - width // 2) for width in total]
-    else:
-        assert not isinstance(geometry.padding, str)
-        sides = [(width, width) for width in geometry.padding]
-    pads = [side for pair in reversed(sides) for side in pair]
-    x = F.pad(x, pads, mode="constant" if geometry.padding_mode == "zeros" else geometry.padding_mode)
-    ahead = (1,) * (2 - len(kernel))
-    if ahead:
-        x = x.unsqueeze(2)
-    size = ahead + tuple(kernel)
-    found = F.unfold(x, size, dilation=ahead + geometry.dilation, stride=ahead + geometry.stride)
-    parts = found.reshape(len(x), geometry.groups, -1, found.shape[-1])
-    return parts.permute(1, 2, 0, 3).flatten(2)
+
+    slope: Tensor
+    constant: Tensor
 
 
 class _Gram:
-    """Adds up G of a layer, `[groups, K, K]`, in float32 or the input's wider type. count: patches seen."""
+    """Adds up G of a layer, or of a part of its input channels, `[groups, K, K]`, in float32 or the input's wider type.
 
-    def __init__(self, layer: QuantizedLayer) -> None:
+    beside: what the other channels do, if G is of a part. count: patches seen.
+    """
+
+    def __init__(self, layer: QuantizedLayer, part: slice | None = None, error: Tensor | None = None) -> None:
+        """part: of every group's channels. error: of the weight as it is now; needed for a part."""
         self.geometry, self.kernel = layer.geometry, tuple(layer.weight.shape[2:])
-        self.size = layer.weight[0].numel()
+        self.channels = layer.weight.shape[1]
         self.total: Tensor | None = None
         self.count = 0
+        self.beside: Beside | None = None
+        self.part = part
+        if part is not None:
+            assert error is not None
+            self.transform = layer.input_transform
+            self.outside = error.clone()
+            self.outside[:, part] = 0
+
+    @property
+    def inputs(self) -> slice:
+        """Which of an output's K inputs G is of."""
+        first, last, _ = (self.part or slice(None)).indices(self.channels)
+        each = math.prod(self.kernel)
+        return slice(first * each, last * each)
 
     def add(self, x: Tensor, weights: Tensor | None) -> None:
         """x: the layer's input. weights: of each sample, or None."""
@@ -92,38 +102,64 @@ class _Gram:
         if weights is not None:
             root = weights.to(x).sqrt().repeat_interleave(len(x) // len(weights))
             x = x * root.reshape(-1, *(1,) * (x.ndim - 1))
-        positions = max(1, x[0].numel() // x.shape[-1 if self.geometry.kind == "linear" else 1])
-        for part in torch.split(x, max(1, CHUNK // (positions * self.size * self.geometry.groups))):
-            patches = columns(self.geometry, self.kernel, part)
-            if self.total is None:
-                self.total = patches.new_zeros(len(patches), self.size, self.size)
-            self.total.baddbmm_(patches, patches.mT)
-            self.count += patches.shape[-1]
+        if self.part is not None:
+            x = self._part_of(x, self.part)
+        if self.total is None:
+            size = self.inputs.stop - self.inputs.start
+            self.total = x.new_zeros(self.geometry.groups, size, size)
+        self.count += add_products_(self.total, self.geometry, self.kernel, x)
+
+    def _part_of(self, x: Tensor, part: slice) -> Tensor:
+        """The part's channels, transformed. What the others make of the output goes into `beside`."""
+        if self.transform is not None:
+            x = self.transform(x)  # parts of x_t are not transforms of parts
+        self.outside = self.outside.to(x)
+        apart = self.geometry.apply(x, self.outside, None)
+        axis = self.geometry.channel_axis
+        grouped = torch.unflatten(x, axis, (self.geometry.groups, -1))
+        x = grouped.narrow(axis, part.start, part.stop - part.start).flatten(axis - 1, axis)
+        with torch.enable_grad():
+            # Products of inputs with what is at the outputs: a gradient of the weight, whatever the weight.
+            weight = torch.zeros_like(self.outside[:, part]).requires_grad_()
+            (slope,) = torch.autograd.grad(self.geometry.apply(x.detach(), weight, None), weight, apart)
+        found = Beside(slope.flatten(1), apart.movedim(axis, 0).flatten(1).square().sum(1))
+        if self.beside is None:
+            self.beside = found
+        else:
+            self.beside.slope += found.slope
+            self.beside.constant += found.constant
+        return x
 
 
-def layer_losses(gram: Tensor, error: Tensor) -> Tensor:
-    """`d G d^T` of every output, `[O]`. gram: `[groups, K, K]`; error: `[O, K]`, of the weight."""
+def layer_losses(gram: Tensor, error: Tensor, beside: Beside | None = None) -> Tensor:
+    """`d G d^T` of every output, `[O]`, or L(d_p) beside other inputs.
+
+    gram: `[groups, K, K]`; error: `[O, K]`, of the weight.
+    """
     parts = error.reshape(len(gram), -1, error.shape[1])
-    return (torch.bmm(parts, gram) * parts).sum(2).flatten()
+    own = (torch.bmm(parts, gram) * parts).sum(2).flatten()
+    return own if beside is None else own + 2 * (error * beside.slope).sum(1) + beside.constant
 
 
-def descended(gram: Tensor, weight: Tensor, now: Tensor, other: Tensor) -> Tensor:
+def descended(gram: Tensor, weight: Tensor, now: Tensor, other: Tensor, beside: Beside | None = None) -> Tensor:
     """Which weights to turn from `now` to `other`, `[O, K]`, so that no further single turn lowers an output's loss.
 
-    gram: `[groups, K, K]`. weight: full precision. now, other: both candidates, `[O, K]`.
-    No output's loss is above that of `now`.
+    gram: `[groups, K, K]`. weight: full precision. now, other: both candidates, `[O, K]`. All of a part of the inputs,
+    if they are `beside` others. No output's loss is above that of `now`.
     """
     turned = torch.zeros_like(now, dtype=torch.bool)
     diagonal = gram.diagonal(dim1=1, dim2=2)
     groups = torch.arange(len(gram), device=gram.device).repeat_interleave(len(now) // len(gram))
     rows = torch.arange(len(now), device=now.device)
-    best = layer_losses(gram, now - weight)
+    best = layer_losses(gram, now - weight, beside)
     for _ in range(MOST_ROUNDS):
         error = torch.where(turned, other, now) - weight
         steps = torch.where(turned, now - other, other - now)
-        losses = layer_losses(gram, error)
+        losses = layer_losses(gram, error, beside)
         trial = turned.clone()
         v = torch.bmm(error.reshape(len(gram), -1, error.shape[1]), gram).reshape(error.shape)
+        if beside is not None:
+            v += beside.slope
         squares = diagonal[groups]
         active = rows
         for _ in range(2 * now.shape[1]):
@@ -137,7 +173,7 @@ def descended(gram: Tensor, weight: Tensor, now: Tensor, other: Tensor) -> Tenso
             v[active] += steps[active, place][:, None] * gram[groups[active], place]
             steps[active, place] *= -1
             trial[active, place] = ~trial[active, place]
-        found = layer_losses(gram, torch.where(trial, other, now) - weight)
+        found = layer_losses(gram, torch.where(trial, other, now) - weight, beside)
         better = found < best
         if not bool(better.any()):
             break
@@ -189,7 +225,7 @@ class RoundLayers:
 
     samples: calibration samples, spread evenly over the calibration set. batch: of them at a time.
     together: units that are captured in one pass; the prefix of the later ones is rounded only up to the first.
-    most_inputs: layers with more inputs to an output stay as they are, because G has the square of that many numbers.
+    most_inputs: to an output, that are rounded at a time. Layers with more are rounded in parts, with a pass for each.
     """
 
     samples: int = 64
@@ -215,7 +251,7 @@ class RoundLayers:
         chosen: CalibrationSet = job.handed["calibration"]
         count = min(self.samples, len(chosen))
         spread = torch.linspace(0, len(chosen) - 1, count).round().long().tolist()
-        large = [name for name, layer in layers.items() if layer.weight[0].numel() > self.most_inputs]
+        parts = {name: self._parts(layer) for name, layer in layers.items()}
         losses: dict[str, Any] = {}
         passes = 0
         with (
@@ -225,16 +261,34 @@ class RoundLayers:
         ):
             for first in range(0, len(units), self.together):
                 group = units[first : first + self.together]
-                wanted = {n: layers[n] for unit in group for n in unit.layers if n in layers and n not in large}
+                wanted = {n: layers[n] for unit in group for n in unit.layers if n in layers}
                 if wanted:
-                    losses |= self._group(job, group, wanted, spread, first)
-                    passes += 1
+                    losses |= self._group(job, group, wanted, parts, spread, first)
+                    passes += max(len(parts[name]) for name in wanted)
                 advance(len(group))
         # A pass ends behind its units: half of the network on average.
-        return {"losses": losses, "too_large": large, "evaluations": passes * count // 2}
+        in_parts = [name for name, found in parts.items() if len(found) > 1]
+        return {"losses": losses, "in_parts": in_parts, "evaluations": passes * count // 2}
+
+    def passes(self, most: Sequence[int]) -> int:
+        """Over the data. most: inputs to an output of each unit's largest layer, in order of execution."""
+        groups = [most[first : first + self.together] for first in range(0, len(most), self.together)]
+        return sum(-(-max(group) // self.most_inputs) for group in groups)
+
+    def _parts(self, layer: QuantizedLayer) -> list[slice]:
+        """Of the input channels of a layer's groups, about equally large; one channel at least."""
+        channels = layer.weight.shape[1]
+        count = min(channels, -(-layer.weight[0].numel() // self.most_inputs))
+        return [slice(channels * i // count, channels * (i + 1) // count) for i in range(count)]
 
     def _group(
-        self, job: Job, group: Sequence[Unit], layers: Mapping[str, QuantizedLayer], spread: list[int], first: int
+        self,
+        job: Job,
+        group: Sequence[Unit],
+        layers: Mapping[str, QuantizedLayer],
+        parts: Mapping[str, Sequence[slice]],
+        spread: list[int],
+        first: int,
     ) -> Figures:
         """Round the layers of units that are captured together."""
         kept = job.keeper.load(f"units-{first}") if job.keeper else None
@@ -242,28 +296,36 @@ class RoundLayers:
             for name, layer in layers.items():
                 layer.weight.data.copy_(kept[0][name])
             return kept[1]
-        grams = self._grams(job, group, layers, spread)
         weights = rounding_targets(job, list(layers))
         losses: dict[str, Any] = {}
-        for name, layer in layers.items():
-            gram = grams.pop(name)
-            if gram.total is None:
-                continue  # it never ran
-            with brought(job, layer):
-                total = transformed_gram(layer.input_transform, gram.total)
-                before, after = round_layer_(layer, weights[name].to(layer.weight.device), total)
-            losses[name] = {"before": before / gram.count, "after": after / gram.count}
+        for turn in range(max(len(parts[name]) for name in layers)):
+            now = {name: layer for name, layer in layers.items() if turn < len(parts[name])}
+            grams = {}
+            for name, layer in now.items():
+                if len(parts[name]) == 1:
+                    grams[name] = _Gram(layer)
+                    continue
+                with brought(job, layer):
+                    error = layer.weight.detach() - weights[name].to(layer.weight)
+                grams[name] = _Gram(layer, parts[name][turn], error)
+            self._add_up(job, group, grams, spread)
+            for name, layer in now.items():
+                gram = grams.pop(name)
+                if gram.total is None:
+                    continue  # it never ran
+                with brought(job, layer):
+                    before, after = round_layer_(layer, weights[name].to(layer.weight.device), gram)
+                entry = losses.setdefault(name, {"before": before / gram.count})
+                entry["after"] = after / gram.count
         if job.keeper:
             job.keeper.save(f"units-{first}", {name: layer.weight for name, layer in layers.items()}, losses)
         return losses
 
-    def _grams(
-        self, job: Job, group: Sequence[Unit], layers: Mapping[str, QuantizedLayer], spread: list[int]
-    ) -> dict[str, _Gram]:
+    def _add_up(self, job: Job, group: Sequence[Unit], grams: Mapping[str, _Gram], spread: list[int]) -> None:
+        """One pass over the data."""
         chosen: CalibrationSet = job.handed["calibration"]
         of_entry = torch.tensor(chosen.weights, dtype=torch.float64)
         even = bool((of_entry == of_entry[0]).all())
-        grams = {name: _Gram(layer) for name, layer in layers.items()}
         sample_weights: list[Tensor | None] = [None]
         with _adding_up(job.denoiser, group, grams, sample_weights):
             for start in range(0, len(spread), self.batch):
@@ -276,39 +338,34 @@ class RoundLayers:
                     continue
                 names = ", ".join(unit.name for unit in group)
                 raise CalibrationError(f"Not all of {names} ran in a forward call of the denoiser.")
-        return grams
 
 
-def round_layer_(layer: QuantizedLayer, full_precision: Tensor, gram: Tensor) -> tuple[float, float]:
-    """Round a hardened layer anew for the least `layer_losses`; returns their sum before and after."""
+def round_layer_(layer: QuantizedLayer, full_precision: Tensor, gram: _Gram) -> tuple[float, float]:
+    """Round a hardened layer anew, or the part of it that G is of, for the least `layer_losses`.
+
+    Returns their sum before and after.
+    """
     quantizer = layer.weight_quantizer
     if not isinstance(quantizer, WeightQuantizer) or not layer.on_grid:
         raise CalibrationError("Only hardened layers can be rounded: run the stage FitWeightRanges before this one.")
+    assert gram.total is not None
+    # A part's inputs were transformed before they were added up.
+    total = gram.total if gram.part is not None else transformed_products(layer.input_transform, gram.total)
+    part = gram.inputs
     soft = SoftRounding(quantizer, full_precision)
     dtype = layer.weight.dtype
-    low, high = (values.reshape(layer.weight.shape).flatten(1).to(dtype).to(gram.dtype) for values in soft.candidates())
-    weight, now = full_precision.flatten(1).to(gram.dtype), layer.weight.detach().flatten(1).to(gram.dtype)
+    low, high = (
+        values.reshape(layer.weight.shape).flatten(1)[:, part].to(dtype).to(total.dtype) for values in soft.candidates()
+    )
+    weight = full_precision.flatten(1)[:, part].to(total.dtype)
+    now = layer.weight.detach().flatten(1)[:, part].to(total.dtype)
     # What is at neither candidate (it was never rounded to a neighbour) has nothing to turn to, and stays.
     other = torch.where(now == low, high, torch.where(now == high, low, now))
-    turned = descended(gram, weight, now, other)
+    turned = descended(total, weight, now, other, gram.beside)
     found = torch.where(turned, other, now)
-    before = float(layer_losses(gram, now - weight).sum())
-    after = float(layer_losses(gram, found - weight).sum())
-    layer.weight.data = found.reshape(layer.weight.shape).to(dtype)
+    before = float(layer_losses(total, now - weight, gram.beside).sum())
+    after = float(layer_losses(total, found - weight, gram.beside).sum())
+    rounded = layer.weight.detach().flatten(1).clone()
+    rounded[:, part] = found.to(dtype)
+    layer.weight.data = rounded.reshape(layer.weight.shape)
     return before, after
-
-
-def transformed_gram(transform: InputTransform | None, gram: Tensor) -> Tensor:
-    """The Gram matrix `[1, K, K]` of x_t, from that of x: T G T^T with x_t = T x."""
-    if transform is None:
-        return gram
-    once = transformed_patches(transform, gram[0])
-    return transformed_patches(transform, once.mT.contiguous())[None]
-
-
-def transformed_patches(transform: InputTransform | None, patches: Tensor) -> Tensor:
-    """x_t of patches `[N, K]`."""
-    if transform is None:
-        return patches
-    parts = patches.reshape(len(patches), transform.channels, -1)
-    return transform.of_last_axis(parts.mT).mT.reshape(patches.shape)

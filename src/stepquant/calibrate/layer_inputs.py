@@ -1,7 +1,6 @@
 """What single layers see in the full-precision model: sampled patches, and the peaks of every channel over time.
 
-For stages that fit a layer for its own output. A convolution is the product of its weight `[O, K]` with patches `[K]`,
-so that one description serves all layers; K runs over channels and then the kernel, as in `weight.flatten(1)`.
+For stages that fit a layer for its own output.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepquant.calibrate.gram import columns, transformed_patches
+from stepquant.calibrate.patches import columns, transformed_patches
 from stepquant.calibrate.ranges import RangeRule, fit_range, weight_params
 from stepquant.calibrate.reconstruct import float_layers
 from stepquant.calibrate.select import CalibrationSet, inputs

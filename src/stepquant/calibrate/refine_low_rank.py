@@ -23,8 +23,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from stepquant.calibrate.gram import transformed_patches
 from stepquant.calibrate.layer_inputs import captured, check_patterns, chosen_layers, originals, rounded_inputs
+from stepquant.calibrate.patches import transformed_patches
 from stepquant.errors import CalibrationError, SpecError
 from stepquant.model.layer import LowRankBranch, QuantizedLayer
 from stepquant.model.quantizer import WeightQuantizer

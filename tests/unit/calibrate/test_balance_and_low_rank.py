@@ -20,9 +20,10 @@ from stepquant.calibrate.balance import (
     timestep_scale,
 )
 from stepquant.calibrate.dynamic import DynamicInputs
-from stepquant.calibrate.gram import RoundLayers, columns, transformed_gram
+from stepquant.calibrate.gram import RoundLayers
 from stepquant.calibrate.layer_inputs import captured, output_error, refit_, transformed_patches
 from stepquant.calibrate.low_rank import AddLowRank, nearest_of_rank
+from stepquant.calibrate.patches import columns, transformed_products
 from stepquant.calibrate.softmax_levels import ChooseSoftmaxLevels, power_law_gain
 from stepquant.calibrate.stages import FitInputRanges, Place, Select
 from stepquant.errors import SpecError
@@ -115,7 +116,7 @@ def test_patches_and_gram_matrices_follow_the_transform() -> None:
     before = columns(layer.geometry, (3, 3), x)[0].mT
     after = columns(layer.geometry, (3, 3), transform(x))[0].mT
     torch.testing.assert_close(transformed_patches(transform, before), after)
-    torch.testing.assert_close(transformed_gram(transform, (before.mT @ before)[None])[0], after.mT @ after)
+    torch.testing.assert_close(transformed_products(transform, (before.mT @ before)[None])[0], after.mT @ after)
     torch.testing.assert_close(after @ layer.folded(weight).flatten(1).T, before @ weight.flatten(1).T)
 
 

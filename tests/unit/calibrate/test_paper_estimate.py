@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from stepquant.api import quantize
 from stepquant.calibrate import offload
-from stepquant.calibrate.estimate import Costs
+from stepquant.calibrate.estimate import Costs, largest_inputs
 from stepquant.calibrate.offload import blocks_in_turn
 from stepquant.methods import METHODS
 from stepquant.model.pipeline import DenoiserPipeline
-from stepquant.model.surgery import quantizable, units_of
 from stepquant.recipe import Recipe
 from stepquant.run import Run
 from tiny_dit import tiny_dit_pipe
@@ -70,10 +69,6 @@ def weights_of(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def units_in(denoiser: nn.Module) -> int:
-    return len(units_of(denoiser, list(quantizable(denoiser))))
-
-
 def test_flops_of_a_linear_layer(paper: Any) -> None:
     with torch.device("meta"):
         assert paper.flops_of(nn.Linear(3, 5), {"input": torch.empty(7, 3)}) == 2 * 7 * 3 * 5
@@ -83,7 +78,7 @@ def test_flops_of_a_linear_layer(paper: Any) -> None:
 def test_evaluations_are_those_that_stages_report(name: str) -> None:
     pipe, recipe = tiny_dit_pipe(), recipe_of(name)
     figures = quantize(pipe, recipe, steps=STEPS).figures
-    costs = Costs.of(recipe, steps=STEPS, rows=1, units=units_in(pipe.denoiser))
+    costs = Costs.of(recipe, steps=STEPS, rows=1, inputs=largest_inputs(pipe.denoiser))
     assert costs is not None
     counted = 0
     for stage, found in zip(recipe.stages, figures, strict=True):
@@ -91,7 +86,7 @@ def test_evaluations_are_those_that_stages_report(name: str) -> None:
             assert found["evaluations"] == pytest.approx(costs.evaluations(stage), abs=1), found["stage"]
             counted += 1
     assert counted == {"layerwise": 4, "accuquant": 5}[name]
-    assert Costs.of(Recipe("empty", ()), steps=STEPS, rows=1, units=1) is None
+    assert Costs.of(Recipe("empty", ()), steps=STEPS, rows=1, inputs=()) is None
 
 
 @pytest.mark.parametrize("name", ["layerwise", "windows"])
@@ -111,7 +106,7 @@ def test_what_moves_is_at_most_what_is_said(name: str, paper: Any, monkeypatch: 
     monkeypatch.setattr(offload, "_put_", putting)
     pipe = DenoiserPipeline(Chain().eval(), DDIMScheduler(), (2, 4, 4))
     recipe = recipe_of(name, block_iterations=0) if name == "windows" else recipe_of(name)
-    network = paper.Network("tiny", 1, 0, weights_of(pipe.denoiser), 0, 0, units_in(pipe.denoiser))
+    network = paper.Network("tiny", 1, 0, weights_of(pipe.denoiser), 0, 0, largest_inputs(pipe.denoiser))
     said = paper.Budget.of(recipe, network, STEPS).moved
     quantize(pipe, recipe, steps=STEPS, run=Run(offload=torch.device("cpu")))
     passes = moved[0] / sum(map(weights_of, blocks_in_turn(pipe.denoiser).values()))
