@@ -38,6 +38,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from stepquant.calibrate.feedback import Grid, fed_back, settled
 from stepquant.calibrate.offload import brought
 from stepquant.calibrate.patches import add_products_, transformed_products
 from stepquant.calibrate.reconstruct import rounding_targets, without_input_quantizers
@@ -47,6 +48,7 @@ from stepquant.errors import CalibrationError, SpecError
 from stepquant.model.layer import QuantizedLayer
 from stepquant.model.quantizer import WeightQuantizer
 from stepquant.model.surgery import Unit, quantized_layers, units_of
+from stepquant.numerics.affine import grouped
 from stepquant.recipe import Figures, Job
 
 __all__ = ["RoundLayers", "descended", "layer_losses"]
@@ -226,12 +228,16 @@ class RoundLayers:
     samples: calibration samples, spread evenly over the calibration set. batch: of them at a time.
     together: units that are captured in one pass; the prefix of the later ones is rounded only up to the first.
     most_inputs: to an output, that are rounded at a time. Layers with more are rounded in parts, with a pass for each.
+    feedback: also round with feedback (GPTQ, `stepquant.calibrate.feedback`), where weights may go beyond neighbours
+        of their full-precision values; every output keeps the better. Not for recipes with blocks behind, which choose
+        between these neighbours. Off until the quality table has it.
     """
 
     samples: int = 64
     batch: int = 32
     together: int = 1
     most_inputs: int = 6_000
+    feedback: bool = False
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories", "calibration", "plan", "model"})
     gives: ClassVar[frozenset[str]] = frozenset({"model"})
@@ -314,7 +320,7 @@ class RoundLayers:
                 if gram.total is None:
                     continue  # it never ran
                 with brought(job, layer):
-                    before, after = round_layer_(layer, weights[name].to(layer.weight.device), gram)
+                    before, after = round_layer_(layer, weights[name].to(layer.weight.device), gram, self.feedback)
                 entry = losses.setdefault(name, {"before": before / gram.count})
                 entry["after"] = after / gram.count
         if job.keeper:
@@ -340,10 +346,12 @@ class RoundLayers:
                 raise CalibrationError(f"Not all of {names} ran in a forward call of the denoiser.")
 
 
-def round_layer_(layer: QuantizedLayer, full_precision: Tensor, gram: _Gram) -> tuple[float, float]:
+def round_layer_(
+    layer: QuantizedLayer, full_precision: Tensor, gram: _Gram, feedback: bool = False
+) -> tuple[float, float]:
     """Round a hardened layer anew, or the part of it that G is of, for the least `layer_losses`.
 
-    Returns their sum before and after.
+    feedback: as in `RoundLayers`. Returns their sum before and after.
     """
     quantizer = layer.weight_quantizer
     if not isinstance(quantizer, WeightQuantizer) or not layer.on_grid:
@@ -363,9 +371,27 @@ def round_layer_(layer: QuantizedLayer, full_precision: Tensor, gram: _Gram) -> 
     other = torch.where(now == low, high, torch.where(now == high, low, now))
     turned = descended(total, weight, now, other, gram.beside)
     found = torch.where(turned, other, now)
+    if feedback:
+        found = _with_feedback(layer, quantizer, found, weight, total, gram)
     before = float(layer_losses(total, now - weight, gram.beside).sum())
     after = float(layer_losses(total, found - weight, gram.beside).sum())
     rounded = layer.weight.detach().flatten(1).clone()
     rounded[:, part] = found.to(dtype)
     layer.weight.data = rounded.reshape(layer.weight.shape)
     return before, after
+
+
+def _with_feedback(
+    layer: QuantizedLayer, quantizer: WeightQuantizer, turned: Tensor, weight: Tensor, total: Tensor, gram: _Gram
+) -> Tensor:
+    """The better of `turned` and of rounding with feedback, for every output, both moved on over all levels."""
+    shape = grouped(layer.weight, quantizer.spec).shape
+    scale, zero_point = (
+        values.expand(shape).reshape(layer.weight.shape).flatten(1)[:, gram.inputs].to(total)
+        for values in (quantizer.scale, quantizer.zero_point)
+    )
+    grid = Grid(scale, zero_point, quantizer.spec.qmin, quantizer.spec.qmax)
+    slope = gram.beside.slope.to(total) if gram.beside is not None else None
+    one, two = (settled(total, weight, begun, grid, slope) for begun in (turned, fed_back(total, weight, grid, slope)))
+    losses = [layer_losses(total, values - weight, gram.beside) for values in (one, two)]
+    return torch.where((losses[1] < losses[0])[:, None], two, one)

@@ -216,6 +216,24 @@ def test_a_rounded_layer_stays_on_its_grid(spec: QuantSpec) -> None:
     assert bool(((flat == low) | (flat == high)).all())
 
 
+@pytest.mark.parametrize("spec", [QuantSpec(3, "channel"), QuantSpec(2, "group", group_size=3), QuantSpec(4, "tensor")])
+@pytest.mark.parametrize("part", [None, slice(1, 3)])
+def test_feedback_is_taken_where_it_is_better_and_stays_on_the_grid(spec: QuantSpec, part: slice | None) -> None:
+    conv = nn.Conv2d(4, 6, 3, padding=1)
+    x, after = torch.randn(8, 4, 5, 5) + 2 * torch.randn(8, 1, 5, 5), {}
+    for feedback in (False, True):
+        layer, weight = hardened(conv, spec)
+        found = gram._Gram(layer, part, layer.weight.detach() - weight)
+        found.add(x, None)
+        _, after[feedback] = round_layer_(layer, weight, found, feedback)
+        expected = float(brute_force(layer, layer.weight.detach() - weight, x).sum())
+        assert after[feedback] == pytest.approx(expected, rel=1e-4)
+        quantizer = layer.weight_quantizer
+        assert isinstance(quantizer, WeightQuantizer)
+        assert torch.equal(quantizer.restore(quantizer.levels(layer.weight)), layer.weight)
+    assert after[True] <= after[False] * (1 + 1e-5)
+
+
 def test_open_layers_are_an_error() -> None:
     layer, weight = hardened(nn.Linear(6, 4), QuantSpec(4, "channel"))
     layer.on_grid = False
@@ -273,6 +291,12 @@ def test_large_layers_are_rounded_in_parts(together: int) -> None:
     if together == 1:  # else the inputs change between a layer's parts, as layers before it in the group are rounded
         assert all(entry["after"] <= entry["before"] for entry in figures["losses"].values())
     assert figures["evaluations"] > whole.figures[-1]["evaluations"]
+
+
+def test_layers_are_rounded_with_feedback() -> None:
+    plain, fed = (done(RoundLayers(samples=8, together=2, feedback=feedback)) for feedback in (False, True))
+    sums = [sum(entry["after"] for entry in found.figures[-1]["losses"].values()) for found in (plain, fed)]
+    assert sums[1] < sums[0]
 
 
 def test_passes_of_parts_are_counted_before_the_run() -> None:
