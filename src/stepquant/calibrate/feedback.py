@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["DAMPING", "Grid", "fed_back", "settled"]
+__all__ = ["DAMPING", "LEAST_GAIN", "MOST_ROUNDS", "Grid", "fed_back", "settled"]
 
 DAMPING = 0.01
 """Share of the mean of G's diagonal that is added to all of it, as in GPTQ's public code."""
@@ -29,9 +29,11 @@ DAMPING = 0.01
 BLOCK = 64
 """Weights between two updates of all that are left."""
 
-MOST_ROUNDS = 4
 LEAST_GAIN = 1e-6
-"""As for the descent between two neighbours."""
+"""A move must lower an output's error by this share of it; what is below is rounding of float32."""
+
+MOST_ROUNDS = 4
+"""Descents, each from v computed anew: the last of many moves are decided on a v with their rounding errors."""
 
 
 @dataclass(frozen=True)

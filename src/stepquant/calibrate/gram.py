@@ -38,7 +38,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibrate.feedback import Grid, fed_back, settled
+from stepquant.calibrate.feedback import LEAST_GAIN, MOST_ROUNDS, Grid, fed_back, settled
 from stepquant.calibrate.offload import brought
 from stepquant.calibrate.patches import add_products_, transformed_products
 from stepquant.calibrate.reconstruct import rounding_targets, without_input_quantizers
@@ -52,12 +52,6 @@ from stepquant.numerics.affine import grouped
 from stepquant.recipe import Figures, Job
 
 __all__ = ["RoundLayers", "descended", "layer_losses"]
-
-LEAST_GAIN = 1e-6
-"""A turn must lower an output's error by this share of it; what is below is rounding of float32."""
-
-MOST_ROUNDS = 4
-"""Descents, each from v computed anew: the last of many turns are decided on a v with their rounding errors."""
 
 
 @dataclass
